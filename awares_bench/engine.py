@@ -1,0 +1,156 @@
+"""Steps many policies at once: collects the turns they wait for, answers them in one batch, hands the replies back.
+
+Batching, order, errors and counting live here; a policy sees one sample and its replies. Anything with ``reply``,
+``visual_tokens`` and ``text`` can answer: the ``VLM``, or ``Scripted`` in tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .crops import CropRequestError
+from .images import as_rgb
+from .method import Look, Policy
+from .session import Request, Session
+from .trajectory import Event, Reply, Sample, Trajectory, Turn
+from .usage import Usage
+
+LOW_RATIO = 0.35
+"""Above this share of the full tokens, limits of the processor bend the half-size view away from a quarter."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sample and what its task allows: tokens of the answer, stop strings."""
+
+    sample: Sample
+    max_new_tokens: int
+    until: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample that could not be answered: never scored, always reported."""
+
+    error: str
+
+
+@dataclass
+class _Run:
+    index: int
+    job: Job
+    look: Look
+    turn: Turn
+    session: Session = field(default_factory=Session)
+    turns: list[Turn] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    full_tokens: int = 0
+
+
+class Engine:
+    """Runs a policy over jobs, ``batch_size`` conversations at a time, on one answering machine."""
+
+    def __init__(self, vlm, policy: Policy, batch_size: int = 1):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.vlm, self.policy, self.batch_size = vlm, policy, batch_size
+
+    def run(self, jobs: list[Job]) -> Iterator[tuple[int, Trajectory | Failure]]:
+        """Yield (index of the job, outcome) as conversations end; every job exactly once.
+
+        A conversation that waits for its second turn shares a batch with others' first turns.
+        """
+        waiting, todo = [], iter(enumerate(jobs))
+        while True:
+            while len(waiting) < self.batch_size:
+                try:
+                    index, job = next(todo)
+                except StopIteration:
+                    break
+                started = self._start(index, job)
+                if isinstance(started, _Run):
+                    waiting.append(started)
+                else:
+                    yield index, started
+            if not waiting:
+                return
+            requests = [
+                Request(r.session, r.turn, max(r.job.max_new_tokens, r.turn.budget or 0), r.job.until) for r in waiting
+            ]
+            replies, still = self.vlm.reply(requests), []
+            for run, reply in zip(waiting, replies, strict=True):
+                run.turns.append(run.turn)
+                run.replies.append(reply)
+                outcome = self._advance(run, reply)
+                if outcome is None:
+                    still.append(run)
+                else:
+                    yield run.index, outcome
+            waiting = still
+
+    def _start(self, index: int, job: Job) -> _Run | Trajectory | Failure:
+        events: list[Event] = []
+        try:
+            converted = [as_rgb(image) for image in job.sample.images]
+        except OSError as error:
+            return Failure(str(error))
+        images = tuple(image for image, _ in converted)
+        events += [e for _, some in converted for e in some]
+        sample = Sample(images, job.sample.question, job.sample.key)
+        run = _Run(index, job, self.policy.look(sample), Turn(), events=events)
+        run.full_tokens = sum(self.vlm.visual_tokens(image) for image in images)
+        outcome = self._advance(run, None)
+        return run if outcome is None else outcome
+
+    def _advance(self, run: _Run, reply: Reply | None) -> Trajectory | Failure | None:
+        """Send a reply to the policy; None when it asks for another turn."""
+        try:
+            step = run.look.send(reply)
+            while isinstance(step, Event):
+                run.events.append(step)
+                step = run.look.send(None)
+        except StopIteration as stop:
+            return self._finish(run, stop.value)
+        except CropRequestError as error:
+            return Failure(f"malformed crop request and on_malformed='error': {error}")
+        run.turn = step
+        return None
+
+    def _finish(self, run: _Run, answer: Reply) -> Trajectory:
+        events = run.events + run.session.events
+        text, cap = answer.text, run.job.max_new_tokens
+        if len(answer.tokens) > cap:
+            text = self.vlm.text(answer.tokens[:cap], run.job.until)
+            events.append(Event("answer_cut", f"the answer had {len(answer.tokens)} tokens, the task allows {cap}"))
+        first, images = run.replies[0].usage, run.turns[0].images
+        resized = bool(images) and images[0].size != run.job.sample.images[0].size
+        if resized and run.full_tokens and first.encoded / run.full_tokens > LOW_RATIO:
+            share = first.encoded / run.full_tokens
+            events.append(Event("low_view_not_a_quarter", f"the first view costs {share:.2f} of the full tokens: processor limits bite"))
+        crops = next((tuple(e.detail.split(",")) for e in events if e.kind == "crops"), ())
+        events = [e for e in events if e.kind != "crops"]
+        return Trajectory(tuple(run.turns), tuple(run.replies), text, tuple(events), run.full_tokens, crops)
+
+
+class Scripted:
+    """Answers from a script instead of a model: reply texts in order per question. For tests of policies and drivers."""
+
+    def __init__(self, script: dict[str, list[str]]):
+        self.script = script
+
+    def visual_tokens(self, image) -> int:
+        return max(4, round(image.height / 28) * round(image.width / 28))
+
+    def text(self, tokens, until=()) -> str:
+        return "".join(tokens)
+
+    def reply(self, requests: list[Request]) -> list[Reply]:
+        out = []
+        for r in requests:
+            r.session.turns.append(r.turn)
+            text = self.script[r.session.turns[0].text][len(r.session.turns) - 1]
+            visual = sum(self.visual_tokens(i) for i in r.turn.images)
+            out.append(Reply(text, tuple(text), Usage(encoded=visual, prefill=float(visual), output=len(text))))
+        return out

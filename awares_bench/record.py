@@ -1,0 +1,192 @@
+"""A run is a folder: ``run.json`` says what was run, ``records.jsonl`` holds one line per document, written as it is answered.
+
+A run that is cut goes on where it stopped: the same command on the same folder answers only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .trajectory import Trajectory
+
+VERSION = 1
+"""Of the record's fields. A reader refuses others."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One document answered, or not. Missing is None, never 0.
+
+    rtr: retained token ratio over all turns. usage: one entry per turn (see ``Usage``). crops: what was asked for.
+    batch_size: conversations in flight; seconds of a batch above 1 are shares, not latencies.
+    """
+
+    task: str
+    doc_id: int
+    split: str
+    question: str
+    answer: str | None
+    replies: list[str] = field(default_factory=list)
+    crops: list[str] = field(default_factory=list)
+    rtr: float | None = None
+    full_tokens: int | None = None
+    usage: list[dict] = field(default_factory=list)
+    image_sizes: list[list[list[int]]] = field(default_factory=list)
+    events: list[dict] = field(default_factory=list)
+    error: str | None = None
+    batch_size: int | None = None
+    version: int = VERSION
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, task: str, doc_id: int, split: str, question: str, batch_size: int) -> Record:
+        return cls(
+            task=task,
+            doc_id=doc_id,
+            split=split,
+            question=question,
+            answer=trajectory.answer,
+            replies=[r.text for r in trajectory.replies],
+            crops=list(trajectory.crops),
+            rtr=trajectory.rtr,
+            full_tokens=trajectory.full_tokens,
+            usage=[r.usage.as_dict() for r in trajectory.replies],
+            image_sizes=[[list(image.size) for image in turn.images] for turn in trajectory.turns],
+            events=[asdict(e) for e in trajectory.events],
+            batch_size=batch_size,
+        )
+
+
+class RunFolder:
+    """Writes a run; resumes it when the folder already holds the same one.
+
+    identity: what must be equal for records to belong together (method and fields, weights, limits, dtype, seed).
+    Raises ValueError when the folder holds another run, OSError with the folder's name when it cannot be written.
+    """
+
+    def __init__(self, folder: Path, identity: dict, rank: int = 0):
+        self.folder, self.identity = Path(folder), identity
+        self.path = self.folder / ("records.jsonl" if rank == 0 else f"records-{rank}.jsonl")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.done = {(r.task, r.doc_id, r.question): r for r in read_records(self.folder, repair=self.path) if r.error is None}
+            if rank == 0:
+                self._write_provenance()
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise OSError(f"cannot write the run to {self.folder}: {error.strerror or error}; pass output_dir=FOLDER") from error
+
+    def _write_provenance(self) -> None:
+        path = self.folder / "run.json"
+        if path.exists():
+            before = json.loads(path.read_text())
+            changed = [k for k in sorted({*before["identity"], *self.identity}) if before["identity"].get(k) != self.identity.get(k)]
+            if changed:
+                said = "; ".join(f"{k} was {before['identity'].get(k)!r}, is {self.identity.get(k)!r}" for k in changed)
+                raise ValueError(f"{self.folder} holds another run ({said}). Pass another output_dir, or delete the folder")
+        self._replace(path, {"version": VERSION, "status": "partial", "identity": self.identity, **provenance()})
+
+    def _replace(self, path: Path, data: dict) -> None:
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(data, indent=1))
+        os.replace(draft, path)
+
+    def add(self, record: Record) -> None:
+        """Append one line and flush it, so that a cut run loses nothing that was answered."""
+        try:
+            self._file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            kept = len(self.done)
+            raise OSError(f"cannot write {self.path}: {error.strerror}. {kept} answers are kept there; free space and rerun") from error
+        if record.error is None:
+            self.done[(record.task, record.doc_id, record.question)] = record
+
+    def finish(self, **more) -> None:
+        """Mark the run whole. more: what is known only at the end, such as the number of documents."""
+        path = self.folder / "run.json"
+        self._replace(path, json.loads(path.read_text()) | {"status": "complete"} | more)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_records(folder: Path, repair: Path | None = None) -> Iterator[Record]:
+    """The records of a run, the last one of each document; an unfinished last line is left out.
+
+    repair: file whose unfinished last line is also cut off, because it is about to be appended to.
+    """
+    found: dict[tuple, Record] = {}
+    for path in sorted(Path(folder).glob("records*.jsonl")):
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if repair == path and len(whole) < len(data):
+            with path.open("r+b") as f:
+                f.truncate(len(whole))
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error}); delete that line to go on without its document") from error
+            if fields.get("version") != VERSION:
+                raise ValueError(f"{path}, line {number} is a record of version {fields.get('version')}; this release reads version {VERSION}")
+            record = Record(**fields)
+            found[(record.task, record.doc_id, record.question)] = record
+    yield from found.values()
+
+
+def provenance() -> dict:
+    """When, with what and on what: time, command, package versions, commit of a checkout, hardware."""
+    packages = ("awares-bench", "lmms-eval", "torch", "transformers", "datasets", "pillow", "numpy")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": versions,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.system()},
+    }
+
+
+def _commit() -> dict | None:
+    here = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        state = subprocess.run(["git", "-C", str(here), "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return {"head": head.stdout.strip(), "dirty": bool(state.stdout.strip())} if head.returncode == 0 else None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def fingerprint(folder: Path) -> str:
+    """A short hash of the files of a checkpoint folder: names, sizes, and the content of all that is small."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in Path(folder).iterdir() if p.is_file()):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        if path.stat().st_size < 16 * 2**20:
+            digest.update(path.read_bytes())
+        else:
+            with path.open("rb") as f:
+                digest.update(f.read(2**20))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,43 @@
+"""A conversation in progress and a request to continue it: what the engine and whatever answers for it share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .trajectory import Event, Turn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Session:
+    """One conversation and its key-value cache: what turn two continues from.
+
+    keys, values: per layer (H, L, D) without padding, empty before the first turn and after the last.
+    pending: tokens sampled but not yet in the cache; they open the next chunk.
+    """
+
+    turns: list[Turn] = field(default_factory=list)
+    replies: list[str] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    next_position: int = 0
+    pending: list[int] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self.keys[0].shape[1] if self.keys else 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A turn to be answered in a session. budget: tokens the reply may have; until: stop strings, cut from the reply."""
+
+    session: Session
+    turn: Turn
+    budget: int
+    until: tuple[str, ...] = ()

@@ -1,0 +1,315 @@
+"""The one file that knows how Qwen2.5-VL is put together: encode, prefill, extend, decode, in batches of mixed sizes.
+
+The loop is ours rather than ``model.generate`` because exact counting, a second turn on the kept cache, and batches that mix
+turns need it. Its logits equal those of ``generate`` and of a fresh prefill (tests/test_vlm.py).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, DynamicCache, Qwen2_5_VLForConditionalGeneration
+
+from .images import within_aspect
+from .session import Request, Session
+from .trajectory import Event, Reply, Turn, messages
+from .usage import Usage
+from .vision_attention import windowed_attention
+
+MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
+"""Limits of the released Qwen2.5-VL processors: 4 to 16,384 visual tokens an image."""
+
+_HOLE = "\ufdd0reply\ufdd0"  # two noncharacters around a word: no question contains it
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot be used, and what to do about it."""
+
+
+def mrope_positions(
+    ids: list[int], grids: list[tuple[int, int, int]], image_token: int, merge: int = 2, start: int = 0
+) -> tuple[Tensor, int]:
+    """M-RoPE positions (3, L) of a chunk that begins at position ``start``, and the position after it.
+
+    Text advances all three axes by one. An image's tokens share their time, count rows and columns from where the text
+    stopped, and the text goes on after the larger of the two. Equal to Qwen2.5-VL's ``get_rope_index`` (tested), which
+    cannot start in mid-conversation.
+    """
+    out, at, i, grids = [], start, 0, list(grids)
+    while i < len(ids):
+        if ids[i] == image_token:
+            _, rows, columns = grids.pop(0)
+            rows, columns = rows // merge, columns // merge
+            r, c = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+            out.append(torch.stack([torch.zeros_like(r), r, c]) + at)
+            i, at = i + rows * columns, at + max(rows, columns)
+        else:
+            n = next((j for j in range(i, len(ids)) if ids[j] == image_token), len(ids)) - i
+            out.append((torch.arange(n) + at).expand(3, -1))
+            i, at = i + n, at + n
+    return torch.cat(out, 1), at
+
+
+class VLM:
+    """A Qwen2.5-VL and its processor. Greedy decoding; every public method is deterministic."""
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, processor, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS):
+        if not 0 < min_pixels <= max_pixels:
+            raise ValueError(f"need 0 < min_pixels <= max_pixels; got {min_pixels} and {max_pixels}")
+        self.model, self.processor = model.eval(), processor
+        self.decoder = model.model.language_model
+        self.tokenizer = processor.tokenizer
+        self.limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        self.image_token = model.config.image_token_id
+        stop = model.generation_config.eos_token_id
+        self.stop = set(stop if isinstance(stop, list) else [stop]) | {self.tokenizer.eos_token_id}
+        self.trace: list[Tensor] | None = None
+        """Set to a list to collect the (B, vocabulary) logits of every step; for tests."""
+
+    @classmethod
+    def load(
+        cls,
+        pretrained: str,
+        dtype: str = "auto",
+        device: str = "auto",
+        attn_implementation: str = "sdpa",
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+    ) -> VLM:
+        """Load a checkpoint folder or hub name. dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. Raises CheckpointError."""
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        if dtype == "auto":
+            dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        kind = getattr(torch, dtype, None)
+        if not isinstance(kind, torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}; allowed: auto, float32, bfloat16, float16")
+        folder = Path(pretrained)
+        if pretrained.startswith((".", "/", "~")) and not folder.is_dir():
+            raise CheckpointError(f"no checkpoint folder at {pretrained!r}; pass a folder, a hub name, or pretrained=nano")
+        try:
+            config = AutoConfig.from_pretrained(pretrained)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read a model config from {pretrained!r}: {_first_line(error)}") from error
+        if config.model_type != "qwen2_5_vl":
+            raise CheckpointError(f"{pretrained!r} is a {config.model_type} checkpoint; this release runs qwen2_5_vl (Qwen2.5-VL) only")
+        if folder.is_dir() and not any((folder / f).exists() for f in ("tokenizer.json", "vocab.json")):
+            raise CheckpointError(f"{pretrained!r} has no tokenizer (tokenizer.json or vocab.json); copy the base model's beside the weights")
+        try:
+            processor = AutoProcessor.from_pretrained(pretrained)
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(pretrained, dtype=kind, attn_implementation=attn_implementation)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot load {pretrained!r}: {_first_line(error)}") from error
+        return cls(model.to(device), processor, min_pixels, max_pixels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    # ------------------------------------------------------------------ pictures and text to tokens
+
+    def pixels(self, image: Image.Image) -> tuple[Tensor, tuple[int, int, int], list[Event]]:
+        """RGB image -> patches (P, 1176), grid (1, rows, columns) in patches, events."""
+        image, events = within_aspect(image)
+        out = self.processor.image_processor(images=[image], size=self.limits, return_tensors="pt")
+        return out["pixel_values"], tuple(out["image_grid_thw"][0].tolist()), events
+
+    def visual_tokens(self, image: Image.Image) -> int:
+        """Merged visual tokens that ``image`` costs under this processor's limits, without encoding it."""
+        image, _ = within_aspect(image)
+        ip = self.processor.image_processor
+        return ip.get_number_of_image_patches(image.height, image.width, {"size": self.limits}) // ip.merge_size**2
+
+    def chunk(self, session: Session, turn: Turn, grids: list[tuple[int, int, int]]) -> list[int]:
+        """Token ids that ``turn`` adds to the session: everything up to where the model writes.
+
+        The chat template renders the whole conversation with holes for the replies; what follows the last hole is new.
+        """
+        history = messages([*session.turns, turn], [_HOLE] * len(session.replies))
+        text = self.processor.apply_chat_template(history, tokenize=False, add_generation_prompt=True).split(_HOLE)[-1]
+        marker = self.tokenizer.convert_ids_to_tokens(self.image_token)
+        pieces = text.split(marker)
+        if len(pieces) - 1 != len(grids):
+            raise ValueError(
+                f"the prompt holds {len(pieces) - 1} image marks for {len(grids)} images; remove the text {marker!r} from the question"
+            )
+        merge = self.processor.image_processor.merge_size**2
+        text = pieces[0] + "".join(marker * (rows * columns // merge) + p for (_, rows, columns), p in zip(grids, pieces[1:], strict=True))
+        return session.pending + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @torch.inference_mode()
+    def encode(self, patches: list[Tensor], grids: list[tuple[int, int, int]]) -> Tensor:
+        """Patches of several images -> merged features (V, D), images in order, raster order within each."""
+        pixel_values = torch.cat(patches).to(self.device, self.model.dtype)
+        with windowed_attention(self.model):
+            out = self.model.model.visual(pixel_values, grid_thw=torch.tensor(grids, device=self.device))
+        return out.pooler_output
+
+    # ------------------------------------------------------------------ answering
+
+    @torch.inference_mode()
+    def reply(self, requests: list[Request]) -> list[Reply]:
+        """Answer one turn of each session, all in one batch, whatever their sizes, turns and image counts.
+
+        A session keeps its cache when ``turn.last`` is false; its next turn then prefills only what is new.
+        """
+        clock, marks = time.perf_counter, [time.perf_counter()]
+        patches, grids = [], []
+        for r in requests:
+            views = [self.pixels(image) for image in r.turn.images]
+            patches.append([p for p, _, _ in views])
+            grids.append([g for _, g, _ in views])
+            r.session.events += [e for _, _, events in views for e in events]
+        ids = [self.chunk(r.session, r.turn, g) for r, g in zip(requests, grids, strict=True)]
+        marks.append(clock())
+
+        flat = [p for row in patches for p in row]
+        features = self.encode(flat, [g for row in grids for g in row]) if flat else None
+        self._synchronise()
+        marks.append(clock())
+
+        merge = self.processor.image_processor.merge_size
+        placed = [
+            mrope_positions(i, g, self.image_token, merge, r.session.next_position)
+            for r, i, g in zip(requests, ids, grids, strict=True)
+        ]
+        batch = _Batch(self, [r.session for r in requests], ids, placed, features)
+        logits = batch.prefill()
+        self._synchronise()
+        marks.append(clock())
+
+        written, complete = batch.decode(logits, requests)
+        self._synchronise()
+        marks.append(clock())
+
+        visual = [sum(rows * columns // merge**2 for _, rows, columns in g) for g in grids]
+        costs = _shares(marks, visual, [len(i) for i in ids], [len(w) for w in written])
+        out = []
+        for b, (r, tokens) in enumerate(zip(requests, written, strict=True)):
+            text = self.text(tokens, r.until)
+            usage = Usage(visual[b], float(visual[b]), len(ids[b]) - visual[b], len(tokens), *costs[b])
+            out.append(Reply(text, tuple(tokens), usage, complete[b]))
+            r.session.turns.append(r.turn)
+            r.session.replies.append(text)
+            if r.turn.last:
+                r.session.keys, r.session.values = [], []
+            else:
+                batch.keep(b, r.session, tokens)
+        return out
+
+    def text(self, tokens: list[int] | tuple[int, ...], until: tuple[str, ...] = ()) -> str:
+        """Token ids -> text without special tokens, cut before the first stop string."""
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text[: min((text.find(s) for s in until if s in text), default=len(text))]
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class _Batch:
+    """Sessions side by side: a padded copy of their caches, the new chunk to the right of it, holes in the 2-D mask.
+
+    Layout of a row: [padding | cache of the session | padding | chunk | reply]; padding is masked out, and positions are
+    explicit, so that a row computes what it would alone.
+    """
+
+    def __init__(self, vlm: VLM, sessions: list[Session], ids: list[list[int]], placed: list, features: Tensor | None):
+        self.vlm, device = vlm, vlm.device
+        rows, past, new = len(ids), max(s.length for s in sessions), max(map(len, ids))
+        self.ids = torch.full((rows, new), vlm.tokenizer.pad_token_id, device=device)
+        self.positions = torch.zeros((3, rows, new), dtype=torch.long, device=device)
+        self.mask = torch.zeros((rows, past + new), dtype=torch.long, device=device)  # (B, L): 1 where there is a token
+        self.prompt_length = past + new
+        for b, (session, chunk, (positions, _)) in enumerate(zip(sessions, ids, placed, strict=True)):
+            self.ids[b, new - len(chunk) :] = torch.tensor(chunk, device=device)
+            self.positions[:, b, new - len(chunk) :] = positions.to(device)
+            self.mask[b, past - session.length : past] = 1
+            self.mask[b, past + new - len(chunk) :] = 1
+        self.next = torch.tensor([after for _, after in placed], device=device)  # (B,)
+        self.cache = DynamicCache(config=vlm.decoder.config)
+        if past:
+            for layer in range(vlm.decoder.config.num_hidden_layers):
+                self.cache.update(
+                    *(self._stack([getattr(s, kind)[layer] if s.keys else None for s in sessions], past) for kind in ("keys", "values")), layer
+                )
+        self.embeds = vlm.decoder.get_input_embeddings()(self.ids)
+        if features is not None:
+            where = (self.ids == vlm.image_token)[..., None].expand_as(self.embeds)
+            self.embeds = self.embeds.masked_scatter(where, features.to(self.embeds.dtype))
+
+    @staticmethod
+    def _stack(rows: list[Tensor | None], length: int) -> Tensor:
+        """(H, L_b, D) per row -> (B, H, length, D), padded on the left."""
+        like = next(r for r in rows if r is not None)
+        out = like.new_zeros((len(rows), like.shape[0], length, like.shape[2]))
+        for b, row in enumerate(rows):
+            if row is not None:
+                out[b, :, length - row.shape[1] :] = row
+        return out
+
+    def _forward(self, embeds: Tensor, positions: Tensor) -> Tensor:
+        out = self.vlm.decoder(
+            inputs_embeds=embeds, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+        )
+        logits = self.vlm.model.lm_head(out.last_hidden_state[:, -1]).float()  # (B, vocabulary)
+        if self.vlm.trace is not None:
+            self.vlm.trace.append(logits.clone())
+        return logits
+
+    def prefill(self) -> Tensor:
+        return self._forward(self.embeds, self.positions)
+
+    def decode(self, logits: Tensor, requests: list[Request]) -> tuple[list[list[int]], list[bool]]:
+        """Greedy continuation of every row -> token ids (end token excluded), and whether the row ended by itself."""
+        vlm, rows = self.vlm, len(requests)
+        written: list[list[int]] = [[] for _ in range(rows)]
+        live, ended = [True] * rows, [False] * rows
+        for step in range(max(r.budget for r in requests)):
+            chosen = logits.argmax(-1).tolist()
+            for b, r in enumerate(requests):
+                if not live[b]:
+                    continue
+                if chosen[b] in vlm.stop:
+                    live[b], ended[b] = False, True
+                    continue
+                written[b].append(chosen[b])
+                if r.until and any(s in vlm.tokenizer.decode(written[b], skip_special_tokens=True) for s in r.until):
+                    live[b], ended[b] = False, True
+                elif len(written[b]) >= r.budget:
+                    live[b] = False
+            if not any(live):
+                break
+            on = torch.tensor(live, device=vlm.device, dtype=self.mask.dtype)[:, None]
+            self.mask = torch.cat([self.mask, on], 1)
+            tokens = torch.tensor(chosen, device=vlm.device)[:, None]
+            positions = (self.next + step)[None, :, None].expand(3, -1, -1)
+            logits = self._forward(vlm.decoder.get_input_embeddings()(tokens), positions)
+        return written, ended
+
+    def keep(self, b: int, session: Session, tokens: list[int]) -> None:
+        """Move row ``b`` of the cache into its session. A last token that the budget cut off was never fed: it opens the next chunk."""
+        held = self.mask[b].nonzero().squeeze(1)
+        fed = int(self.mask[b, self.prompt_length :].sum())
+        session.keys = [layer.keys[b][:, held] for layer in self.cache.layers]
+        session.values = [layer.values[b][:, held] for layer in self.cache.layers]
+        session.next_position = int(self.next[b]) + fed
+        session.pending = tokens[fed:]
+
+
+def _shares(marks: list[float], visual: list[int], prompt: list[int], output: list[int]) -> list[tuple[float, ...]]:
+    """Seconds of (preprocess, encode, prefill, decode) for each row: the batch's phases shared out by tokens."""
+    spans = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    weights = (visual, visual, prompt, output)
+    out = []
+    for b in range(len(prompt)):
+        row = [span * (w[b] / sum(w) if sum(w) else 1 / len(prompt)) for span, w in zip(spans, weights, strict=True)]
+        out.append(tuple(row))
+    return out
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,23 @@
+"""Full resolution: the model as it is, and the denominator of every retained token ratio.
+
+Paper    Bai et al., 2025, https://arxiv.org/abs/2502.13923 (Qwen2.5-VL)
+Code     transformers ``Qwen2_5_VLForConditionalGeneration``
+Needs    nothing
+Cost     every visual token
+Differs  nothing: one turn, the chat template's own system message
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from awares_bench.method import Look, Policy
+from awares_bench.trajectory import Sample, Turn
+
+
+@dataclass(frozen=True)
+class Full(Policy):
+    """Look at the whole image at its own size."""
+
+    def look(self, sample: Sample) -> Look:
+        return (yield Turn(sample.images, sample.question))

@@ -1,0 +1,24 @@
+"""Low resolution: every image at half its sides, about a quarter of the tokens; the control that many methods lose to.
+
+Paper    AwaRes' "LR" row, https://arxiv.org/abs/2603.16932, Sec. 4.3
+Code     none
+Needs    nothing
+Cost     a quarter of the visual tokens, where the processor's limits do not bite
+Differs  nothing
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from awares_bench.images import half
+from awares_bench.method import Look, Policy
+from awares_bench.trajectory import Sample, Turn
+
+
+@dataclass(frozen=True)
+class Low(Policy):
+    """Look at the half-size view only."""
+
+    def look(self, sample: Sample) -> Look:
+        return (yield Turn(tuple(half(i) for i in sample.images), sample.question))

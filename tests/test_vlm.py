@@ -1,0 +1,169 @@
+"""Our loop against transformers' own: logits, not tokens, because an off-by-one position changes no greedy token."""
+
+import pytest
+import torch
+from awares_bench.crops import PAPER_GRID
+from awares_bench.images import half
+from awares_bench.session import Request, Session
+from awares_bench.trajectory import Turn, messages
+from awares_bench.vlm import mrope_positions
+
+from .tiny import picture, tiny_vlm
+
+TOLERANCE = 1e-4
+
+
+def ours(vlm, requests):
+    """-> (replies, logits of every step as (steps, B, vocabulary))."""
+    vlm.trace = []
+    try:
+        replies = vlm.reply(requests)
+        return replies, torch.stack(vlm.trace)
+    finally:
+        vlm.trace = None
+
+
+def fresh(session, turn, budget=6):
+    return Request(session, turn, budget)
+
+
+def first(turn, budget=6):
+    return Request(Session(), turn, budget)
+
+
+TURNS = [
+    Turn((picture(224, 224),), "What is the value of the red bar?"),
+    Turn((picture(300, 84, 1),), "Is there a star in a red frame?\nAnswer the question using a single word or phrase."),
+    Turn((picture(112, 112, 2), picture(56, 140, 3)), "Compare the two.", system=PAPER_GRID.prompt),
+    Turn((), "No picture at all: what is two and two?"),
+]
+
+
+@pytest.mark.parametrize("turn", TURNS, ids=["square", "wide", "two-images", "text-only"])
+def test_one_turn_has_the_logits_of_generate(turn):
+    vlm = tiny_vlm()
+    _, logits = ours(vlm, [first(turn)])
+    text = vlm.processor.apply_chat_template(messages([turn], []), tokenize=False, add_generation_prompt=True)
+    inputs = vlm.processor(text=[text], images=list(turn.images) or None, return_tensors="pt")
+    out = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    theirs = torch.stack(out.logits)
+    steps = min(len(theirs), len(logits))
+    assert steps >= 1
+    assert (logits[:steps] - theirs[:steps]).abs().max() < TOLERANCE
+
+
+def test_a_position_off_by_one_would_be_seen():
+    vlm = tiny_vlm()
+    turn = TURNS[0]
+    _, right = ours(vlm, [first(turn)])
+    _, grid, _ = vlm.pixels(turn.images[0])
+    ids = vlm.chunk(Session(), turn, [grid])
+    positions, _ = mrope_positions(ids, [grid], vlm.image_token)
+    patches, _, _ = vlm.pixels(turn.images[0])
+    embeds = vlm.decoder.get_input_embeddings()(torch.tensor([ids]))
+    where = (torch.tensor([ids]) == vlm.image_token)[..., None].expand_as(embeds)
+    embeds = embeds.masked_scatter(where, vlm.encode([patches], [grid]))
+    for shift, equal in ((0, True), (1, False)):
+        moved = positions.clone()
+        moved[:, -1] += shift
+        with torch.no_grad():
+            hidden = vlm.decoder(inputs_embeds=embeds, position_ids=moved[:, None], use_cache=False).last_hidden_state[:, -1]
+        close = (vlm.model.lm_head(hidden) - right[0]).abs().max() < TOLERANCE
+        assert bool(close) is equal
+
+
+def test_positions_are_those_of_the_model():
+    vlm = tiny_vlm()
+    for turn in TURNS[:3]:
+        grids = [vlm.pixels(i)[1] for i in turn.images]
+        ids = torch.tensor([vlm.chunk(Session(), turn, grids)])
+        theirs, delta = vlm.model.model.get_rope_index(
+            ids, image_grid_thw=torch.tensor(grids), mm_token_type_ids=(ids == vlm.image_token).int()
+        )
+        mine, after = mrope_positions(ids[0].tolist(), grids, vlm.image_token)
+        assert torch.equal(mine, theirs[:, 0])
+        assert after == int(delta) + ids.shape[1]
+
+
+@pytest.mark.parametrize("budget", [6, 2], ids=["ended-or-not", "cut-by-its-budget"])
+def test_a_second_turn_on_the_kept_cache_has_the_logits_of_a_fresh_prefill(budget):
+    vlm = tiny_vlm()
+    image = picture(280, 224, 5)
+    session = Session()
+    one = Turn((half(image),), "What is the value of the red bar?", system=PAPER_GRID.prompt, last=False)
+    (reply,), _ = ours(vlm, [fresh(session, one, budget)])
+    two = Turn(tuple(PAPER_GRID.cut(image, ("top-left", "right"))))
+    _, kept = ours(vlm, [fresh(session, two)])
+
+    grids = [vlm.pixels(i)[1] for turn in (one, two) for i in turn.images]
+    head = vlm.chunk(Session(), one, grids[:1])
+    tail = vlm.chunk(Session(turns=[one], replies=["x"]), two, grids[1:])
+    ids = head + list(reply.tokens) + tail
+    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    patches = torch.cat([vlm.pixels(i)[0] for turn in (one, two) for i in turn.images])
+    with torch.no_grad():
+        whole = vlm.model(
+            **inputs,
+            pixel_values=patches,
+            image_grid_thw=torch.tensor(grids),
+            mm_token_type_ids=(inputs["input_ids"] == vlm.image_token).int(),
+        ).logits[0, -1]
+    assert (kept[0, 0] - whole).abs().max() < TOLERANCE
+
+
+def test_the_second_chunk_continues_the_rendered_conversation():
+    vlm = tiny_vlm()
+    one = Turn((picture(112, 112),), "q?", system=PAPER_GRID.prompt, last=False)
+    two = Turn((picture(56, 56),))
+    grids = [vlm.pixels(i)[1] for t in (one, two) for i in t.images]
+    reply = "GET_CROPS: ['3']"
+    ids = vlm.chunk(Session(), one, grids[:1]) + vlm.tokenizer(reply)["input_ids"]
+    ids += vlm.chunk(Session(turns=[one], replies=[reply]), two, grids[1:])
+    text = vlm.processor.apply_chat_template(messages([one, two], [reply]), tokenize=False, add_generation_prompt=True)
+    whole = vlm.processor(text=[text], images=[*one.images, *two.images], return_tensors="pt")["input_ids"][0].tolist()
+    assert ids == whole
+
+
+def test_a_mixed_batch_has_the_logits_of_each_row_alone():
+    vlm = tiny_vlm()
+    image = picture(252, 252, 7)
+    one = Turn((half(image),), "Which way?", system=PAPER_GRID.prompt, last=False)
+
+    def second_turn():
+        session = Session()
+        vlm.reply([Request(session, one, 4)])
+        return Request(session, Turn(tuple(PAPER_GRID.cut(image, ("bottom",)))), 6)
+
+    alone = [ours(vlm, [first(t)]) for t in TURNS] + [ours(vlm, [second_turn()])]
+    replies, logits = ours(vlm, [*map(first, TURNS), second_turn()])
+    for b, ((reply,), single) in enumerate(alone):
+        assert replies[b].text == reply.text
+        steps = len(reply.tokens)
+        assert (logits[:steps, b] - single[:steps, 0]).abs().max() < TOLERANCE
+
+
+def test_usage_counts_what_was_fed():
+    vlm = tiny_vlm()
+    (reply,), _ = ours(vlm, [first(TURNS[0])])
+    assert reply.usage.encoded == reply.usage.prefill == 64  # 224 / 28 = 8 a side
+    (reply,), _ = ours(vlm, [first(TURNS[2])])
+    assert reply.usage.encoded == 16 + 10  # 4 x 4 and 2 x 5
+    assert vlm.visual_tokens(picture(1120, 840)) == 1200  # 40 x 30
+    for size in ((1, 1), (3, 2000), (57, 400), (1700, 2200)):
+        _, grid, _ = vlm.pixels(picture(*size))
+        assert vlm.visual_tokens(picture(*size)) == grid[1] * grid[2] // 4
+
+
+def test_the_tower_is_left_as_it_was_also_after_an_exception():
+    vlm = tiny_vlm()
+    before = vlm.model.model.visual.config._attn_implementation
+    vlm.reply([first(TURNS[0])])
+    with pytest.raises(RuntimeError):
+        vlm.encode([torch.zeros(3, 1176)], [(1, 2, 2)])
+    assert vlm.model.model.visual.config._attn_implementation == before
+
+
+def test_an_image_mark_in_the_question_is_refused():
+    vlm = tiny_vlm()
+    with pytest.raises(ValueError, match="remove the text"):
+        vlm.reply([first(Turn((picture(56, 56),), "what is <|image_pad|>?"))])

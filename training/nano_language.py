@@ -1,0 +1,214 @@
+"""Stages 2 and 3 of nano: the whole model learns to answer, then to ask for crops.
+
+``base``  questions on growing canvases at full size, at half size, and at half size with a crop already fetched
+``sft``   two-turn trajectories with the renderer's boxes as oracle: answer from half size when everything asked for is
+          written large, else call for the cheapest crops that cover the evidence; loss weight 5 on the call (paper Sec. 3.3).
+          A share of single-turn full and half-size questions is replayed, so that the controls keep their weights' worth.
+
+    python -m awares_bench.training.nano_language --stage base --tower runs/tower --out runs/base --steps 4000
+    python -m awares_bench.training.nano_language --stage sft --start runs/base --out runs/sft --steps 1500
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from awares_bench.crops import PAPER_GRID
+from awares_bench.training import nano
+from awares_bench.training.conversation import Row, Writer, collate
+from awares_bench.training.loop import Group, train
+from awares_bench.training.pixels import half, normalise
+from awares_bench.training.world import world
+from awares_bench.vision_attention import windowed_attention
+
+CALL_WEIGHT = 5.0  # paper Sec. 4.3, ablation in Table 3
+STAGES = {"base": 0, "sft": 1}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: until (share of the steps), picture size, panels per picture, share of each kind of row."""
+
+    until: float
+    size: tuple[int, int]
+    count: tuple[int, int]
+    mix: dict[str, float]
+
+
+PHASES = {
+    "base": (
+        Phase(0.06, (112, 112), (1, 2), {"full": 1.0}),
+        Phase(0.14, (224, 224), (2, 3), {"full": 0.8, "crop": 0.2}),
+        Phase(1.00, (224, 224), (3, 5), {"full": 0.45, "low": 0.2, "crop": 0.35}),
+    ),
+    "sft": (Phase(1.00, (224, 224), (3, 5), {"awares": 0.7, "full": 0.18, "low": 0.12}),),
+}
+
+
+def train_seed(stage: str, step: int, i: int) -> int:
+    """A document seed that no validation or suite document has."""
+    seed = (STAGES[stage] << 36) + step * 256 + i
+    assert seed in world().SEEDS["train"], f"seed {seed} is outside the training range"
+    return seed
+
+
+def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, questions: int = 3) -> Row:
+    """One training conversation; ``full`` and ``low`` ask several questions about their picture, one after another."""
+    w = world()
+    rng = w.stream(family, seed)
+    image, panels = w.family_scene(rng, family, phase.count, phase.size)
+    order = rng.sample(panels, len(panels)) if questions > 1 else [rng.choice(panels)]
+    asked = []
+    for panel in order[: questions if mode in ("full", "low") else 1]:
+        question, answer, options, evidence = w.ask(rng, panels, panel)
+        asked.append((w.prompt(family, question, options), answer, evidence))
+    if mode in ("full", "low"):
+        view = image if mode == "full" else half(image)
+        return writer.row([([view] if i == 0 else [], text, answer, 1.0) for i, (text, answer, _) in enumerate(asked)])
+    text, answer, evidence = asked[0]
+    system = PAPER_GRID.prompt
+    if mode == "awares" and all(p.large for p in evidence):
+        return writer.row([([half(image)], text, answer, 1.0)], system)
+    names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size)
+    call_weight = CALL_WEIGHT if mode == "awares" else 0.0
+    crops = PAPER_GRID.cut(image, names)
+    return writer.row([([half(image)], text, PAPER_GRID.format(names), call_weight), (crops, "", answer, 1.0)], system)
+
+
+def make_batch(writer: Writer, stage: str, step: int, steps: int, rows: int) -> dict:
+    w, rng = world(), random.Random(f"{stage}/{step}")
+    phases = [p for p in PHASES[stage] if step / steps < p.until]
+    out = []
+    for i in range(rows):
+        earlier = PHASES[stage][: len(PHASES[stage]) - len(phases)]
+        phase = rng.choice(earlier) if earlier and rng.random() < 0.1 else phases[0]
+        mode = rng.choices(list(phase.mix), list(phase.mix.values()))[0]
+        out.append(make_row(writer, w.FAMILIES[i % len(w.FAMILIES)], train_seed(stage, step, i), mode, phase))
+    return collate(out, writer)
+
+
+class Learner:
+    """Weighted cross-entropy of a Qwen2.5-VL on a collated batch; the tower runs without gradients while it is frozen."""
+
+    def __init__(self, model):
+        self.model, self.tower_learns = model, False
+
+    def hidden(self, b: dict) -> torch.Tensor:
+        core = self.model.model
+        with torch.set_grad_enabled(self.tower_learns and torch.is_grad_enabled()):
+            features = core.visual(normalise(b["pixels"]), grid_thw=b["grids"]).pooler_output
+        embeds = core.get_input_embeddings()(b["ids"])
+        where = (b["ids"] == self.model.config.image_token_id)[..., None].expand_as(embeds)
+        embeds = embeds.masked_scatter(where, features.to(embeds.dtype))
+        decoder = core.language_model
+        return decoder(inputs_embeds=embeds, attention_mask=b["mask"], position_ids=b["positions"], use_cache=False).last_hidden_state
+
+    def loss(self, b: dict) -> tuple[torch.Tensor, dict[str, float]]:
+        hidden, weights = self.hidden(b)[:, :-1], b["weights"][:, 1:]
+        on = weights > 0
+        losses = cross_entropy(self.model.lm_head(hidden[on]).float(), b["ids"][:, 1:][on], reduction="none")
+        return (losses * weights[on]).sum() / weights[on].sum(), {}
+
+    @torch.no_grad()
+    def right(self, rows: list[Row], writer: Writer, device: str) -> list[bool]:
+        """Whether the last reply of each row is the greedy one, given what precedes it."""
+        b = {k: v.to(device) for k, v in collate(rows, writer).items()}
+        with torch.autocast(device.split(":")[0], dtype=torch.bfloat16):
+            hidden = self.hidden(b)
+            out = []
+            for i, row in enumerate(rows):
+                s, e = row.replies[-1]
+                out.append(bool((self.model.lm_head(hidden[i, s - 1 : e - 1]).argmax(-1) == b["ids"][i, s:e]).all()))
+        return out
+
+
+def calibrate(model, writer: Writer) -> None:
+    """Bring the tower's output to the scale of the token embeddings: zero mean, deviation 0.1, embeddings alike.
+
+    Without it the first language gradients collapse the features to a constant (measured).
+    """
+    phase = PHASES["base"][-1]
+    rows = [make_row(writer, world().FAMILIES[i % 6], train_seed("base", 0, i), "full", phase) for i in range(48)]
+    b = collate(rows, writer)
+    with torch.no_grad():
+        features = model.model.visual(normalise(b["pixels"]).to(model.device), grid_thw=b["grids"].to(model.device)).pooler_output
+        last = model.model.visual.merger.mlp[2]
+        scale = 0.1 / features.std(0).mean()
+        last.bias.sub_(features.mean(0))
+        last.weight.mul_(scale)
+        last.bias.mul_(scale)
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=list(STAGES), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tower", type=Path, help="run folder of the tower stage (base)")
+    parser.add_argument("--start", type=Path, help="run folder of the base stage (sft)")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--rows", type=int, default=36, help="conversations per step")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--tower-lr", type=float, default=1e-4)
+    parser.add_argument("--tower-frozen", type=float, default=0.5, help="share of the steps before the tower learns too")
+    parser.add_argument("--device", default="cpu")
+    a = parser.parse_args(argv)
+    torch.manual_seed(STAGES[a.stage])
+    tok = nano.nano_tokenizer()
+    writer, model = Writer(tok), nano.build(tok).to(a.device)
+    if a.stage == "base":
+        state = torch.load(a.tower / "checkpoint.pt", map_location=a.device, weights_only=True)
+        model.model.visual.load_state_dict(state["tower"])
+        calibrate(model, writer)
+    else:
+        state = torch.load(a.start / "checkpoint.pt", map_location=a.device, weights_only=True)
+        model.load_state_dict(state["model"])
+    learner = Learner(model)
+    tower = list(model.model.visual.parameters())
+    language = [p for n, p in model.named_parameters() if ".visual." not in n]
+    frozen = int(a.steps * a.tower_frozen)
+
+    def loss_of(b: dict) -> tuple[torch.Tensor, dict[str, float]]:
+        learner.tower_learns = loss_of.step >= frozen
+        loss_of.step += 1
+        return learner.loss(b)
+
+    checkpoint = a.out / "checkpoint.pt"
+    loss_of.step = torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
+
+    def evaluate(step: int) -> dict:
+        w, found = world(), {}
+        first = w.SEEDS["validation"].start
+        phase = PHASES[a.stage][-1]
+        for mode in ("full", "low", "crop"):
+            found[mode] = {}
+            for family in w.FAMILIES:
+                rows = [make_row(writer, family, first + i, mode, phase, questions=1) for i in range(48)]
+                right = learner.right(rows, writer, a.device)
+                found[mode][family] = round(sum(right) / len(right), 3)
+            found[mode]["mean"] = round(sum(found[mode].values()) / len(w.FAMILIES), 3)
+        return found
+
+    with windowed_attention(model):
+        train(
+            {"model": model},
+            [Group(language, a.lr), Group(tower, a.tower_lr, frozen)],
+            lambda step: make_batch(writer, a.stage, step, a.steps, a.rows),
+            loss_of,
+            evaluate,
+            a.out,
+            a.steps,
+            device=a.device,
+            evaluate_every=500,
+        )
+    nano.save(model, nano.processor(tok), a.out / "checkpoint")
+
+
+if __name__ == "__main__":
+    main()
