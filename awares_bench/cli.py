@@ -15,9 +15,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="store_true", help="versions of awares-bench and of what its numbers depend on")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="full, low and AwaRes on the nano suite through lmms-eval, then table, figure and gallery")
+    demo = commands.add_parser(
+        "demo", help="full, low and AwaRes on the nano suite through lmms-eval, then table, figure and gallery"
+    )
     demo.add_argument("--suite", type=Path, help="a suite made by nano-data (default: the one in the package)")
-    demo.add_argument("--methods", default="awares_full,awares_low,awares", help="comma-separated lmms-eval model names of this package")
+    demo.add_argument(
+        "--methods", default="awares_full,awares_low,awares", help="comma-separated lmms-eval model names of this package"
+    )
     demo.add_argument("--limit", type=int, help="documents per task (default: all)")
     demo.add_argument("--out", type=Path, default=Path("awares-demo"), help="output folder; a second call resumes there")
     demo.add_argument("--pretrained", default="nano", help="checkpoint (default: the nano weights in the package)")

@@ -17,7 +17,12 @@ MODELS = ("awares_full", "awares_low", "awares")
 
 
 def run(
-    out: Path, methods: list[str], suite: Path | None = None, limit: int | None = None, pretrained: str = "nano", batch_size: int = 8
+    out: Path,
+    methods: list[str],
+    suite: Path | None = None,
+    limit: int | None = None,
+    pretrained: str = "nano",
+    batch_size: int = 8,
 ) -> None:
     """Evaluate ``methods`` on a suite and write ``out``: runs/, lmms/, table.md, table.csv, accuracy_rtr.*, gallery.html, summary.json.
 
@@ -30,7 +35,9 @@ def run(
         raise ValueError(f"--limit is {limit}; it must be at least 1")
     suite = Path(suite) if suite else Path(str(files("awares_bench.tasks") / "nano_chart.yaml")).parent
     if not (suite / "nano_chart.parquet").exists():
-        raise ValueError(f"{suite} holds no nano suite (nano_chart.parquet is missing); make one: awares-bench nano-data --seed 1 --out {suite}")
+        raise ValueError(
+            f"{suite} holds no nano suite (nano_chart.parquet is missing); make one: awares-bench nano-data --seed 1 --out {suite}"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "demo.json").write_text(json.dumps({"methods": methods, "suite": str(suite.resolve()), "limit": limit}))
@@ -55,7 +62,9 @@ def _evaluate(name: str, out: Path, suite: Path, limit: int | None, pretrained: 
     if status == 130 or status < 0:
         raise KeyboardInterrupt
     if not set(results.rglob("*_results.json")) - before:
-        raise RuntimeError(f"lmms-eval left no results for {name} (exit status {status}); its messages are above and in {out / f'{name}.log'}")
+        raise RuntimeError(
+            f"lmms-eval left no results for {name} (exit status {status}); its messages are above and in {out / f'{name}.log'}"
+        )
 
 
 def report(out: Path) -> None:

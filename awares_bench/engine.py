@@ -76,9 +76,7 @@ class Engine:
                     yield index, started
             if not waiting:
                 return
-            requests = [
-                Request(r.session, r.turn, max(r.job.max_new_tokens, r.turn.budget or 0), r.job.until) for r in waiting
-            ]
+            requests = [Request(r.session, r.turn, max(r.job.max_new_tokens, r.turn.budget or 0), r.job.until) for r in waiting]
             replies, still = self.vlm.reply(requests), []
             for run, reply in zip(waiting, replies, strict=True):
                 run.turns.append(run.turn)
@@ -128,7 +126,9 @@ class Engine:
         resized = bool(images) and images[0].size != run.job.sample.images[0].size
         if resized and run.full_tokens and first.encoded / run.full_tokens > LOW_RATIO:
             share = first.encoded / run.full_tokens
-            events.append(Event("low_view_not_a_quarter", f"the first view costs {share:.2f} of the full tokens: processor limits bite"))
+            events.append(
+                Event("low_view_not_a_quarter", f"the first view costs {share:.2f} of the full tokens: processor limits bite")
+            )
         crops = next((tuple(e.detail.split(",")) for e in events if e.kind == "crops"), ())
         events = [e for e in events if e.kind != "crops"]
         return Trajectory(tuple(run.turns), tuple(run.replies), text, tuple(events), run.full_tokens, crops)

@@ -108,7 +108,9 @@ class MethodModel(lmms):
         return self._device
 
     def loglikelihood(self, requests):
-        raise NotImplementedError("loglikelihood tasks need scores of given answers; awares-bench models generate. Use generate_until tasks")
+        raise NotImplementedError(
+            "loglikelihood tasks need scores of given answers; awares-bench models generate. Use generate_until tasks"
+        )
 
     def generate_until_multi_round(self, requests):
         raise NotImplementedError("multi-round tasks are not supported; use generate_until tasks")
@@ -191,10 +193,14 @@ def _job(messages: list[dict], gen_kwargs: dict, key: str) -> Job:
     if videos or audios:
         raise ValueError("the document holds video or audio; awares-bench methods read images and text")
     if [m.role for m in chat.messages] != ["user"]:
-        raise ValueError(f"the document is a conversation of {[m.role for m in chat.messages]}; one user message is supported (no few-shot)")
+        raise ValueError(
+            f"the document is a conversation of {[m.role for m in chat.messages]}; one user message is supported (no few-shot)"
+        )
     text = "".join(c.text for c in chat.messages[0].content if c.type == "text")
     if gen_kwargs.get("do_sample") and gen_kwargs.get("temperature", 1.0):
-        raise ValueError("the task asks for sampling (do_sample=true); awares-bench decodes greedily. Pass --gen_kwargs do_sample=false")
+        raise ValueError(
+            "the task asks for sampling (do_sample=true); awares-bench decodes greedily. Pass --gen_kwargs do_sample=false"
+        )
     until = gen_kwargs.get("until") or ()
     until = (until,) if isinstance(until, str) else tuple(until)
     return Job(Sample(tuple(images), text, key), int(gen_kwargs.get("max_new_tokens", 128)), tuple(s for s in until if s))

@@ -78,7 +78,9 @@ class RunFolder:
         self.path = self.folder / ("records.jsonl" if rank == 0 else f"records-{rank}.jsonl")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.done = {(r.task, r.doc_id, r.question): r for r in read_records(self.folder, repair=self.path) if r.error is None}
+            self.done = {
+                (r.task, r.doc_id, r.question): r for r in read_records(self.folder, repair=self.path) if r.error is None
+            }
             if rank == 0:
                 self._write_provenance()
             self._file = self.path.open("a", encoding="utf-8")
@@ -89,7 +91,9 @@ class RunFolder:
         path = self.folder / "run.json"
         if path.exists():
             before = json.loads(path.read_text())
-            changed = [k for k in sorted({*before["identity"], *self.identity}) if before["identity"].get(k) != self.identity.get(k)]
+            changed = [
+                k for k in sorted({*before["identity"], *self.identity}) if before["identity"].get(k) != self.identity.get(k)
+            ]
             if changed:
                 said = "; ".join(f"{k} was {before['identity'].get(k)!r}, is {self.identity.get(k)!r}" for k in changed)
                 raise ValueError(f"{self.folder} holds another run ({said}). Pass another output_dir, or delete the folder")
@@ -107,7 +111,9 @@ class RunFolder:
             self._file.flush()
         except OSError as error:
             kept = len(self.done)
-            raise OSError(f"cannot write {self.path}: {error.strerror}. {kept} answers are kept there; free space and rerun") from error
+            raise OSError(
+                f"cannot write {self.path}: {error.strerror}. {kept} answers are kept there; free space and rerun"
+            ) from error
         if record.error is None:
             self.done[(record.task, record.doc_id, record.question)] = record
 
@@ -136,9 +142,13 @@ def read_records(folder: Path, repair: Path | None = None) -> Iterator[Record]:
             try:
                 fields = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}); delete that line to go on without its document") from error
+                raise ValueError(
+                    f"{path}, line {number} is not JSON ({error}); delete that line to go on without its document"
+                ) from error
             if fields.get("version") != VERSION:
-                raise ValueError(f"{path}, line {number} is a record of version {fields.get('version')}; this release reads version {VERSION}")
+                raise ValueError(
+                    f"{path}, line {number} is a record of version {fields.get('version')}; this release reads version {VERSION}"
+                )
             record = Record(**fields)
             found[(record.task, record.doc_id, record.question)] = record
     yield from found.values()

@@ -14,7 +14,9 @@ NAME = "flash_grouped_windows"  # a name with "flash" in it makes the tower pass
 """Key under which the function is known to transformers; only a tower whose config names it is affected."""
 
 
-def grouped_windows(module, q: Tensor, k: Tensor, v: Tensor, attention_mask=None, scaling=None, dropout=0.0, cu_seq_lens_q=None, **_):
+def grouped_windows(
+    module, q: Tensor, k: Tensor, v: Tensor, attention_mask=None, scaling=None, dropout=0.0, cu_seq_lens_q=None, **_
+):
     """Attention within segments: segments of equal length share one call. q, k, v: (1, H, N, D) -> (1, N, H, D), None."""
     starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]
     heads, width = q.shape[1], q.shape[3]

@@ -7,6 +7,7 @@ turns need it. Its logits equal those of ``generate`` and of a fresh prefill (te
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -57,7 +58,9 @@ def mrope_positions(
 class VLM:
     """A Qwen2.5-VL and its processor. Greedy decoding; every public method is deterministic."""
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, processor, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS):
+    def __init__(
+        self, model: Qwen2_5_VLForConditionalGeneration, processor, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+    ):
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels; got {min_pixels} and {max_pixels}")
         self.model, self.processor = model.eval(), processor
@@ -95,12 +98,18 @@ class VLM:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read a model config from {pretrained!r}: {_first_line(error)}") from error
         if config.model_type != "qwen2_5_vl":
-            raise CheckpointError(f"{pretrained!r} is a {config.model_type} checkpoint; this release runs qwen2_5_vl (Qwen2.5-VL) only")
+            raise CheckpointError(
+                f"{pretrained!r} is a {config.model_type} checkpoint; this release runs qwen2_5_vl (Qwen2.5-VL) only"
+            )
         if folder.is_dir() and not any((folder / f).exists() for f in ("tokenizer.json", "vocab.json")):
-            raise CheckpointError(f"{pretrained!r} has no tokenizer (tokenizer.json or vocab.json); copy the base model's beside the weights")
+            raise CheckpointError(
+                f"{pretrained!r} has no tokenizer (tokenizer.json or vocab.json); copy the base model's beside the weights"
+            )
         try:
             processor = AutoProcessor.from_pretrained(pretrained)
-            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(pretrained, dtype=kind, attn_implementation=attn_implementation)
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                pretrained, dtype=kind, attn_implementation=attn_implementation
+            )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot load {pretrained!r}: {_first_line(error)}") from error
         return cls(model.to(device), processor, min_pixels, max_pixels)
@@ -137,7 +146,9 @@ class VLM:
                 f"the prompt holds {len(pieces) - 1} image marks for {len(grids)} images; remove the text {marker!r} from the question"
             )
         merge = self.processor.image_processor.merge_size**2
-        text = pieces[0] + "".join(marker * (rows * columns // merge) + p for (_, rows, columns), p in zip(grids, pieces[1:], strict=True))
+        text = pieces[0] + "".join(
+            marker * (rows * columns // merge) + p for (_, rows, columns), p in zip(grids, pieces[1:], strict=True)
+        )
         return session.pending + self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @torch.inference_mode()
@@ -234,7 +245,11 @@ class _Batch:
         if past:
             for layer in range(vlm.decoder.config.num_hidden_layers):
                 self.cache.update(
-                    *(self._stack([getattr(s, kind)[layer] if s.keys else None for s in sessions], past) for kind in ("keys", "values")), layer
+                    *(
+                        self._stack([getattr(s, kind)[layer] if s.keys else None for s in sessions], past)
+                        for kind in ("keys", "values")
+                    ),
+                    layer,
                 )
         self.embeds = vlm.decoder.get_input_embeddings()(self.ids)
         if features is not None:
@@ -302,7 +317,7 @@ class _Batch:
 
 def _shares(marks: list[float], visual: list[int], prompt: list[int], output: list[int]) -> list[tuple[float, ...]]:
     """Seconds of (preprocess, encode, prefill, decode) for each row: the batch's phases shared out by tokens."""
-    spans = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    spans = [b - a for a, b in pairwise(marks)]
     weights = (visual, visual, prompt, output)
     out = []
     for b in range(len(prompt)):

@@ -14,6 +14,8 @@ def resolve(pretrained: str) -> str:
     if pretrained.startswith(NANO) and "/" not in pretrained and not Path(pretrained).is_dir():
         known = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
         if pretrained not in known:
-            raise ValueError(f"no weights named {pretrained!r} in the package; known: {', '.join(known) or 'none'}, or pass a folder or a hub name")
+            raise ValueError(
+                f"no weights named {pretrained!r} in the package; known: {', '.join(known) or 'none'}, or pass a folder or a hub name"
+            )
         return str(folder)
     return str(Path(pretrained).expanduser()) if pretrained.startswith("~") else pretrained

@@ -22,7 +22,9 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for method, cells in summary(frame).items():
         low, high = mean_interval(frame[frame["method"] == method])
-        rows.append({"method": method, "rtr": cells["mean"]["rtr"], "accuracy": cells["mean"]["accuracy"], "low": low, "high": high})
+        rows.append(
+            {"method": method, "rtr": cells["mean"]["rtr"], "accuracy": cells["mean"]["accuracy"], "low": low, "high": high}
+        )
     return pd.DataFrame(rows)
 
 
@@ -35,7 +37,14 @@ def draw(points: pd.DataFrame, title: str) -> Figure:
             colour = COLOURS.get(p.method) or next(others)
             errors = [[100 * (p.accuracy - p.low)], [100 * (p.high - p.accuracy)]]
             axes.errorbar(
-                p.rtr, 100 * p.accuracy, yerr=errors, fmt=MARKERS.get(p.method, "o"), color=colour, markersize=7, capsize=3, elinewidth=1
+                p.rtr,
+                100 * p.accuracy,
+                yerr=errors,
+                fmt=MARKERS.get(p.method, "o"),
+                color=colour,
+                markersize=7,
+                capsize=3,
+                elinewidth=1,
             )
             right = p.rtr > 0.8
             axes.annotate(

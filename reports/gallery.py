@@ -28,19 +28,19 @@ COLOURS = ("#d6336c", "#1971c2", "#e8590c", "#2f9e44")
 
 
 def choose(frame: pd.DataFrame, count: int = 12) -> pd.DataFrame:
-    """A dozen rows that show all kinds: every task in turn, called before direct, and wrong answers among the right ones."""
+    """A dozen rows of all kinds: about five called and right, four direct and right, three wrong, tasks in turn."""
+    right = frame["score"] > 0.5
+    kinds = [
+        (frame["called"] & right, 5),
+        (~frame["called"] & right, 4),
+        (frame["called"] & ~right, 2),
+        (~frame["called"] & ~right, 1),
+    ]
     picked: list[int] = []
-    groups = {
-        (task, called, right): list(rows.index)
-        for (task, called, right), rows in frame.assign(right=frame["score"] > 0.5).groupby(["task", "called", "right"], sort=False)
-    }
-    wanted = [(True, True), (False, True), (True, False), (False, False)]
-    while len(picked) < count and any(groups.values()):
-        for called, right in wanted:
-            for task in frame["task"].unique():
-                left = groups.get((task, called, right))
-                if left and len(picked) < count and not (not right and len(picked) < count // 2):
-                    picked.append(left.pop(0))
+    for chosen, share in [*kinds, (right | ~right, 12)]:
+        pool = frame[chosen].drop(index=[i for i in picked if chosen[i]])
+        in_turn = pool.assign(turn=pool.groupby("task").cumcount()).sort_values("turn", kind="stable").index
+        picked += list(in_turn[: min(round(share * count / 12), count - len(picked))])
     return frame.loc[picked]
 
 
@@ -69,8 +69,10 @@ def _article(row: dict, image: Image.Image) -> str:
             f"<small>{usage['prefill']:g} visual, {usage['text']} text, {usage['output']} output tokens; {1000 * seconds:.0f} ms</small></div>"
         )
     if names:
-        turns.insert(1, f'<div class="turn"><small>where it looked, on the full image</small><br>{_img(_outlined(image, names))}</div>')
-    events = "".join(f'<br><small>event: {html.escape(e["kind"])} — {html.escape(e["detail"])}</small>' for e in row["events"])
+        turns.insert(
+            1, f'<div class="turn"><small>where it looked, on the full image</small><br>{_img(_outlined(image, names))}</div>'
+        )
+    events = "".join(f"<br><small>event: {html.escape(e['kind'])} — {html.escape(e['detail'])}</small>" for e in row["events"])
     ratio = "no image" if row["rtr"] is None else f"RTR {row['rtr']:.2f}"
     return (
         f"<article><header><b>{html.escape(row['task'])} · document {row['doc_id']}</b>"

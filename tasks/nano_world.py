@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,34 @@ LETTERS = tuple("ABCDEFGH")
 SILHOUETTES = ("circle", "square", "triangle", "diamond", "hexagon")
 SYMBOLS = ("star", "cross", "ring", "heart", "moon", "bolt")
 DIRECTIONS = ("left", "right", "up", "down")
-WORDS = tuple("CAT CAR CAN CUP DOG DOT SUN SUM MAP MAN BUS BOX PIN PEN TEA TEN HAT HAM JAR JAM OWL ICE KEY ZOO".split())
+WORDS = tuple(
+    [
+        "CAT",
+        "CAR",
+        "CAN",
+        "CUP",
+        "DOG",
+        "DOT",
+        "SUN",
+        "SUM",
+        "MAP",
+        "MAN",
+        "BUS",
+        "BOX",
+        "PIN",
+        "PEN",
+        "TEA",
+        "TEN",
+        "HAT",
+        "HAM",
+        "JAR",
+        "JAM",
+        "OWL",
+        "ICE",
+        "KEY",
+        "ZOO",
+    ]
+)
 CHARACTERS = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 SMALL_TEXT, LARGE_TEXT = 12, 24  # font pixels; large at half size is as tall as small at full size
 SMALL_MARK, LARGE_MARK = (3.8, 4.4), (9.0, 10.0)  # symbol and arrow radius in pixels
@@ -106,7 +133,7 @@ def keys_of(family: str) -> tuple[str, ...]:
     return {"doc": LETTERS, "vstar": SILHOUETTES}.get(family, tuple(COLOURS))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
@@ -243,16 +270,23 @@ def scene(
             pw, ph = _extent(rng, family)
             if pw > w - 4 or ph > h - 4:
                 continue
-            x, y = rng.randint(pw // 2 + 2, w - pw // 2 - 2) // SNAP * SNAP, rng.randint(ph // 2 + 2, h - ph // 2 - 2) // SNAP * SNAP
+            x, y = (
+                rng.randint(pw // 2 + 2, w - pw // 2 - 2) // SNAP * SNAP,
+                rng.randint(ph // 2 + 2, h - ph // 2 - 2) // SNAP * SNAP,
+            )
             box = (x - pw // 2, y - ph // 2, x + pw // 2, y + ph // 2)
             if box[0] < 1 or box[1] < 1:
                 continue
-            if all(box[2] + 6 < p.box[0] or p.box[2] + 6 < box[0] or box[3] + 6 < p.box[1] or p.box[3] + 6 < box[1] for p in panels):
+            if all(
+                box[2] + 6 < p.box[0] or p.box[2] + 6 < box[0] or box[3] + 6 < p.box[1] or p.box[3] + 6 < box[1] for p in panels
+            ):
                 panel = Panel(family, key, _content(rng, family), rng.random() < 0.5, box)
                 _draw(draw, rng, panel)
                 panels.append(panel)
                 break
-    noise = 14 * np.random.default_rng(rng.getrandbits(32)).integers(0, 2, (h, w, 1), dtype=np.int16) - 7  # two levels compress well
+    noise = (
+        14 * np.random.default_rng(rng.getrandbits(32)).integers(0, 2, (h, w, 1), dtype=np.int16) - 7
+    )  # two levels compress well
     return Image.fromarray((np.asarray(image).astype(np.int16) + noise).clip(0, 255).astype(np.uint8)), panels
 
 
@@ -295,7 +329,9 @@ def ask(rng: random.Random, panels: list[Panel], panel: Panel) -> tuple[str, str
     return f"What is on the {key}?", "ABCD"[options.index(content)], tuple(options), [panel]
 
 
-def family_scene(rng: random.Random, family: str, count: tuple[int, int] = (3, 5), size=(SIZE, SIZE)) -> tuple[Image.Image, list[Panel]]:
+def family_scene(
+    rng: random.Random, family: str, count: tuple[int, int] = (3, 5), size=(SIZE, SIZE)
+) -> tuple[Image.Image, list[Panel]]:
     """A picture as the suite has them: 3 to 5 panels, keys distinct but for the pope family."""
     return scene(rng, family, rng.randint(*count), size, shared_keys=family == "pope")
 
@@ -310,4 +346,6 @@ def document(family: str, seed: int) -> Document:
     rng = stream(family, seed)
     image, panels = family_scene(rng, family)
     question, answer, options, evidence = ask(rng, panels, rng.choice(panels))
-    return Document(family, seed, image, question, answer, options, tuple(p.box for p in evidence), all(p.large for p in evidence))
+    return Document(
+        family, seed, image, question, answer, options, tuple(p.box for p in evidence), all(p.large for p in evidence)
+    )

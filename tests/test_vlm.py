@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from awares_bench.crops import PAPER_GRID
 from awares_bench.images import half
 from awares_bench.session import Request, Session

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from awares_bench.training.pixels import patches
 from PIL import Image
 
-from awares_bench.training.pixels import patches
 from awares_bench.vlm import mrope_positions
 
 DEFAULT_SYSTEM = "You are a helpful assistant."  # the chat template's own

@@ -12,15 +12,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, pre_tokenizers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2Tokenizer
-from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 
 from awares_bench.crops import PAPER_GRID
 
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 
 SUFFIXES = (
     "\nAnswer the question with a single word.",
@@ -84,9 +102,15 @@ def _pieces(prompt: str) -> list[str]:
 
 def question_corpus(questions: list[str]) -> list[str]:
     """Texts from which merges are learned: questions, prompts, instructions and the words of a tool call."""
-    return [*questions, PAPER_GRID.prompt, PAPER_GRID.prompt_as("adapter"), *SUFFIXES, "system\nuser\nassistant\n", "yes", "no"] + [
-        PAPER_GRID.format(pair) for pair in itertools.combinations(PAPER_GRID.names, 2)
-    ]
+    return [
+        *questions,
+        PAPER_GRID.prompt,
+        PAPER_GRID.prompt_as("adapter"),
+        *SUFFIXES,
+        "system\nuser\nassistant\n",
+        "yes",
+        "no",
+    ] + [PAPER_GRID.format(pair) for pair in itertools.combinations(PAPER_GRID.names, 2)]
 
 
 def processor(tok: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
@@ -111,7 +135,11 @@ def build(tok: Qwen2Tokenizer, geometry: Geometry = Geometry()) -> Qwen2_5_VLFor
             num_attention_heads=g.heads,
             num_key_value_heads=g.kv_heads,
             max_position_embeddings=32768,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [head // 8, 3 * head // 16, 3 * head // 16]},
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [head // 8, 3 * head // 16, 3 * head // 16],
+            },
             tie_word_embeddings=True,
             bos_token_id=token("<|endoftext|>"),
             eos_token_id=token("<|im_end|>"),

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
-
-from awares_bench.crops import PAPER_GRID
 from awares_bench.training import nano
 from awares_bench.training.conversation import Row, Writer, collate
 from awares_bench.training.loop import Group, train
 from awares_bench.training.pixels import half, normalise
 from awares_bench.training.world import world
+from torch.nn.functional import cross_entropy
+
+from awares_bench.crops import PAPER_GRID
 from awares_bench.vision_attention import windowed_attention
 
 CALL_WEIGHT = 5.0  # paper Sec. 4.3, ablation in Table 3
@@ -107,7 +107,9 @@ class Learner:
         where = (b["ids"] == self.model.config.image_token_id)[..., None].expand_as(embeds)
         embeds = embeds.masked_scatter(where, features.to(embeds.dtype))
         decoder = core.language_model
-        return decoder(inputs_embeds=embeds, attention_mask=b["mask"], position_ids=b["positions"], use_cache=False).last_hidden_state
+        return decoder(
+            inputs_embeds=embeds, attention_mask=b["mask"], position_ids=b["positions"], use_cache=False
+        ).last_hidden_state
 
     def loss(self, b: dict) -> tuple[torch.Tensor, dict[str, float]]:
         hidden, weights = self.hidden(b)[:, :-1], b["weights"][:, 1:]

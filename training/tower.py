@@ -2,9 +2,9 @@
 
 Each merged token predicts the characters and marks whose centres fall in it, in reading order; and each token that lies on
 a panel predicts the panel's key, its content slot by slot, and whether it is written large. The second kind *binds*: every
-token of a panel knows the whole panel, so that the language model finds an answer with one attention hop. Binding targets
-without the local ones do not get off the ground (measured: content at chance after 11,000 pictures). Language-model loss alone does not teach a tower of this size to see (measured: after 31,000 images it
-still sat at the entropy of the answers).
+token of a panel knows the whole panel, so that the language model finds an answer with one attention hop. Binding targets without the local ones do not get off the ground (measured: content at chance after
+11,000 pictures), nor do pictures alone: walls of glyphs come first. Language-model loss alone does not teach a tower of
+this size to see (measured: after 31,000 images it still sat at the entropy of the answers).
 
     python -m awares_bench.training.tower --out runs/tower --steps 2600
 """
@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.nn.functional import cross_entropy
-
-from awares_bench.crops import PAPER_GRID, Box
 from awares_bench.training import nano
 from awares_bench.training.loop import Group, train
 from awares_bench.training.pixels import half, normalise, patches
 from awares_bench.training.world import world
+from PIL import Image
+from torch.nn.functional import cross_entropy
+
+from awares_bench.crops import PAPER_GRID, Box
 from awares_bench.vision_attention import windowed_attention
 
 SLOTS = 3  # of a panel's content
@@ -90,7 +90,13 @@ def wall(rng: random.Random, scale: int, vocabulary: Vocabulary) -> tuple[Image.
     scale 2: drawn at twice the size and halved. Glyphs sit as panels put them: on the snap grid, in panel colours.
     """
     w, side = world(), 112 * scale
-    back, ink = rng.choice([((255, 255, 255), (20, 20, 20)), (rng.choice(list(w.COLOURS.values())), (255, 255, 255)), ((88, 92, 100), (255, 255, 255))])
+    back, ink = rng.choice(
+        [
+            ((255, 255, 255), (20, 20, 20)),
+            (rng.choice(list(w.COLOURS.values())), (255, 255, 255)),
+            ((88, 92, 100), (255, 255, 255)),
+        ]
+    )
     image = Image.new("RGB", (side, side), back)
     large = rng.random() < (0.75 if scale == 2 else 0.4)
     advance, pitch, glyphs = (14.4 if large else 7.2), 28 * (2 if large and scale == 2 and rng.random() < 0.5 else 1), []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 
-@lru_cache(maxsize=None)
+@cache
 def world(name: str = "awares_bench.tasks.nano_world") -> ModuleType:
     return import_module(name)

@@ -1,0 +1,88 @@
+"""The house rules: who may import whom, what a bare import costs, what the wheel holds."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("baselines", "tasks", "training", "reports")
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module)
+    return found
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).glob("*.py"))
+
+
+def test_the_core_imports_no_room_and_no_room_imports_another():
+    for folder in ("awares_bench", *ROOMS):
+        for path in files(folder):
+            rooms = {m.split(".")[1] for m in imported(path) if m.startswith("awares_bench.") and m.split(".")[1] in ROOMS}
+            assert rooms <= {folder}, f"{path} imports {rooms}"
+
+
+def test_lmms_eval_appears_in_the_adapter_and_its_entry_point_only():
+    users = {
+        p.name
+        for folder in ("awares_bench", *ROOMS)
+        for p in files(folder)
+        if any(m.split(".")[0] == "lmms_eval" for m in imported(p))
+    }
+    assert users == {"lmms.py", "manifests.py"}
+
+
+def test_reports_never_import_torch():
+    code = (
+        "import sys; from importlib import import_module; import awares_bench.cli, awares_bench.demo;"
+        "[import_module(f'awares_bench.reports.{m}') for m in ('load', 'tables', 'accuracy_rtr', 'gallery')];"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd="/").returncode == 0
+
+
+def test_a_bare_import_is_light():
+    code = "import sys, awares_bench, awares_bench.crops, awares_bench.manifests; sys.exit(bool({'torch', 'transformers', 'lmms_eval'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd="/").returncode == 0
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_refuses_a_second_import_name(room):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {room}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert f"awares_bench.{room}" in done.stderr and done.returncode == 1
+
+
+def test_no_file_names_a_machine_path_or_a_registry_host():
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *(p for f in ("awares_bench", *ROOMS) for p in files(f))]:
+        text = path.read_text()
+        for word in ("/work/", "/root/", "/home/", "/opt/", "pypi.org"):
+            assert word not in text, f"{path} holds {word!r}"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_what_git_tracks(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)], check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("awares_bench/")}
+    tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True).stdout.splitlines()
+    wanted = {
+        f if f.startswith("awares_bench/") else f"awares_bench/{f}"
+        for f in tracked
+        if f.split("/")[0] in ("awares_bench", *ROOMS)
+    }
+    wanted = {f for f in wanted if not f.startswith("awares_bench/training/logs/")}
+    assert packed == wanted

@@ -1,0 +1,121 @@
+"""The plugin as a user runs it: a real lmms-eval process, the six official task names, records, resume, batch sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from . import official
+from .tiny import tiny_vlm
+
+FOLDER = Path(import_module("awares_bench.tasks").__file__).parent
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Random weights in a checkpoint folder: this file tests plumbing, not skill."""
+    from awares_bench.training import nano
+
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    nano.save(tiny_vlm().model, tiny_vlm().processor, folder)
+    return folder
+
+
+def lmms_eval(cwd, *arguments, env=None, ranks=0):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks else []
+    command = [sys.executable, *launcher, "-m", "lmms_eval", *map(str, arguments)]
+    more = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_DATASETS_CACHE": str(cwd / "cache"),
+    }
+    done = subprocess.run(command, cwd=cwd, env=os.environ | more | (env or {}), capture_output=True, text=True, timeout=600)
+    return done.stdout + done.stderr
+
+
+def records(folder):
+    return [json.loads(line) for path in sorted(folder.glob("records*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def samples(folder):
+    return {
+        p.stem.split("_samples_")[1]: [json.loads(x) for x in p.read_text().splitlines()]
+        for p in folder.rglob("*_samples_*.jsonl")
+    }
+
+
+def test_the_six_official_tasks_run_unchanged_with_telemetry_in_both_places(tmp_path, checkpoint):
+    official.write(tmp_path)
+    arguments = [
+        "--model",
+        "awares",
+        "--tasks",
+        official.TASKS,
+        "--batch_size",
+        3,
+        "--log_samples",
+        "--output_path",
+        tmp_path / "out",
+    ]
+    model = f"pretrained={checkpoint},output_dir={tmp_path / 'run'}"
+    said = lmms_eval(tmp_path, *arguments, "--model_args", model)
+    assert list((tmp_path / "out").rglob("*_results.json")), said[-3000:]
+    lines = records(tmp_path / "run")
+    assert len(lines) == 6 * official.COUNT and {x["task"] for x in lines} == set(official.TASKS.split(","))
+    by_key = {(x["task"], x["doc_id"]): x for x in lines}
+    for task, rows in samples(tmp_path / "out").items():
+        for row in rows:
+            told, kept = row["token_counts"][0], by_key[task, row["doc_id"]]
+            assert told["rtr"] == kept["rtr"] and told["usage"] == kept["usage"] and told["full_tokens"] == kept["full_tokens"]
+            assert row["filtered_resps"][0].strip() == kept["answer"].strip()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "complete"
+
+    before = (tmp_path / "run" / "records.jsonl").read_text()
+    (tmp_path / "run" / "records.jsonl").write_text("".join(before.splitlines(keepends=True)[:7]) + '{"task": "cut')
+    said = lmms_eval(tmp_path, *arguments, "--model_args", model)
+    assert f"7 of {6 * official.COUNT} answers are taken from" in said
+    strip = lambda x: {k: v for k, v in x.items() if k != "usage"}  # noqa: E731
+    assert {(x["task"], x["doc_id"]): strip(x) for x in records(tmp_path / "run")} == {k: strip(v) for k, v in by_key.items()}
+
+
+def test_an_unknown_option_names_the_nearest_and_a_missing_checkpoint_says_what_to_do(tmp_path, checkpoint):
+    nano = ["--tasks", "nano_doc", "--include_path", FOLDER, "--limit", 1]
+    said = lmms_eval(tmp_path, "--model", "awares", "--model_args", f"pretrained={checkpoint},on_malformd=full", *nano)
+    assert "Did you mean 'on_malformed'?" in said and "call_budget" in said
+    said = lmms_eval(tmp_path, "--model", "awares_low", "--model_args", "pretrained=./nowhere", *nano)
+    assert "no checkpoint folder at './nowhere'" in said
+
+
+def test_data_parallel_ranks_record_every_document_once(tmp_path, checkpoint):
+    out = ["--log_samples", "--output_path", tmp_path / "out", "--batch_size", 2]
+    model = ["--model", "awares_full", "--model_args", f"pretrained={checkpoint},output_dir={tmp_path / 'run'}"]
+    tasks = ["--tasks", "nano_doc,nano_pope", "--include_path", FOLDER, "--limit", 5]
+    said = lmms_eval(tmp_path, *model, *tasks, *out, ranks=2, env={"ACCELERATE_USE_CPU": "true"})
+    lines = records(tmp_path / "run")
+    assert sorted((x["task"], x["doc_id"]) for x in lines) == [(t, i) for t in ("nano_doc", "nano_pope") for i in range(5)], said[
+        -3000:
+    ]
+    assert {len(rows) for rows in samples(tmp_path / "out").values()} == {5}
+
+
+def test_batch_size_changes_no_prediction_and_no_order(checkpoint):
+    from awares_bench.engine import Engine, Job
+    from awares_bench.registry import method_class
+    from awares_bench.trajectory import Sample
+    from awares_bench.vlm import VLM
+
+    from .tiny import picture
+
+    vlm = VLM.load(str(checkpoint))
+    sizes = [(224, 224), (57, 400), (112, 300), (500, 90), (64, 64), (224, 112), (300, 300)]
+    jobs = [Job(Sample((picture(*s, seed=i),), f"What is the value of bar {i}?", str(i)), 4 + i) for i, s in enumerate(sizes)]
+    for name in ("full", "low", "awares"):
+        runs = [dict(Engine(vlm, method_class(name)(), n).run(jobs)) for n in (1, 3, 8)]
+        answers = [[run[i].answer for i in range(len(jobs))] for run in runs]
+        tokens = [[[r.tokens for r in run[i].replies] for i in range(len(jobs))] for run in runs]
+        assert answers[0] == answers[1] == answers[2] and tokens[0] == tokens[1] == tokens[2]

@@ -1,0 +1,157 @@
+"""Training sees what evaluation sees: the same pixels, the same tokens; loss only on what the model writes; exact resume."""
+
+import contextlib
+import json
+from importlib import import_module
+
+import pytest
+import torch
+from awares_bench.training import nano
+from awares_bench.training.conversation import Writer, collate
+from awares_bench.training.loop import Group, train
+from awares_bench.training.pixels import half, normalise, patches
+
+from awares_bench.crops import PAPER_GRID
+from awares_bench.session import Session
+from awares_bench.trajectory import Turn
+from awares_bench.vision_attention import windowed_attention
+
+from .tiny import GEOMETRY, picture, tiny_vlm
+
+language, tower = (import_module(f"awares_bench.training.{m}") for m in ("nano_language", "tower"))
+world = import_module("awares_bench.tasks.nano_world")
+
+
+def test_pixels_are_the_processors():
+    for size in ((224, 224), (112, 56), (280, 140)):
+        image = picture(*size)
+        theirs, grid, _ = tiny_vlm().pixels(image)
+        values, mine = patches(image)
+        assert mine == grid and (normalise(values) - theirs).abs().max() < 1e-6
+
+
+def test_tokens_are_the_engines():
+    vlm = tiny_vlm()
+    writer = Writer(vlm.tokenizer)
+    image = picture(224, 224)
+    crops = PAPER_GRID.cut(image, ("top-right", "bottom"))
+    call = "GET_CROPS: ['1', '6']"
+    row = writer.row([([half(image)], "What is it?\nAnswer.", call, 5.0), (crops, "", "42", 1.0)], PAPER_GRID.prompt)
+    one = Turn((half(image),), "What is it?\nAnswer.", system=PAPER_GRID.prompt, last=False)
+    two = Turn(tuple(crops))
+    grids = [vlm.pixels(i)[1] for t in (one, two) for i in t.images]
+    engine = vlm.chunk(Session(), one, grids[:1]) + vlm.tokenizer(call)["input_ids"]
+    engine += vlm.chunk(Session(turns=[one], replies=[call]), two, grids[1:]) + vlm.tokenizer("42")["input_ids"]
+    assert row.ids[:-1] == engine and row.ids[-1] == writer.end
+    plain = writer.row([([image], "q", "a", 1.0)])
+    assert plain.ids[:-2] == vlm.chunk(Session(), Turn((image,), "q"), [vlm.pixels(image)[1]])
+
+
+def test_only_what_the_model_writes_is_weighted_and_the_call_five_times():
+    writer = Writer(tiny_vlm().tokenizer)
+    row = writer.row([([picture(56, 56)], "q", "GET_CROPS: ['3']", 5.0), ([picture(56, 56)], "", "42", 1.0)])
+    said = {
+        w: "".join(writer.tokenizer.decode([i for i, x in zip(row.ids, row.weights, strict=True) if x == w])) for w in (5.0, 1.0)
+    }
+    assert said == {5.0: "GET_CROPS: ['3']<|im_end|>", 1.0: "42<|im_end|>"}
+
+
+def test_the_weighted_loss_is_the_hand_computed_one():
+    vlm = tiny_vlm()
+    writer = Writer(vlm.tokenizer)
+    rows = [
+        writer.row([([picture(56, 56)], "q", "GET_CROPS: ['3']", 5.0), ([picture(84, 56)], "", "42", 1.0)]),
+        writer.row([([picture(112, 56)], "a longer question", "yes", 1.0)]),
+    ]
+    learner = language.Learner(vlm.model)
+    with torch.no_grad():
+        loss, _ = learner.loss(collate(rows, writer))
+        total = weight = 0.0
+        for row in rows:
+            ids = torch.tensor([row.ids])
+            logits = (
+                vlm.model(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    pixel_values=normalise(torch.cat(row.pixels)),
+                    image_grid_thw=torch.tensor(row.grids),
+                    mm_token_type_ids=(ids == writer.image_token).int(),
+                )
+                .logits[0]
+                .log_softmax(-1)
+            )
+            for i, w in enumerate(row.weights):
+                if w:
+                    total, weight = total - w * logits[i - 1, row.ids[i]].item(), weight + w
+    assert abs(loss.item() - total / weight) < 1e-4
+
+
+def test_an_awares_row_answers_directly_exactly_when_everything_is_large():
+    writer = Writer(tiny_vlm().tokenizer)
+    phase = language.PHASES["sft"][0]
+    seen = set()
+    for family in world.FAMILIES:
+        for seed in range(12):
+            row = language.make_row(writer, family, seed, "awares", phase)
+            rng = world.stream(family, seed)
+            image, panels = world.family_scene(rng, family)
+            order = rng.sample(panels, len(panels))
+            *_, evidence = world.ask(rng, panels, order[0])
+            large = all(p.large for p in evidence)
+            seen.add(large)
+            assert (len(row.replies) == 1) == large
+            if not large:
+                s, e = row.replies[0]
+                request = PAPER_GRID.parse(writer.tokenizer.decode(row.ids[s : e - 1]))
+                assert request.names == PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size)
+    assert seen == {True, False}
+
+
+def test_tower_targets_point_at_what_is_drawn():
+    vocabulary = tower.Vocabulary()
+    panel = world.Panel("chart", "red", "47", True, (28, 28, 84, 84))
+    t = tower.targets([panel], (0, 0, 112, 112), 1, vocabulary)
+    on = t[:, 0] == vocabulary.keys["red"]
+    assert set(on.nonzero()[0]) == {5, 6, 9, 10}  # tokens of 28 pixels, four a row
+    assert t[5, 1] == 2 and t[5, 2] == vocabulary.contents["4"] and t[5, 3] == vocabulary.contents["7"]
+    left_half = tower.targets([panel], (0, 0, 56, 112), 1, vocabulary)
+    assert set(left_half[:, 0]) == {0, -100}  # cut by the view's edge: no lesson
+
+
+def test_grouped_attention_equals_the_windows_one_by_one_with_and_without_gradients():
+    model = nano.build(nano.nano_tokenizer(), GEOMETRY)
+    values = normalise(torch.cat([patches(picture(224, 168))[0], patches(picture(84, 140))[0]]))
+    grid = torch.tensor([[1, 12, 16], [1, 10, 6]])
+    plain = model.model.visual(values, grid_thw=grid).pooler_output
+    with windowed_attention(model):
+        grouped = model.model.visual(values, grid_thw=grid).pooler_output
+        with torch.no_grad():
+            silent = model.model.visual(values, grid_thw=grid).pooler_output
+    assert (grouped - plain).abs().max() < 1e-5 and (silent - plain).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("cut", [2, 3])
+def test_a_resumed_run_equals_one_that_was_not_cut(tmp_path, cut):
+    def go(out, stop):
+        torch.manual_seed(0)
+        module = torch.nn.Linear(3, 1)
+
+        def make_batch(step):
+            if step >= stop:
+                raise KeyboardInterrupt
+            return {"x": torch.randn(4, 3, generator=torch.Generator().manual_seed(step))}
+
+        def loss_of(b):
+            return module(b["x"]).float().square().mean(), {}
+
+        with contextlib.suppress(KeyboardInterrupt):
+            train({"m": module}, [Group(list(module.parameters()), 0.1)], make_batch, loss_of, lambda s: {}, out, 5,
+                  warmup=1, log_every=1, evaluate_every=1, workers=0)  # fmt: skip
+        return {
+            json.loads(x)["step"]: json.loads(x).get("loss") for x in (out / "log.jsonl").read_text().splitlines() if "loss" in x
+        }
+
+    whole = go(tmp_path / "whole", 99)
+    go(tmp_path / "cut", cut)
+    resumed = go(tmp_path / "cut", 99)
+    assert resumed == whole and len(whole) == 5
