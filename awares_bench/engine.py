@@ -6,7 +6,7 @@ Batching, order, errors and counting live here; a policy sees one sample and its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from .crops import CropRequestError
@@ -57,10 +57,11 @@ class Engine:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self.vlm, self.policy, self.batch_size = vlm, policy, batch_size
 
-    def run(self, jobs: list[Job]) -> Iterator[tuple[int, Trajectory | Failure]]:
+    def run(self, jobs: Iterable[Job | Failure]) -> Iterator[tuple[int, Trajectory | Failure]]:
         """Yield (index of the job, outcome) as conversations end; every job exactly once.
 
-        A conversation that waits for its second turn shares a batch with others' first turns.
+        Jobs are taken one by one as places become free, so that a benchmark's pictures are never all in memory. A
+        conversation that waits for its second turn shares a batch with others' first turns.
         """
         waiting, todo = [], iter(enumerate(jobs))
         while True:
@@ -69,7 +70,7 @@ class Engine:
                     index, job = next(todo)
                 except StopIteration:
                     break
-                started = self._start(index, job)
+                started = job if isinstance(job, Failure) else self._start(index, job)
                 if isinstance(started, _Run):
                     waiting.append(started)
                 else:
@@ -91,8 +92,9 @@ class Engine:
     def _start(self, index: int, job: Job) -> _Run | Trajectory | Failure:
         events: list[Event] = []
         try:
+            self.vlm.check(job.sample.question)
             converted = [as_rgb(image) for image in job.sample.images]
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return Failure(str(error))
         images = tuple(image for image, _ in converted)
         events += [e for _, some in converted for e in some]
@@ -142,6 +144,9 @@ class Scripted:
 
     def visual_tokens(self, image) -> int:
         return max(4, round(image.height / 28) * round(image.width / 28))
+
+    def check(self, question: str) -> None:
+        """Every question will do."""
 
     def text(self, tokens, until=()) -> str:
         return "".join(tokens)

@@ -117,45 +117,47 @@ class MethodModel(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer every request, those of earlier interrupted runs from the record; raise at the end if any could not be."""
-        keys, jobs, failed = [], {}, {}
-        for request in requests:
-            context, to_messages, gen_kwargs, doc_id, task, split = request.args
-            key = (task, doc_id, str(context))
-            keys.append(key)
-            if key in self.run.done or key in jobs or key in failed:
-                continue
-            try:
-                doc = self.task_dict[task][split][doc_id]
-                jobs[key] = (_job(to_messages(doc), dict(gen_kwargs), f"{task}/{doc_id}"), split)
-            except (OSError, ValueError, SyntaxError) as error:
-                failed[key] = (str(error) or type(error).__name__, split)
-        if self._rank == 0 and (kept := sum(k in self.run.done for k in keys)):
-            print(f"{self.method}: {kept} of {len(keys)} answers are taken from {self.run.folder}", file=sys.stderr)
-        order = sorted(jobs, key=lambda k: -sum(i.width * i.height for i in jobs[k][0].sample.images))
+        keys = [(r.args[4], r.args[3], str(r.args[0])) for r in requests]  # (task, doc_id, prompt)
+        todo = {key: r.args for key, r in zip(keys, requests, strict=True) if key not in self.run.done}
+        if self._rank == 0 and len(todo) < len(set(keys)):
+            print(
+                f"{self.method}: {len(set(keys)) - len(todo)} of {len(set(keys))} answers are taken from {self.run.folder}",
+                file=sys.stderr,
+            )
+        order, failed = list(todo), {}
         engine = Engine(self.vlm, self.policy, self.batch_size)
-        bar = tqdm(total=len(order), desc=self.method, disable=self._rank != 0)
-        try:
-            for i, outcome in engine.run([jobs[k][0] for k in order]):
-                key, (_, split) = order[i], jobs[order[i]]
+        with tqdm(total=len(order), desc=self.method, disable=self._rank != 0) as bar:
+            for i, outcome in engine.run(self._job(todo[key]) for key in order):
+                (task, doc_id, question), split = order[i], todo[order[i]][5]
                 if isinstance(outcome, Failure):
-                    failed[key] = (outcome.error, split)
+                    failed[order[i]] = outcome.error
+                    record = Record(task, doc_id, split, question, None, error=outcome.error, batch_size=self.batch_size)
                 else:
-                    self.run.add(Record.of(outcome, key[0], key[1], split, key[2], self.batch_size))
+                    record = Record.of(outcome, task, doc_id, split, question, self.batch_size)
+                self.run.add(record)
                 bar.update()
-        finally:
-            bar.close()
-            for (task, doc_id, question), (error, split) in failed.items():
-                self.run.add(Record(task, doc_id, split, question, None, error=error, batch_size=self.batch_size))
         if failed:
-            some = "; ".join(f"{task} document {doc_id}: {error}" for (task, doc_id, _), (error, _) in list(failed.items())[:3])
+            some = "; ".join(f"{task} document {doc_id}: {error}" for (task, doc_id, _), error in list(failed.items())[:3])
             raise RuntimeError(
                 f"{len(failed)} of {len(keys)} documents could not be answered: {some}. The other answers are kept in {self.run.folder}; "
                 "repair or exclude these documents and run the same command with the same output_dir"
             )
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the run is whole when every rank is done
         if self._rank == 0:
-            self.run.finish(documents=len(keys) if self._world_size == 1 else None)
+            self.run.finish()
             print(f"{self.method}: records are in {self.run.folder}", file=sys.stderr)
         return [_result(self.run.done[key]) for key in keys]
+
+    def _job(self, args: tuple) -> Job | Failure:
+        """A chat request's arguments -> a job; a document that its own task cannot turn into messages is a failure."""
+        _, to_messages, gen_kwargs, doc_id, task, split = args
+        try:
+            return _job(to_messages(self.task_dict[task][split][doc_id]), dict(gen_kwargs), f"{task}/{doc_id}")
+        except (
+            Exception
+        ) as error:  # a task's code and its data may raise anything; recorded, and raised again at the end of the run
+            return Failure(f"{type(error).__name__}: {error}")
 
 
 class AwaResModel(MethodModel):

@@ -132,6 +132,12 @@ class VLM:
         ip = self.processor.image_processor
         return ip.get_number_of_image_patches(image.height, image.width, {"size": self.limits}) // ip.merge_size**2
 
+    def check(self, question: str) -> None:
+        """Raise ValueError when a question holds the text of an image mark, which the tokenizer would take for an image."""
+        marker = self.tokenizer.convert_ids_to_tokens(self.image_token)
+        if marker in question:
+            raise ValueError(f"the question holds the text {marker!r}, which stands for an image; remove it from the question")
+
     def chunk(self, session: Session, turn: Turn, grids: list[tuple[int, int, int]]) -> list[int]:
         """Token ids that ``turn`` adds to the session: everything up to where the model writes.
 
@@ -141,10 +147,6 @@ class VLM:
         text = self.processor.apply_chat_template(history, tokenize=False, add_generation_prompt=True).split(_HOLE)[-1]
         marker = self.tokenizer.convert_ids_to_tokens(self.image_token)
         pieces = text.split(marker)
-        if len(pieces) - 1 != len(grids):
-            raise ValueError(
-                f"the prompt holds {len(pieces) - 1} image marks for {len(grids)} images; remove the text {marker!r} from the question"
-            )
         merge = self.processor.image_processor.merge_size**2
         text = pieces[0] + "".join(
             marker * (rows * columns // merge) + p for (_, rows, columns), p in zip(grids, pieces[1:], strict=True)

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from awares_bench.baselines.full import Full
+from awares_bench.training import nano
 
 from awares_bench.crops import PAPER_GRID
+from awares_bench.engine import Engine, Failure, Job
 from awares_bench.images import half
 from awares_bench.session import Request, Session
-from awares_bench.trajectory import Turn, messages
-from awares_bench.vlm import mrope_positions
+from awares_bench.trajectory import Sample, Trajectory, Turn, messages
+from awares_bench.vlm import VLM, CheckpointError, mrope_positions
 
 from .tiny import picture, tiny_vlm
 
@@ -164,7 +167,29 @@ def test_the_tower_is_left_as_it_was_also_after_an_exception():
     assert vlm.model.model.visual.config._attn_implementation == before
 
 
-def test_an_image_mark_in_the_question_is_refused():
-    vlm = tiny_vlm()
-    with pytest.raises(ValueError, match="remove the text"):
-        vlm.reply([first(Turn((picture(56, 56),), "what is <|image_pad|>?"))])
+def test_an_image_mark_in_a_question_fails_that_document_only():
+    jobs = [Job(Sample((picture(56, 56),), q, q), 4) for q in ("one?", "what is <|image_pad|>?", "", "long " * 4000)]
+    outcomes = dict(Engine(tiny_vlm(), Full(), 4).run(jobs))
+    assert isinstance(outcomes[1], Failure) and "remove it from the question" in outcomes[1].error
+    assert all(isinstance(outcomes[i], Trajectory) for i in (0, 2, 3))
+    assert outcomes[3].usage.text > 4000
+
+
+def test_checkpoints_that_cannot_be_used_say_why(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint folder at"):
+        VLM.load(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="llama checkpoint.*Qwen2.5-VL"):
+        VLM.load(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="cannot read a model config"):
+        VLM.load(str(tmp_path))
+    folder = tmp_path / "whole"
+    nano.save(tiny_vlm().model, tiny_vlm().processor, folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        VLM.load(str(folder))
+    with pytest.raises(ValueError, match="allowed: auto, float32"):
+        VLM.load(str(folder), dtype="float3")
+    with pytest.raises(ValueError, match="min_pixels <= max_pixels"):
+        VLM(tiny_vlm().model, tiny_vlm().processor, 10, 5)

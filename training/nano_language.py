@@ -1,6 +1,8 @@
 """Stages 2 and 3 of nano: the whole model learns to answer, then to ask for crops.
 
-``base``  questions on growing canvases at full size, at half size, and at half size with a crop already fetched
+``base``  lists and questions on growing canvases at full size, at half size, and at half size with a crop already fetched.
+          A list names keys in random order and is scored on the contents only: a look-up in one attention hop, the key being
+          the token just read. Questions alone do not form the look-up in 1,000 steps (measured); lists first, they do.
 ``sft``   two-turn trajectories with the renderer's boxes as oracle: answer from half size when everything asked for is
           written large, else call for the cheapest crops that cover the evidence; loss weight 5 on the call (paper Sec. 3.3).
           A share of single-turn full and half-size questions is replayed, so that the controls keep their weights' worth.
@@ -29,6 +31,7 @@ from awares_bench.vision_attention import windowed_attention
 
 CALL_WEIGHT = 5.0  # paper Sec. 4.3, ablation in Table 3
 STAGES = {"base": 0, "sft": 1}
+KINDS = ("list", "full", "low", "crop", "awares")
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,9 @@ class Phase:
 
 PHASES = {
     "base": (
-        Phase(0.06, (112, 112), (1, 2), {"full": 1.0}),
-        Phase(0.14, (224, 224), (2, 3), {"full": 0.8, "crop": 0.2}),
-        Phase(1.00, (224, 224), (3, 5), {"full": 0.45, "low": 0.2, "crop": 0.35}),
+        Phase(0.10, (112, 112), (1, 2), {"list": 0.7, "full": 0.3}),
+        Phase(0.25, (224, 224), (2, 4), {"list": 0.6, "full": 0.3, "crop": 0.1}),
+        Phase(1.00, (224, 224), (3, 5), {"list": 0.15, "full": 0.35, "low": 0.2, "crop": 0.3}),
     ),
     "sft": (Phase(1.00, (224, 224), (3, 5), {"awares": 0.7, "full": 0.18, "low": 0.12}),),
 }
@@ -58,11 +61,26 @@ def train_seed(stage: str, step: int, i: int) -> int:
     return seed
 
 
+def list_row(writer: Writer, view, panels: list) -> Row:
+    """ "List everything." and the panels as ``key content,`` with loss on the contents; panels that share a key are left out."""
+    keys = [p.key for p in panels]
+    row = writer.row([([view], "List everything.", "", 0.0)])
+    del row.ids[-1], row.weights[-1]
+    for panel in (p for p in panels if keys.count(p.key) == 1):
+        content = panel.content if panel.family in ("chart", "doc", "ocr") else f" {panel.content}"
+        for text, weight in ((f" {panel.key}", 0.0), (content, 1.0), (",", 0.0)):
+            row.ids += writer.encode(text)
+            row.weights += [weight] * len(writer.encode(text))
+    return row
+
+
 def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, questions: int = 3) -> Row:
     """One training conversation; ``full`` and ``low`` ask several questions about their picture, one after another."""
     w = world()
     rng = w.stream(family, seed)
     image, panels = w.family_scene(rng, family, phase.count, phase.size)
+    if mode == "list":
+        return list_row(writer, half(image) if rng.random() < 0.3 else image, rng.sample(panels, len(panels)))
     order = rng.sample(panels, len(panels)) if questions > 1 else [rng.choice(panels)]
     asked = []
     for panel in order[: questions if mode in ("full", "low") else 1]:
@@ -84,13 +102,14 @@ def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, qu
 def make_batch(writer: Writer, stage: str, step: int, steps: int, rows: int) -> dict:
     w, rng = world(), random.Random(f"{stage}/{step}")
     phases = [p for p in PHASES[stage] if step / steps < p.until]
-    out = []
+    out, kinds = [], []
     for i in range(rows):
         earlier = PHASES[stage][: len(PHASES[stage]) - len(phases)]
         phase = rng.choice(earlier) if earlier and rng.random() < 0.1 else phases[0]
         mode = rng.choices(list(phase.mix), list(phase.mix.values()))[0]
         out.append(make_row(writer, w.FAMILIES[i % len(w.FAMILIES)], train_seed(stage, step, i), mode, phase))
-    return collate(out, writer)
+        kinds.append(KINDS.index(mode))
+    return collate(out, writer) | {"kinds": torch.tensor(kinds)}
 
 
 class Learner:
@@ -115,7 +134,10 @@ class Learner:
         hidden, weights = self.hidden(b)[:, :-1], b["weights"][:, 1:]
         on = weights > 0
         losses = cross_entropy(self.model.lm_head(hidden[on]).float(), b["ids"][:, 1:][on], reduction="none")
-        return (losses * weights[on]).sum() / weights[on].sum(), {}
+        parts, kind = {}, b["kinds"][:, None].expand_as(on)[on] if "kinds" in b else torch.zeros(0)
+        for k in kind.unique().tolist():
+            parts[KINDS[k]] = losses[kind == k].mean().item()
+        return (losses * weights[on]).sum() / weights[on].sum(), parts
 
     @torch.no_grad()
     def right(self, rows: list[Row], writer: Writer, device: str) -> list[bool]:
