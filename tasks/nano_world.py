@@ -10,7 +10,7 @@ family    picture                     key -> content         question
 chart     floating bars               colour -> number       What is the value of the red bar?
 doc       form with lettered fields   letter -> code         What is the code in field B?
 ocr       signs                       colour -> word         What is written on the red sign?
-pope      frames, some share colours  colour -> symbol       Is there a star in a red frame?
+pope      frames, some share colours  colour -> symbol       Is there a round symbol in a red frame?
 real      road signs                  colour -> direction    Which way does the arrow on the red sign point?
 vstar     silhouettes                 silhouette -> symbol   What is on the triangle? (four options)
 ========  ==========================  =====================  =======================================================
@@ -43,6 +43,8 @@ COLOURS = {
 LETTERS = tuple("ABCDEFGH")
 SILHOUETTES = ("circle", "square", "triangle", "diamond", "hexagon")
 SYMBOLS = ("star", "cross", "ring", "heart", "moon", "bolt")
+ROUND = ("ring", "heart", "moon")
+OPTIONS = ("star or cross", "ring", "heart or moon", "bolt")
 DIRECTIONS = ("left", "right", "up", "down")
 WORDS = tuple(
     [
@@ -307,8 +309,14 @@ def prompt(family: str, question: str, options: tuple[str, ...]) -> str:
     return "\n".join([question, *lines]) + SUFFIX[family]
 
 
-def ask(rng: random.Random, panels: list[Panel], panel: Panel) -> tuple[str, str, tuple[str, ...], list[Panel]]:
-    """A question about ``panel`` -> (question, answer, options, the panels that are its evidence)."""
+def ask(
+    rng: random.Random, panels: list[Panel], panel: Panel, varied: bool = False
+) -> tuple[str, str, tuple[str, ...], list[Panel]]:
+    """A question about ``panel`` -> (question, answer, options, the panels that are its evidence).
+
+    varied: pope asks for any symbol and vstar shuffles its options, so that a content must be compared with words of the
+    question. A nano of three million parameters does not learn that in 1,800 steps (measured), so the suite does not ask it.
+    """
     key, content = panel.key, panel.content
     if panel.family == "chart":
         return f"What is the value of the {key} bar?", content, (), [panel]
@@ -320,10 +328,15 @@ def ask(rng: random.Random, panels: list[Panel], panel: Panel) -> tuple[str, str
         return f"Which way does the arrow on the {key} sign point? {REAL_INSTRUCTION}", content, (), [panel]
     if panel.family == "pope":
         same = [p for p in panels if p.key == key]
+        if not varied:
+            there = any(p.content in ROUND for p in same)
+            return f"Is there a round symbol in a {key} frame?", "yes" if there else "no", (), same
         there = {p.content for p in same}
         yes = rng.random() < 0.5
         symbol = rng.choice(sorted(there)) if yes else rng.choice([s for s in SYMBOLS if s not in there])
         return f"Is there a {symbol} in a {key} frame?", "yes" if yes else "no", (), same
+    if not varied:
+        return f"What is on the {key}?", next(x for x, o in zip("ABCD", OPTIONS, strict=True) if content in o), OPTIONS, [panel]
     options = rng.sample([s for s in SYMBOLS if s != content], 3)
     options.insert(rng.randrange(4), content)
     return f"What is on the {key}?", "ABCD"[options.index(content)], tuple(options), [panel]

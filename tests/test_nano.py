@@ -88,10 +88,10 @@ def test_answers_are_true_of_the_picture():
             _, panels = world.family_scene(rng, family)
             question, answer, options, evidence = world.ask(rng, panels, rng.choice(panels))
             if family == "pope":
-                symbol, key = question.split()[3], question.split()[-2]
-                assert answer == ("yes" if any(p.key == key and p.content == symbol for p in panels) else "no")
+                key = question.split()[-2]
+                assert answer == ("yes" if any(p.key == key and p.content in world.ROUND for p in panels) else "no")
                 assert evidence == [p for p in panels if p.key == key]
             elif family == "vstar":
-                assert options["ABCD".index(answer)] == evidence[0].content and len(set(options)) == 4
+                assert evidence[0].content in options["ABCD".index(answer)] and len(set(options)) == 4
             else:
                 assert answer == evidence[0].content and sum(p.key == evidence[0].key for p in panels) == 1

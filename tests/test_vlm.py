@@ -179,7 +179,7 @@ def test_checkpoints_that_cannot_be_used_say_why(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint folder at"):
         VLM.load(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(CheckpointError, match="llama checkpoint.*Qwen2.5-VL"):
+    with pytest.raises(CheckpointError, match=r"llama checkpoint.*Qwen2\.5-VL"):
         VLM.load(str(tmp_path))
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match="cannot read a model config"):

@@ -188,6 +188,6 @@ def nano_tokenizer() -> Qwen2Tokenizer:
     w, rng, questions = world(), random.Random("tokenizer"), []
     for i in range(1800):
         _, panels = w.family_scene(rng, w.FAMILIES[i % 6], size=(112, 112), count=(1, 1))
-        question, _, options, _ = w.ask(rng, panels, panels[0])
+        question, _, options, _ = w.ask(rng, panels, panels[0], varied=True)
         questions.append(question + "".join(f"\n{letter}. {o}" for letter, o in zip("ABCD", options, strict=False)))
     return tokenizer(question_corpus(questions))

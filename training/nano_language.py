@@ -36,21 +36,27 @@ KINDS = ("list", "full", "low", "crop", "awares")
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training: until (share of the steps), picture size, panels per picture, share of each kind of row."""
+    """A stretch of training: until (share of the steps), picture size, panels per picture, share of each kind of row.
+
+    families: how often each comes up. varied: see ``ask`` of the world.
+    """
 
     until: float
     size: tuple[int, int]
     count: tuple[int, int]
     mix: dict[str, float]
+    families: tuple[float, ...] = (1, 1, 1, 1, 1, 1)
+    varied: bool = True
 
 
 PHASES = {
     "base": (
         Phase(0.10, (112, 112), (1, 2), {"list": 0.7, "full": 0.3}),
         Phase(0.25, (224, 224), (2, 4), {"list": 0.6, "full": 0.3, "crop": 0.1}),
-        Phase(1.00, (224, 224), (3, 5), {"list": 0.15, "full": 0.35, "low": 0.2, "crop": 0.3}),
+        Phase(0.50, (224, 224), (3, 5), {"list": 0.15, "full": 0.35, "low": 0.2, "crop": 0.3}),
+        Phase(1.00, (224, 224), (3, 5), {"list": 0.1, "full": 0.4, "low": 0.15, "crop": 0.35}, (1, 2, 0.7, 2, 0.5, 2), varied=False),
     ),
-    "sft": (Phase(1.00, (224, 224), (3, 5), {"awares": 0.7, "full": 0.18, "low": 0.12}),),
+    "sft": (Phase(1.00, (224, 224), (3, 5), {"awares": 0.7, "full": 0.18, "low": 0.12}, varied=False),),
 }
 
 
@@ -84,7 +90,7 @@ def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, qu
     order = rng.sample(panels, len(panels)) if questions > 1 else [rng.choice(panels)]
     asked = []
     for panel in order[: questions if mode in ("full", "low") else 1]:
-        question, answer, options, evidence = w.ask(rng, panels, panel)
+        question, answer, options, evidence = w.ask(rng, panels, panel, phase.varied)
         asked.append((w.prompt(family, question, options), answer, evidence))
     if mode in ("full", "low"):
         view = image if mode == "full" else half(image)
@@ -107,7 +113,8 @@ def make_batch(writer: Writer, stage: str, step: int, steps: int, rows: int) -> 
         earlier = PHASES[stage][: len(PHASES[stage]) - len(phases)]
         phase = rng.choice(earlier) if earlier and rng.random() < 0.1 else phases[0]
         mode = rng.choices(list(phase.mix), list(phase.mix.values()))[0]
-        out.append(make_row(writer, w.FAMILIES[i % len(w.FAMILIES)], train_seed(stage, step, i), mode, phase))
+        family = w.FAMILIES[i % len(w.FAMILIES)] if len(set(phase.families)) == 1 else rng.choices(w.FAMILIES, phase.families)[0]
+        out.append(make_row(writer, family, train_seed(stage, step, i), mode, phase))
         kinds.append(KINDS.index(mode))
     return collate(out, writer) | {"kinds": torch.tensor(kinds)}
 
@@ -180,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=36, help="conversations per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--tower-lr", type=float, default=1e-4)
-    parser.add_argument("--tower-frozen", type=float, default=0.5, help="share of the steps before the tower learns too")
+    parser.add_argument("--tower-frozen", type=float, default=1.0, help="share of the steps before the tower learns too")
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args(argv)
     torch.manual_seed(STAGES[a.stage])
