@@ -24,7 +24,7 @@ def run(
     pretrained: str = "nano",
     batch_size: int = 8,
 ) -> None:
-    """Evaluate ``methods`` on a suite and write ``out``: runs/, lmms/, table.md, table.csv, accuracy_rtr.*, gallery.html, summary.json.
+    """Evaluate ``methods`` on a suite and write ``out``: runs/, lmms/, documents.csv, table.md, table.csv, accuracy_rtr.*, gallery.html, summary.json.
 
     Raises RuntimeError when lmms-eval leaves no results (it exits 0 on failure, so the results file is what counts).
     """
@@ -78,6 +78,7 @@ def report(out: Path) -> None:
     figure, gallery = import_module("awares_bench.reports.accuracy_rtr"), import_module("awares_bench.reports.gallery")
     frame = pd.concat([load.load(m, out / "runs" / m, out / "lmms" / m) for m in settings["methods"]], ignore_index=True)
 
+    frame.drop(columns=["replies", "question", "usage", "events"]).to_csv(out / "documents.csv", index=False)
     summaries = tables.summary(frame)
     (out / "summary.json").write_text(json.dumps(summaries, indent=1))
     table = tables.main_table(summaries)

@@ -74,8 +74,6 @@ class MethodModel(lmms):
         device = chosen["device"] or "auto"
         if self._world_size > 1 and torch.cuda.is_available() and not str(device).startswith("cpu"):
             device = f"cuda:{local}"
-        elif device == "cuda" and not torch.cuda.is_available():
-            device = "cpu"  # lmms-eval's own default device is "cuda" whatever the machine has
         seed = _whole("seed", chosen["seed"], least=0)
         random.seed(seed)
         torch.manual_seed(seed)
@@ -154,9 +152,7 @@ class MethodModel(lmms):
         _, to_messages, gen_kwargs, doc_id, task, split = args
         try:
             return _job(to_messages(self.task_dict[task][split][doc_id]), dict(gen_kwargs), f"{task}/{doc_id}")
-        except (
-            Exception
-        ) as error:  # a task's code and its data may raise anything; recorded, and raised again at the end of the run
+        except Exception as error:  # foreign code and data: recorded here, raised again at the end of the run
             return Failure(f"{type(error).__name__}: {error}")
 
 

@@ -49,3 +49,14 @@ def describe(name: str) -> dict[str, str]:
         if word in ("Paper", "Code", "Needs", "Cost", "Differs"):
             block[word] = rest.strip()
     return block
+
+
+def table() -> str:
+    """The known methods as the Markdown table of the README."""
+    rows = ["| method | what it is | needs | cost | differs from its source |", "|---|---|---|---|---|"]
+    for name in names():
+        b = describe(name)
+        rows.append(
+            f"| [`{name}`]({'awares_bench' if name == 'awares' else 'baselines'}/{name}.py) | {b['Title']} | {b['Needs']} | {b['Cost']} | {b['Differs']} |"
+        )
+    return "\n".join(rows)

@@ -85,6 +85,8 @@ class VLM:
     ) -> VLM:
         """Load a checkpoint folder or hub name. dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. Raises CheckpointError."""
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device is {device!r}, and PyTorch finds no CUDA GPU here; pass device=cpu, or leave device out")
         if dtype == "auto":
             dtype = "bfloat16" if device.startswith("cuda") else "float32"
         kind = getattr(torch, dtype, None)

@@ -1,6 +1,6 @@
 """Mistakes that the tests must catch: breaks one line at a time, runs the tests that should notice, puts the line back.
 
-    python tests/mutations.py
+python tests/mutations.py
 """
 
 from __future__ import annotations

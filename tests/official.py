@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, Sequence, Value
@@ -13,10 +14,18 @@ TEXT = Value("string")
 COUNT = 4
 
 
-def write(root: Path) -> None:
-    """Folders ``root/lmms-lab-encoder/ChartQA`` and so on: a relative path that exists wins over the hub."""
+def write(root: Path, broken: bool = False) -> None:
+    """Folders ``root/lmms-lab-encoder/ChartQA`` and so on: a relative path that exists wins over the hub.
+
+    broken: document 1 is a truncated image, document 2 no image at all.
+    """
     sizes = [(320, 240), (57, 400), (200, 60), (640, 480)]
     images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+    if broken:
+        whole = io.BytesIO()
+        images[1].save(whole, "PNG")
+        images[1] = {"bytes": whole.getvalue()[: whole.tell() // 2], "path": None}
+        images[2] = {"bytes": b"this is not a picture", "path": None}
     specs = {
         "lmms-lab-encoder/ChartQA": (
             None,

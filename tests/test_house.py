@@ -71,6 +71,14 @@ def test_no_file_names_a_machine_path_or_a_registry_host():
             assert word not in text, f"{path} holds {word!r}"
 
 
+def test_the_readme_holds_the_current_method_table_and_names_every_core_file():
+    from awares_bench.registry import table
+
+    readme = (ROOT / "README.md").read_text()
+    assert table() in readme
+    assert all(p.name in readme for p in files("awares_bench") if p.name != "__init__.py")
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_what_git_tracks(tmp_path):
     subprocess.run(

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -119,3 +121,46 @@ def test_batch_size_changes_no_prediction_and_no_order(checkpoint):
         answers = [[run[i].answer for i in range(len(jobs))] for run in runs]
         tokens = [[[r.tokens for r in run[i].replies] for i in range(len(jobs))] for run in runs]
         assert answers[0] == answers[1] == answers[2] and tokens[0] == tokens[1] == tokens[2]
+
+
+def test_an_interrupted_run_keeps_what_it_answered_and_goes_on(tmp_path, checkpoint):
+    arguments = ["--model", "awares", "--tasks", "nano_doc", "--include_path", FOLDER, "--limit", 60, "--log_samples"]
+    arguments += ["--output_path", tmp_path / "out", "--model_args", f"pretrained={checkpoint},output_dir={tmp_path / 'run'}"]
+    for already in (0, 1):  # once from nothing, once on resume
+        command = [sys.executable, "-m", "lmms_eval", *map(str, arguments)]
+        quiet = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        process = subprocess.Popen(command, cwd=tmp_path, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline, before = time.time() + 240, len(records(tmp_path / "run"))
+        assert bool(before) == bool(already)
+        while len(records(tmp_path / "run")) < before + 5 and time.time() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        after = records(tmp_path / "run")
+        assert before + 5 <= len(after) < 60 and json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "partial"
+    said = lmms_eval(tmp_path, *arguments)
+    assert f"{len(after)} of 60 answers are taken from" in said
+    assert sorted(x["doc_id"] for x in records(tmp_path / "run")) == list(range(60))
+    assert {len(rows) for rows in samples(tmp_path / "out").values()} == {60}
+
+
+def test_documents_that_cannot_be_answered_are_named_kept_apart_and_never_scored(tmp_path, checkpoint):
+    official.write(tmp_path, broken=True)
+    arguments = [
+        "--model",
+        "awares_full",
+        "--tasks",
+        "chartqa",
+        "--batch_size",
+        2,
+        "--log_samples",
+        "--output_path",
+        tmp_path / "out",
+    ]
+    said = lmms_eval(tmp_path, *arguments, "--model_args", f"pretrained={checkpoint},output_dir={tmp_path / 'run'}")
+    assert not list((tmp_path / "out").rglob("*_results.json"))
+    lines = records(tmp_path / "run")
+    failed = {x["doc_id"]: x["error"] for x in lines if x["error"]}
+    assert set(failed) == {1, 2}, said[-3000:]
+    assert "chartqa document" in said and "2 of 4 documents could not be answered" in said
+    assert all(x["answer"] is None for x in lines if x["error"]) and sum(x["error"] is None for x in lines) == 2

@@ -69,3 +69,20 @@ def test_a_run_is_partial_until_it_is_whole(tmp_path):
     run.finish(documents=3)
     told = json.loads((tmp_path / "run.json").read_text())
     assert (told["status"], told["documents"], told["identity"]) == ("complete", 3, {"method": "full"})
+
+
+def test_a_full_disk_says_what_is_kept(tmp_path):
+    run = RunFolder(tmp_path, {})
+    run.add(record(0))
+
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            pass
+
+    run._file.close()
+    run._file = Full()
+    with pytest.raises(OSError, match=r"No space left on device\. 1 answers are kept"):
+        run.add(record(1))

@@ -48,6 +48,7 @@ def train(
     out: Path,
     steps: int,
     *,
+    stop: int | None = None,
     warmup: int = 100,
     floor: float = 0.05,
     weight_decay: float = 0.05,
@@ -58,6 +59,8 @@ def train(
     device: str = "cpu",
 ) -> None:
     """Minimise ``loss_of(batch)`` for ``steps`` steps of AdamW, resuming from ``out/checkpoint.pt`` when it is there.
+
+    stop: end after this step although the schedule goes on to ``steps``.
 
     make_batch: step -> tensors, run in a worker process. loss_of: batch -> (scalar loss, figures to log).
     Learning rate: linear warm-up over ``warmup`` steps, cosine to ``floor`` of the group's rate. bf16 autocast throughout.
@@ -81,7 +84,7 @@ def train(
         torch.save(state, out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", checkpoint)
 
-    loader = DataLoader(_Steps(make_batch, steps), sampler=range(start, steps), batch_size=None, num_workers=workers)
+    loader = DataLoader(_Steps(make_batch, steps), sampler=range(start, stop or steps), batch_size=None, num_workers=workers)
     figures: dict[str, list[float]] = {}
     began = time.time()
     with (out / "log.jsonl").open("a") as log:
@@ -107,12 +110,12 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             for name, value in {"loss": loss.item(), **parts}.items():
                 figures.setdefault(name, []).append(value)
-            if step % log_every == 0 or step == steps:
+            if step % log_every == 0 or step == (stop or steps):
                 means = {k: round(sum(v) / len(v), 4) for k, v in figures.items()}
                 write({"step": step, "seconds": round(spent + time.time() - began), **means})
                 bar.set_postfix(loss=means["loss"])
                 figures.clear()
-            if step % evaluate_every == 0 or step == steps:
+            if step % evaluate_every == 0 or step == (stop or steps):
                 for module in modules.values():
                     module.eval()
                 write({"step": step, "seconds": round(spent + time.time() - began), "evaluation": evaluate(step)})

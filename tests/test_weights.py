@@ -1,0 +1,63 @@
+"""The committed nano weights do what the README says, on fresh documents of a suite of their own."""
+
+from importlib import import_module
+
+import pytest
+
+from awares_bench.crops import PAPER_GRID
+from awares_bench.engine import Engine, Job
+from awares_bench.registry import method_class
+from awares_bench.trajectory import Sample
+from awares_bench.vlm import VLM
+from awares_bench.weights import resolve
+
+world, suite = import_module("awares_bench.tasks.nano_world"), import_module("awares_bench.tasks.nano_suite")
+DOCUMENTS = 30  # a task: small enough for CI, so the bounds leave room for chance (a standard error of about 0.02)
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    vlm = VLM.load(resolve("nano"))
+    documents = [world.document(f, s) for f in world.FAMILIES for s in suite.suite_seeds(999, DOCUMENTS)]
+    jobs = [
+        Job(Sample((d.image,), world.prompt(d.family, d.question, d.options), str(i)), 16, ("\n\n",))
+        for i, d in enumerate(documents)
+    ]
+    runs = {name: dict(Engine(vlm, method_class(name)(), 8).run(jobs)) for name in ("full", "low", "awares")}
+    right = {name: [run[i].answer.strip() == d.answer for i, d in enumerate(documents)] for name, run in runs.items()}
+    return documents, runs, right
+
+
+def test_full_reads_low_does_not_and_awares_closes_the_gap(outcomes):
+    documents, runs, right = outcomes
+    full, low, awares = (sum(right[name]) / len(documents) for name in ("full", "low", "awares"))
+    assert full > 0.80 and full - low > 0.10
+    assert (awares - low) / (full - low) > 0.5
+    assert sum(t.rtr for t in runs["awares"].values()) / len(documents) < 0.75
+
+
+def test_calls_are_well_formed_and_come_when_they_are_needed(outcomes):
+    documents, runs, _ = outcomes
+    assert not [e for t in runs["awares"].values() for e in t.events if e.kind == "malformed_call"]
+    called = [bool(runs["awares"][i].crops) for i in range(len(documents))]
+    needed = [not d.low_is_enough for d in documents]
+    assert sum(c == n for c, n in zip(called, needed, strict=True)) / len(documents) > 0.8
+
+
+def test_what_is_fetched_covers_the_evidence(outcomes):
+    documents, runs, _ = outcomes
+    covered = []
+    for i, d in enumerate(documents):
+        if names := runs["awares"][i].crops:
+            boxes = PAPER_GRID.boxes(*d.image.size, names)
+            centre = [((e[0] + e[2]) / 2, (e[1] + e[3]) / 2) for e in d.evidence]
+            covered.append(all(any(b[0] <= x < b[2] and b[1] <= y < b[3] for b in boxes) for x, y in centre))
+    assert sum(covered) / len(covered) > 0.8
+
+
+def test_stock_transformers_loads_them():
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = resolve("nano")
+    assert AutoModelForImageTextToText.from_pretrained(folder).config.model_type == "qwen2_5_vl"
+    assert AutoProcessor.from_pretrained(folder).chat_template
