@@ -74,7 +74,8 @@ def test_the_six_official_tasks_run_unchanged_with_telemetry_in_both_places(tmp_
         for row in rows:
             told, kept = row["token_counts"][0], by_key[task, row["doc_id"]]
             assert told["rtr"] == kept["rtr"] and told["usage"] == kept["usage"] and told["full_tokens"] == kept["full_tokens"]
-            assert row["filtered_resps"][0].strip() == kept["answer"].strip()
+            said_by = row["filtered_resps"] if isinstance(row["filtered_resps"], str) else row["filtered_resps"][0]
+            assert said_by.strip() == kept["answer"].strip()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "complete"
 
     before = (tmp_path / "run" / "records.jsonl").read_text()

@@ -67,11 +67,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a Qwen2.5-VL. The defaults are nano's.
-
-    rope_theta, mrope_section: Qwen's proportions (1e6 and 1:1.5:1.5) leave the width axis frequencies so low that, on pictures
-    of four to eight tokens a side, the decoder cannot tell left from right; nano's can.
-    """
+    """Sizes of a Qwen2.5-VL. The defaults are nano's."""
 
     width: int = 192
     layers: int = 4
@@ -82,8 +78,6 @@ class Geometry:
     vision_depth: int = 4
     vision_heads: int = 2
     vision_mlp: int = 384
-    rope_theta: float = 300.0
-    mrope_section: tuple[int, int, int] = (2, 4, 10)  # of 16 pairs: time, height, width
 
 
 def tokenizer(corpus: list[str], merges: int = 400) -> Qwen2Tokenizer:
@@ -143,8 +137,8 @@ def build(tok: Qwen2Tokenizer, geometry: Geometry = Geometry()) -> Qwen2_5_VLFor
             max_position_embeddings=32768,
             rope_parameters={
                 "rope_type": "default",
-                "rope_theta": g.rope_theta,
-                "mrope_section": [x * head // 32 for x in g.mrope_section],
+                "rope_theta": 10000.0,
+                "mrope_section": [head // 8, 3 * head // 16, 3 * head // 16],
             },
             tie_word_embeddings=True,
             bos_token_id=token("<|endoftext|>"),

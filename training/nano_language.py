@@ -3,18 +3,21 @@
 ``base``  lists and questions on growing canvases at full size, at half size, and at half size with a crop already fetched.
           A list names keys in random order and is scored on the contents only: a look-up in one attention hop, the key being
           the token just read. Questions alone do not form the look-up in 1,000 steps (measured); lists first, they do.
-``sft``   two-turn trajectories with the renderer's boxes as oracle: answer from half size when everything asked for is
-          written large, else call for the cheapest crops that cover the evidence; loss weight 5 on the call (paper Sec. 3.3).
-          A share of single-turn full and half-size questions is replayed, so that the controls keep their weights' worth,
-          and lists of regions teach *where*, several to a picture (trajectories alone name one each and learn it slowly).
+``sft``   two-turn trajectories: answer from half size where the base model already answers right there, else call; loss
+          weight 5 on the call (paper Sec. 3.2, 3.3). A share of single-turn full and half-size questions is replayed, so
+          that the controls keep their weights' worth.
 
-    python -m awares_bench.training.nano_language --stage base --tower runs/tower --out runs/base --steps 4000
-    python -m awares_bench.training.nano_language --stage sft --start runs/base --out runs/sft --steps 1500
+A decoder of this size learns *when* from such trajectories and not *where*: asked for the cheapest regions it names them at
+chance after 500 steps (``--where cheapest``), so the committed checkpoint is trained to ask for the whole image.
+
+    python -m awares_bench.training.nano_language --stage base --tower runs/tower --out runs/base --steps 3000 --stop 2000
+    python -m awares_bench.training.nano_language --stage sft --start runs/base --out runs/sft --steps 420
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +34,8 @@ from awares_bench.crops import PAPER_GRID
 from awares_bench.vision_attention import windowed_attention
 
 CALL_WEIGHT = 5.0  # paper Sec. 4.3, ablation in Table 3
-PLACE_WEIGHT = 0.5  # ours
 STAGES = {"base": 0, "sft": 1}
-KINDS = ("list", "full", "low", "crop", "awares", "where")
+KINDS = ("list", "full", "low", "crop", "awares")
 
 
 @dataclass(frozen=True)
@@ -60,24 +62,7 @@ PHASES = {
             1.00, (224, 224), (3, 5), {"list": 0.1, "full": 0.4, "low": 0.15, "crop": 0.35}, (1, 2, 0.7, 2, 0.5, 2), varied=False
         ),
     ),
-    "sft": (
-        Phase(
-            0.35,
-            (224, 224),
-            (3, 5),
-            {"where": 0.4, "full": 0.3, "awares": 0.1, "low": 0.1, "crop": 0.1},
-            (1, 1.5, 1, 1, 0.7, 1),
-            varied=False,
-        ),
-        Phase(
-            1.00,
-            (224, 224),
-            (3, 5),
-            {"where": 0.1, "full": 0.22, "awares": 0.6, "low": 0.08},
-            (1, 2, 0.8, 1, 0.5, 1),
-            varied=False,
-        ),
-    ),
+    "sft": (Phase(1.00, (224, 224), (3, 5), {"awares": 0.6, "full": 0.25, "low": 0.15}, (1, 2, 0.8, 1, 0.6, 1), varied=False),),
 }
 
 
@@ -88,34 +73,28 @@ def train_seed(stage: str, step: int, i: int) -> int:
     return seed
 
 
-def list_row(writer: Writer, view, panels: list, size: tuple[int, int] | None = None) -> Row:
-    """ "List everything." and the panels as ``key content,`` with loss on the contents; panels that share a key are left out.
-
-    size: of the whole picture; then the list is of the cheapest region of each panel, by its id.
-    """
+def list_row(writer: Writer, view, panels: list) -> Row:
+    """ "List everything." and the panels as ``key content,`` with loss on the contents; panels that share a key are left out."""
     keys = [p.key for p in panels]
-    row = writer.row([([view], "Where is everything?" if size else "List everything.", "", 0.0)])
+    row = writer.row([([view], "List everything.", "", 0.0)])
     del row.ids[-1], row.weights[-1]
-    region_id = {name: i for i, name in PAPER_GRID.ids.items()}
     for panel in (p for p in panels if keys.count(p.key) == 1):
         content = panel.content if panel.family in ("chart", "doc", "ocr") else f" {panel.content}"
-        if size:
-            content = region_id[PAPER_GRID.cheapest_cover([panel.box], *size)[0]]
         for text, weight in ((f" {panel.key}", 0.0), (content, 1.0), (",", 0.0)):
             row.ids += writer.encode(text)
             row.weights += [weight] * len(writer.encode(text))
     return row
 
 
-def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, questions: int = 3) -> Row:
+def make_row(
+    writer: Writer, family: str, seed: int, mode: str, phase: Phase, questions: int = 3, curator: Curator | None = None
+) -> Row:
     """One training conversation; ``full`` and ``low`` ask several questions about their picture, one after another."""
     w = world()
     rng = w.stream(family, seed)
     image, panels = w.family_scene(rng, family, phase.count, phase.size)
     if mode == "list":
         return list_row(writer, half(image) if rng.random() < 0.3 else image, rng.sample(panels, len(panels)))
-    if mode == "where":
-        return list_row(writer, half(image), rng.sample(panels, len(panels)), image.size)
     order = rng.sample(panels, len(panels)) if questions > 1 else [rng.choice(panels)]
     asked = []
     for panel in order[: questions if mode in ("full", "low") else 1]:
@@ -125,16 +104,33 @@ def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, qu
         view = image if mode == "full" else half(image)
         return writer.row([([view] if i == 0 else [], text, answer, 1.0) for i, (text, answer, _) in enumerate(asked)])
     text, answer, evidence = asked[0]
-    system = PAPER_GRID.prompt
-    if mode == "awares" and all(p.large for p in evidence):
-        return writer.row([([half(image)], text, answer, 1.0)], system)
+    direct = writer.row([([half(image)], text, answer, 1.0)], PAPER_GRID.prompt)
+    if mode == "awares" and curator.low_is_enough(writer.row([([half(image)], text, answer, 1.0)])):
+        return direct
     names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size)
+    if mode == "awares" and curator.where == "all":
+        names = ("all",)
     call_weight = CALL_WEIGHT if mode == "awares" else 0.0
-    crops = PAPER_GRID.cut(image, names)
-    return writer.row([([half(image)], text, PAPER_GRID.format(names), call_weight), (crops, "", answer, 1.0)], system)
+    turns = [([half(image)], text, PAPER_GRID.format(names), call_weight), (PAPER_GRID.cut(image, names), "", answer, 1.0)]
+    return writer.row(turns, PAPER_GRID.prompt)
 
 
-def make_batch(writer: Writer, stage: str, step: int, steps: int, rows: int) -> dict:
+class Curator:
+    """Labels a question low or high resolution as the paper does: by what the base model answers at half size.
+
+    where: crops that a call names, ``all`` or the ``cheapest`` regions that cover the evidence.
+    """
+
+    def __init__(self, model, writer: Writer, where: str):
+        self.learner, self.writer, self.where = Learner(model.eval()), writer, where
+
+    def low_is_enough(self, row: Row) -> bool:
+        """Whether the base model's greedy answer to a half-size row, under its own system message, is the right one."""
+        torch.set_num_threads(1)  # this runs in the data worker
+        return self.learner.right([row], self.writer, "cpu")[0]
+
+
+def make_batch(writer: Writer, stage: str, step: int, steps: int, rows: int, curator: Curator | None = None) -> dict:
     w, rng = world(), random.Random(f"{stage}/{step}")
     phases = [p for p in PHASES[stage] if step / steps < p.until]
     out, kinds = [], []
@@ -143,7 +139,7 @@ def make_batch(writer: Writer, stage: str, step: int, steps: int, rows: int) -> 
         phase = rng.choice(earlier) if earlier and rng.random() < 0.1 else phases[0]
         mode = rng.choices(list(phase.mix), list(phase.mix.values()))[0]
         family = w.FAMILIES[i % len(w.FAMILIES)] if len(set(phase.families)) == 1 else rng.choices(w.FAMILIES, phase.families)[0]
-        out.append(make_row(writer, family, train_seed(stage, step, i), mode, phase))
+        out.append(make_row(writer, family, train_seed(stage, step, i), mode, phase, curator=curator))
         kinds.append(KINDS.index(mode))
     return collate(out, writer) | {"kinds": torch.tensor(kinds)}
 
@@ -151,8 +147,8 @@ def make_batch(writer: Writer, stage: str, step: int, steps: int, rows: int) -> 
 class Learner:
     """Weighted cross-entropy of a Qwen2.5-VL on a collated batch; the tower runs without gradients while it is frozen."""
 
-    def __init__(self, model, places: torch.nn.Linear | None = None):
-        self.model, self.places, self.tower_learns = model, places, False
+    def __init__(self, model):
+        self.model, self.tower_learns = model, False
 
     def hidden(self, b: dict) -> torch.Tensor:
         core = self.model.model
@@ -166,32 +162,14 @@ class Learner:
             inputs_embeds=embeds, attention_mask=b["mask"], position_ids=b["positions"], use_cache=False
         ).last_hidden_state
 
-    def place_loss(self, hidden: torch.Tensor, b: dict) -> torch.Tensor:
-        """Each visual token tells in which quarter of its view's height and width it lies: (V, 8) logits.
-
-        Neither lists of regions nor trajectories taught that in 350 steps; this does in 100 (measured), and a decoder that
-        does not know where a token lies cannot say which crop to fetch.
-        """
-        quarters = []
-        for _, rows, columns in (b["grids"] // 2).tolist():
-            r, c = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
-            quarters.append(torch.stack([r * 4 // rows, c * 4 // columns], 1))
-        quarters = torch.cat(quarters).to(hidden.device)  # (V, 2)
-        logits = self.places(hidden[b["ids"] == self.model.config.image_token_id]).float()
-        return cross_entropy(logits[:, :4], quarters[:, 0]) + cross_entropy(logits[:, 4:], quarters[:, 1])
-
     def loss(self, b: dict) -> tuple[torch.Tensor, dict[str, float]]:
-        states, weights = self.hidden(b), b["weights"][:, 1:]
-        hidden, on = states[:, :-1], weights > 0
+        hidden, weights = self.hidden(b)[:, :-1], b["weights"][:, 1:]
+        on = weights > 0
         losses = cross_entropy(self.model.lm_head(hidden[on]).float(), b["ids"][:, 1:][on], reduction="none")
         parts, kind = {}, b["kinds"][:, None].expand_as(on)[on] if "kinds" in b else torch.zeros(0)
         for k in kind.unique().tolist():
             parts[KINDS[k]] = losses[kind == k].mean().item()
-        loss = (losses * weights[on]).sum() / weights[on].sum()
-        if self.places is not None:
-            place = self.place_loss(states, b)
-            loss, parts["place"] = loss + PLACE_WEIGHT * place, place.item()
-        return loss, parts
+        return (losses * weights[on]).sum() / weights[on].sum(), parts
 
     @torch.no_grad()
     def right(self, rows: list[Row], writer: Writer, device: str) -> list[bool]:
@@ -232,20 +210,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--start", type=Path, help="run folder of the base stage (sft)")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--stop", type=int, help="stop after this step of the schedule (default: --steps)")
+    parser.add_argument(
+        "--where", choices=("all", "cheapest"), default="all", help="crops that a call of a trajectory names (sft)"
+    )
     parser.add_argument("--rows", type=int, default=36, help="conversations per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--tower-lr", type=float, default=1e-4)
     parser.add_argument("--tower-frozen", type=float, default=1.0, help="share of the steps before the tower learns too")
-    parser.add_argument(
-        "--rope", default="300,2,4,10", help="rope_theta and mrope_section; the committed base ran with 10000,4,6,6"
-    )
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args(argv)
     torch.manual_seed(STAGES[a.stage])
+    curator = None
     tok = nano.nano_tokenizer()
-    theta, *section = a.rope.split(",")
-    geometry = nano.Geometry(rope_theta=float(theta), mrope_section=tuple(map(int, section)))
-    writer, model = Writer(tok), nano.build(tok, geometry).to(a.device)
+    writer, model = Writer(tok), nano.build(tok).to(a.device)
     if a.stage == "base":
         state = torch.load(a.tower / "checkpoint.pt", map_location=a.device, weights_only=True)
         model.model.visual.load_state_dict(state["tower"])
@@ -253,9 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         state = torch.load(a.start / "checkpoint.pt", map_location=a.device, weights_only=True)
         model.load_state_dict(state["model"])
-    places = torch.nn.Linear(geometry.width, 8).to(a.device) if a.stage == "sft" else None
-    learner = Learner(model, places)
-    modules = {"model": model} | ({"places": places} if places else {})
+        curator = Curator(copy.deepcopy(model), writer, a.where)
+    learner = Learner(model)
     tower = list(model.model.visual.parameters())
     language = [p for n, p in model.named_parameters() if ".visual." not in n]
     frozen = int(a.steps * a.tower_frozen)
@@ -283,16 +259,16 @@ def main(argv: list[str] | None = None) -> None:
 
     with windowed_attention(model):
         train(
-            modules,
-            [Group([*language, *(places.parameters() if places else ())], a.lr), Group(tower, a.tower_lr, frozen)],
-            lambda step: make_batch(writer, a.stage, step, a.steps, a.rows),
+            {"model": model},
+            [Group(language, a.lr), Group(tower, a.tower_lr, frozen)],
+            lambda step: make_batch(writer, a.stage, step, a.steps, a.rows, curator),
             loss_of,
             evaluate,
             a.out,
             a.steps,
             stop=a.stop,
             device=a.device,
-            evaluate_every=500,
+            evaluate_every=200,
         )
     nano.save(model, nano.processor(tok), a.out / "checkpoint")
 
