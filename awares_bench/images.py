@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from .trajectory import Event
 
@@ -12,6 +15,16 @@ MAX_ASPECT = 200
 
 SMALLEST_SIDE = 56
 """Below two merged tokens a side a region is no finer than the half-size view, so the whole image is sent instead."""
+
+
+@contextmanager
+def whole_images() -> Iterator[None]:
+    """Within the block a truncated file raises OSError. lmms-eval tells Pillow to fill the missing part with grey, silently."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def as_rgb(image: Image.Image) -> tuple[Image.Image, list[Event]]:
@@ -23,8 +36,9 @@ def as_rgb(image: Image.Image) -> tuple[Image.Image, list[Event]]:
     """
     events = []
     try:
-        upright = ImageOps.exif_transpose(image)
-        upright.load()
+        with whole_images():
+            upright = ImageOps.exif_transpose(image)
+            upright.load()
     except (OSError, SyntaxError, ValueError) as error:
         raise OSError(f"the image cannot be decoded ({error}); replace or exclude it") from error
     if upright.size != image.size or (image.getexif().get(0x0112) or 1) != 1:

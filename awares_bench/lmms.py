@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from . import registry
 from .engine import Engine, Failure, Job
+from .images import whole_images
 from .method import options, unknown_option
 from .record import Record, RunFolder, fingerprint
 from .trajectory import Sample
@@ -151,7 +152,9 @@ class MethodModel(lmms):
         """A chat request's arguments -> a job; a document that its own task cannot turn into messages is a failure."""
         _, to_messages, gen_kwargs, doc_id, task, split = args
         try:
-            return _job(to_messages(self.task_dict[task][split][doc_id]), dict(gen_kwargs), f"{task}/{doc_id}")
+            with whole_images():
+                messages = to_messages(self.task_dict[task][split][doc_id])
+            return _job(messages, dict(gen_kwargs), f"{task}/{doc_id}")
         except Exception as error:  # foreign code and data: recorded here, raised again at the end of the run
             return Failure(f"{type(error).__name__}: {error}")
 
