@@ -91,7 +91,7 @@ def report(out: Path) -> None:
     points.to_csv(out / "accuracy_rtr.csv", index=False)
     drawn = figure.draw(points, f"nano suite, {documents} documents a task")
     for kind in ("png", "svg", "pdf"):
-        drawn.savefig(out / f"accuracy_rtr.{kind}", metadata={"Date": None} if kind == "svg" else None)
+        figure.save(drawn, out / f"accuracy_rtr.{kind}")
 
     shown = "awares" if "awares" in settings["methods"] else settings["methods"][0]
     chosen = gallery.choose(frame[frame["method"] == shown])

@@ -31,7 +31,7 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
 def draw(points: pd.DataFrame, title: str) -> Figure:
     """Plot ``data``: retained token ratio on x, accuracy in percent on y."""
     with plt.style.context(STYLE):
-        figure, axes = plt.subplots()
+        figure, axes = plt.subplots(layout="constrained")
         others = iter(sns.color_palette("colorblind", 10).as_hex()[3:] * 10)
         for p in points.dropna(subset=["rtr"]).itertuples():
             colour = COLOURS.get(p.method) or next(others)
@@ -60,3 +60,9 @@ def draw(points: pd.DataFrame, title: str) -> Figure:
         axes.set_ylabel("accuracy, mean over tasks (%)")
         axes.set_title(title)
     return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the house style: resolution and embedded fonts are settings of the moment it is written."""
+    with plt.style.context(STYLE):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
