@@ -29,6 +29,20 @@ class Policy:
                 raise ValueError(f"{f.name} is {value!r}; allowed: {', '.join(map(repr, get_args(hint)))}")
 
 
+@dataclass(frozen=True)
+class Pruner:
+    """Decides which visual tokens survive, between encoder and decoder or inside it. A subclass is a frozen dataclass.
+
+    retention: share of an image's visual tokens to keep, in (0, 1].
+    """
+
+    retention: float = 0.5
+
+    def __post_init__(self):
+        if isinstance(self.retention, bool) or not isinstance(self.retention, (int, float)) or not 0 < self.retention <= 1:
+            raise ValueError(f"retention is {self.retention!r}; it must be a number above 0 and at most 1, such as 0.5")
+
+
 def options(cls: type) -> dict[str, object]:
     """Field name -> default of a method class."""
     return {f.name: f.default for f in fields(cls)}

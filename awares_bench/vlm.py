@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, DynamicCache, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from .batch import Batch
 from .images import within_aspect
 from .session import Request, Session
 from .trajectory import Event, Reply, Turn, messages
@@ -191,7 +192,7 @@ class VLM:
             mrope_positions(i, g, self.image_token, merge, r.session.next_position)
             for r, i, g in zip(requests, ids, grids, strict=True)
         ]
-        batch = _Batch(self, [r.session for r in requests], ids, placed, features)
+        batch = Batch(self, [r.session for r in requests], ids, placed, features)
         logits = batch.prefill()
         self._synchronise()
         marks.append(clock())
@@ -223,100 +224,6 @@ class VLM:
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-class _Batch:
-    """Sessions side by side: a padded copy of their caches, the new chunk to the right of it, holes in the 2-D mask.
-
-    Layout of a row: [padding | cache of the session | padding | chunk | reply]; padding is masked out, and positions are
-    explicit, so that a row computes what it would alone.
-    """
-
-    def __init__(self, vlm: VLM, sessions: list[Session], ids: list[list[int]], placed: list, features: Tensor | None):
-        self.vlm, device = vlm, vlm.device
-        rows, past, new = len(ids), max(s.length for s in sessions), max(map(len, ids))
-        self.ids = torch.full((rows, new), vlm.tokenizer.pad_token_id, device=device)
-        self.positions = torch.zeros((3, rows, new), dtype=torch.long, device=device)
-        self.mask = torch.zeros((rows, past + new), dtype=torch.long, device=device)  # (B, L): 1 where there is a token
-        self.prompt_length = past + new
-        for b, (session, chunk, (positions, _)) in enumerate(zip(sessions, ids, placed, strict=True)):
-            self.ids[b, new - len(chunk) :] = torch.tensor(chunk, device=device)
-            self.positions[:, b, new - len(chunk) :] = positions.to(device)
-            self.mask[b, past - session.length : past] = 1
-            self.mask[b, past + new - len(chunk) :] = 1
-        self.next = torch.tensor([after for _, after in placed], device=device)  # (B,)
-        self.cache = DynamicCache(config=vlm.decoder.config)
-        if past:
-            for layer in range(vlm.decoder.config.num_hidden_layers):
-                self.cache.update(
-                    *(
-                        self._stack([getattr(s, kind)[layer] if s.keys else None for s in sessions], past)
-                        for kind in ("keys", "values")
-                    ),
-                    layer,
-                )
-        self.embeds = vlm.decoder.get_input_embeddings()(self.ids)
-        if features is not None:
-            where = (self.ids == vlm.image_token)[..., None].expand_as(self.embeds)
-            self.embeds = self.embeds.masked_scatter(where, features.to(self.embeds.dtype))
-
-    @staticmethod
-    def _stack(rows: list[Tensor | None], length: int) -> Tensor:
-        """(H, L_b, D) per row -> (B, H, length, D), padded on the left."""
-        like = next(r for r in rows if r is not None)
-        out = like.new_zeros((len(rows), like.shape[0], length, like.shape[2]))
-        for b, row in enumerate(rows):
-            if row is not None:
-                out[b, :, length - row.shape[1] :] = row
-        return out
-
-    def _forward(self, embeds: Tensor, positions: Tensor) -> Tensor:
-        out = self.vlm.decoder(
-            inputs_embeds=embeds, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
-        )
-        logits = self.vlm.model.lm_head(out.last_hidden_state[:, -1]).float()  # (B, vocabulary)
-        if self.vlm.trace is not None:
-            self.vlm.trace.append(logits.clone())
-        return logits
-
-    def prefill(self) -> Tensor:
-        return self._forward(self.embeds, self.positions)
-
-    def decode(self, logits: Tensor, requests: list[Request]) -> tuple[list[list[int]], list[bool]]:
-        """Greedy continuation of every row -> token ids (end token excluded), and whether the row ended by itself."""
-        vlm, rows = self.vlm, len(requests)
-        written: list[list[int]] = [[] for _ in range(rows)]
-        live, ended = [True] * rows, [False] * rows
-        for step in range(max(r.budget for r in requests)):
-            chosen = logits.argmax(-1).tolist()
-            for b, r in enumerate(requests):
-                if not live[b]:
-                    continue
-                if chosen[b] in vlm.stop:
-                    live[b], ended[b] = False, True
-                    continue
-                written[b].append(chosen[b])
-                if r.until and any(s in vlm.tokenizer.decode(written[b], skip_special_tokens=True) for s in r.until):
-                    live[b], ended[b] = False, True
-                elif len(written[b]) >= r.budget:
-                    live[b] = False
-            if not any(live):
-                break
-            on = torch.tensor(live, device=vlm.device, dtype=self.mask.dtype)[:, None]
-            self.mask = torch.cat([self.mask, on], 1)
-            tokens = torch.tensor(chosen, device=vlm.device)[:, None]
-            positions = (self.next + step)[None, :, None].expand(3, -1, -1)
-            logits = self._forward(vlm.decoder.get_input_embeddings()(tokens), positions)
-        return written, ended
-
-    def keep(self, b: int, session: Session, tokens: list[int]) -> None:
-        """Move row ``b`` of the cache into its session. A last token that the budget cut off was never fed: it opens the next chunk."""
-        held = self.mask[b].nonzero().squeeze(1)
-        fed = int(self.mask[b, self.prompt_length :].sum())
-        session.keys = [layer.keys[b][:, held] for layer in self.cache.layers]
-        session.values = [layer.values[b][:, held] for layer in self.cache.layers]
-        session.next_position = int(self.next[b]) + fed
-        session.pending = tokens[fed:]
 
 
 def _shares(marks: list[float], visual: list[int], prompt: list[int], output: list[int]) -> list[tuple[float, ...]]:
