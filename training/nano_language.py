@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from awares_bench.training import nano
 from awares_bench.training.conversation import Row, Writer, collate
-from awares_bench.training.loop import Group, train
+from awares_bench.training.loop import Group, autocast, train
 from awares_bench.training.pixels import half, normalise
 from awares_bench.training.world import world
 from torch.nn.functional import cross_entropy
@@ -34,8 +34,8 @@ from awares_bench.crops import PAPER_GRID
 from awares_bench.vision_attention import windowed_attention
 
 CALL_WEIGHT = 5.0  # paper Sec. 4.3, ablation in Table 3
-STAGES = {"base": 0, "sft": 1}
-KINDS = ("list", "full", "low", "crop", "awares")
+STAGES = {"base": 0, "sft": 1, "where": 2}
+KINDS = ("list", "where", "full", "low", "crop", "awares")
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,26 @@ class Phase:
 
 PHASES = {
     "base": (
-        Phase(0.10, (112, 112), (1, 2), {"list": 0.7, "full": 0.3}),
-        Phase(0.25, (224, 224), (2, 4), {"list": 0.6, "full": 0.3, "crop": 0.1}),
-        Phase(0.50, (224, 224), (3, 5), {"list": 0.15, "full": 0.35, "low": 0.2, "crop": 0.3}),
+        Phase(0.10, (112, 112), (1, 2), {"list": 0.6, "where": 0.1, "full": 0.3}),
+        Phase(0.25, (224, 224), (2, 4), {"list": 0.4, "where": 0.2, "full": 0.3, "crop": 0.1}),
+        Phase(0.50, (224, 224), (3, 5), {"list": 0.15, "where": 0.1, "full": 0.3, "low": 0.15, "crop": 0.3}),
         Phase(
-            1.00, (224, 224), (3, 5), {"list": 0.1, "full": 0.4, "low": 0.15, "crop": 0.35}, (1, 2, 0.7, 2, 0.5, 2), varied=False
+            1.00,
+            (224, 224),
+            (3, 5),
+            {"list": 0.05, "where": 0.1, "full": 0.35, "low": 0.1, "crop": 0.4},
+            (1, 2, 0.7, 2, 0.5, 2),
+            varied=False,
+        ),
+    ),
+    "where": (
+        Phase(
+            1.00,
+            (224, 224),
+            (3, 5),
+            {"list": 0.05, "where": 0.3, "full": 0.3, "low": 0.1, "crop": 0.25},
+            (1, 2, 0.7, 2, 0.5, 2),
+            varied=False,
         ),
     ),
     "sft": (Phase(1.00, (224, 224), (3, 5), {"awares": 0.6, "full": 0.25, "low": 0.15}, (1, 2, 0.8, 1, 0.6, 1), varied=False),),
@@ -73,17 +88,34 @@ def train_seed(stage: str, step: int, i: int) -> int:
     return seed
 
 
-def list_row(writer: Writer, view, panels: list) -> Row:
-    """ "List everything." and the panels as ``key content,`` with loss on the contents; panels that share a key are left out."""
+def list_row(writer: Writer, view, panels: list, regions: list[str] | None = None) -> Row:
+    """ "List everything." and the panels as ``key content,`` with loss on the contents; panels that share a key are left out.
+
+    regions: crop ids of the panels, to be listed in place of their contents, as a call writes them.
+    """
     keys = [p.key for p in panels]
-    row = writer.row([([view], "List everything.", "", 0.0)])
-    del row.ids[-1], row.weights[-1]
-    for panel in (p for p in panels if keys.count(p.key) == 1):
-        content = panel.content if panel.family in ("chart", "doc", "ocr") else f" {panel.content}"
-        for text, weight in ((f" {panel.key}", 0.0), (content, 1.0), (",", 0.0)):
+    row = writer.row([([view], "Where is everything?" if regions else "List everything.", "", 0.0)])
+    del row.ids[-1], row.weights[-1], row.replies[-1]
+    for i, panel in enumerate(panels):
+        if keys.count(panel.key) > 1:
+            continue
+        if regions:
+            said = ((f" {panel.key}", 0.0), (" ['", 0.0), (regions[i], 1.0), ("'],", 0.0))
+        else:
+            content = panel.content if panel.family in ("chart", "doc", "ocr") else f" {panel.content}"
+            said = ((f" {panel.key}", 0.0), (content, 1.0), (",", 0.0))
+        for text, weight in said:
+            if weight:
+                row.replies.append((len(row.ids), len(row.ids) + len(writer.encode(text))))
             row.ids += writer.encode(text)
             row.weights += [weight] * len(writer.encode(text))
     return row
+
+
+def region_id(panel, size: tuple[int, int]) -> str:
+    """The id, as a call writes it, of the cheapest region that holds a panel."""
+    (name,) = PAPER_GRID.cheapest_cover([panel.box], *size)
+    return next((i for i, known in PAPER_GRID.ids.items() if known == name), name)
 
 
 def make_row(
@@ -93,8 +125,10 @@ def make_row(
     w = world()
     rng = w.stream(family, seed)
     image, panels = w.family_scene(rng, family, phase.count, phase.size)
-    if mode == "list":
-        return list_row(writer, half(image) if rng.random() < 0.3 else image, rng.sample(panels, len(panels)))
+    if mode in ("list", "where"):
+        panels = rng.sample(panels, len(panels))
+        regions = [region_id(p, image.size) for p in panels] if mode == "where" else None
+        return list_row(writer, half(image) if rng.random() < (0.8 if regions else 0.3) else image, panels, regions)
     order = rng.sample(panels, len(panels)) if questions > 1 else [rng.choice(panels)]
     asked = []
     for panel in order[: questions if mode in ("full", "low") else 1]:
@@ -175,7 +209,7 @@ class Learner:
     def right(self, rows: list[Row], writer: Writer, device: str) -> list[bool]:
         """Whether the last reply of each row is the greedy one, given what precedes it."""
         b = {k: v.to(device) for k, v in collate(rows, writer).items()}
-        with torch.autocast(device.split(":")[0], dtype=torch.bfloat16):
+        with autocast(device):
             hidden = self.hidden(b)
             out = []
             for i, row in enumerate(rows):
@@ -207,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", choices=list(STAGES), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tower", type=Path, help="run folder of the tower stage (base)")
-    parser.add_argument("--start", type=Path, help="run folder of the base stage (sft)")
+    parser.add_argument("--start", type=Path, help="checkpoint folder to go on from; needed by sft")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--stop", type=int, help="stop after this step of the schedule (default: --steps)")
     parser.add_argument(
@@ -223,13 +257,14 @@ def main(argv: list[str] | None = None) -> None:
     curator = None
     tok = nano.nano_tokenizer()
     writer, model = Writer(tok), nano.build(tok).to(a.device)
-    if a.stage == "base":
+    if a.start:
+        model.load_state_dict(type(model).from_pretrained(a.start, dtype=torch.float32).state_dict())
+    if a.tower:
         state = torch.load(a.tower / "checkpoint.pt", map_location=a.device, weights_only=True)
         model.model.visual.load_state_dict(state["tower"])
-        calibrate(model, writer)
-    else:
-        state = torch.load(a.start / "checkpoint.pt", map_location=a.device, weights_only=True)
-        model.load_state_dict(state["model"])
+        if not a.start:
+            calibrate(model, writer)
+    if a.stage == "sft":
         curator = Curator(copy.deepcopy(model), writer, a.where)
     learner = Learner(model)
     tower = list(model.model.visual.parameters())
@@ -248,11 +283,11 @@ def main(argv: list[str] | None = None) -> None:
         w, found = world(), {}
         first = w.SEEDS["validation"].start
         phase = PHASES[a.stage][-1]
-        for mode in ("full", "low", "crop"):
+        for mode in ("where", "full", "low", "crop"):
             found[mode] = {}
             for family in w.FAMILIES:
                 rows = [make_row(writer, family, first + i, mode, phase, questions=1) for i in range(48)]
-                right = learner.right(rows, writer, a.device)
+                right = learner.right([r for r in rows if r.replies], writer, a.device)
                 found[mode][family] = round(sum(right) / len(right), 3)
             found[mode]["mean"] = round(sum(found[mode].values()) / len(w.FAMILIES), 3)
         return found
