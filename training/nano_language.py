@@ -43,6 +43,7 @@ class Phase:
     """A stretch of training: until (share of the steps), picture size, panels per picture, share of each kind of row.
 
     families: how often each comes up. varied: see ``ask`` of the world.
+    call: loss weight of the call in ``crop`` rows, which always call.
     """
 
     until: float
@@ -51,6 +52,7 @@ class Phase:
     mix: dict[str, float]
     families: tuple[float, ...] = (1, 1, 1, 1, 1, 1)
     varied: bool = True
+    call: float = 0.0
 
 
 PHASES = {
@@ -72,9 +74,10 @@ PHASES = {
             1.00,
             (224, 224),
             (3, 5),
-            {"list": 0.05, "where": 0.3, "full": 0.3, "low": 0.1, "crop": 0.25},
+            {"list": 0.05, "where": 0.25, "full": 0.25, "low": 0.1, "crop": 0.35},
             (1, 2, 0.7, 2, 0.5, 2),
             varied=False,
+            call=1.0,
         ),
     ),
     "sft": (Phase(1.00, (224, 224), (3, 5), {"awares": 0.6, "full": 0.25, "low": 0.15}, (1, 2, 0.8, 1, 0.6, 1), varied=False),),
@@ -144,7 +147,7 @@ def make_row(
     names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size)
     if mode == "awares" and curator.where == "all":
         names = ("all",)
-    call_weight = CALL_WEIGHT if mode == "awares" else 0.0
+    call_weight = CALL_WEIGHT if mode == "awares" else phase.call
     turns = [([half(image)], text, PAPER_GRID.format(names), call_weight), (PAPER_GRID.cut(image, names), "", answer, 1.0)]
     return writer.row(turns, PAPER_GRID.prompt)
 
