@@ -144,7 +144,7 @@ def test_where_lists_name_the_cheapest_region_of_each_panel():
     assert [PAPER_GRID.ids.get(r, r) for r in regions] == ["top-left", "right", "center"]
     row = language.list_row(writer, picture(112, 112), panels, regions)
     assert writer.tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w]) == "".join(regions)
-    assert writer.tokenizer.decode(row.ids).endswith(f"red ['{regions[0]}'], blue ['{regions[1]}'], black ['{regions[2]}'],")
+    assert writer.tokenizer.decode(row.ids).endswith("red{}, blue{}, black{},".format(*regions))
     assert [writer.tokenizer.decode(row.ids[s:e]) for s, e in row.replies] == regions
 
 

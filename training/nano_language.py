@@ -34,8 +34,8 @@ from awares_bench.crops import PAPER_GRID
 from awares_bench.vision_attention import windowed_attention
 
 CALL_WEIGHT = 5.0  # paper Sec. 4.3, ablation in Table 3
-STAGES = {"base": 0, "sft": 1, "where": 2}
-KINDS = ("list", "where", "full", "low", "crop", "awares")
+STAGES = {"base": 0, "sft": 1, "light": 2, "where": 3}
+KINDS = ("list", "where", "ask where", "full", "low", "crop", "awares")
 
 
 @dataclass(frozen=True)
@@ -57,30 +57,47 @@ class Phase:
 
 PHASES = {
     "base": (
-        Phase(0.10, (112, 112), (1, 2), {"list": 0.6, "where": 0.1, "full": 0.3}),
-        Phase(0.25, (224, 224), (2, 4), {"list": 0.4, "where": 0.2, "full": 0.3, "crop": 0.1}),
-        Phase(0.50, (224, 224), (3, 5), {"list": 0.15, "where": 0.1, "full": 0.3, "low": 0.15, "crop": 0.3}),
+        Phase(0.10, (112, 112), (1, 2), {"list": 0.7, "full": 0.3}),
+        Phase(0.25, (224, 224), (2, 4), {"list": 0.6, "full": 0.3, "crop": 0.1}),
+        Phase(0.50, (224, 224), (3, 5), {"list": 0.15, "full": 0.35, "low": 0.2, "crop": 0.3}),
         Phase(
-            1.00,
-            (224, 224),
-            (3, 5),
-            {"list": 0.05, "where": 0.1, "full": 0.35, "low": 0.1, "crop": 0.4},
-            (1, 2, 0.7, 2, 0.5, 2),
-            varied=False,
+            1.00, (224, 224), (3, 5), {"list": 0.1, "full": 0.4, "low": 0.15, "crop": 0.35}, (1, 2, 0.7, 2, 0.5, 2), varied=False
         ),
     ),
-    "where": (
+    "light": (
         Phase(
             1.00,
             (224, 224),
             (3, 5),
-            {"list": 0.05, "where": 0.25, "full": 0.25, "low": 0.1, "crop": 0.35},
+            {"list": 0.05, "where": 0.17, "ask where": 0.18, "full": 0.2, "low": 0.1, "crop": 0.3},
             (1, 2, 0.7, 2, 0.5, 2),
             varied=False,
             call=1.0,
         ),
     ),
-    "sft": (Phase(1.00, (224, 224), (3, 5), {"awares": 0.6, "full": 0.25, "low": 0.15}, (1, 2, 0.8, 1, 0.6, 1), varied=False),),
+    "where": (
+        Phase(0.12, (224, 224), (1, 1), {"where": 1.0}),
+        Phase(0.24, (224, 224), (1, 3), {"where": 0.7, "ask where": 0.3}),
+        Phase(
+            1.00,
+            (224, 224),
+            (3, 5),
+            {"list": 0.05, "where": 0.1, "ask where": 0.1, "full": 0.25, "low": 0.1, "crop": 0.4},
+            (1, 3, 0.8, 1.2, 0.5, 1.2),
+            varied=False,
+            call=1.0,
+        ),
+    ),
+    "sft": (
+        Phase(
+            1.00,
+            (224, 224),
+            (3, 5),
+            {"awares": 0.6, "crop": 0.1, "where": 0.05, "full": 0.15, "low": 0.1},
+            (1, 3, 0.8, 1.2, 0.5, 1.2),
+            varied=False,
+        ),
+    ),
 }
 
 
@@ -94,7 +111,7 @@ def train_seed(stage: str, step: int, i: int) -> int:
 def list_row(writer: Writer, view, panels: list, regions: list[str] | None = None) -> Row:
     """ "List everything." and the panels as ``key content,`` with loss on the contents; panels that share a key are left out.
 
-    regions: crop ids of the panels, to be listed in place of their contents, as a call writes them.
+    regions: crop ids of the panels, to be listed in place of their contents.
     """
     keys = [p.key for p in panels]
     row = writer.row([([view], "Where is everything?" if regions else "List everything.", "", 0.0)])
@@ -103,7 +120,7 @@ def list_row(writer: Writer, view, panels: list, regions: list[str] | None = Non
         if keys.count(panel.key) > 1:
             continue
         if regions:
-            said = ((f" {panel.key}", 0.0), (" ['", 0.0), (regions[i], 1.0), ("'],", 0.0))
+            said = ((f" {panel.key}", 0.0), (regions[i], 1.0), (",", 0.0))
         else:
             content = panel.content if panel.family in ("chart", "doc", "ocr") else f" {panel.content}"
             said = ((f" {panel.key}", 0.0), (content, 1.0), (",", 0.0))
@@ -117,7 +134,10 @@ def list_row(writer: Writer, view, panels: list, regions: list[str] | None = Non
 
 def region_id(panel, size: tuple[int, int]) -> str:
     """The id, as a call writes it, of the cheapest region that holds a panel."""
-    (name,) = PAPER_GRID.cheapest_cover([panel.box], *size)
+    return _id(*PAPER_GRID.cheapest_cover([panel.box], *size))
+
+
+def _id(name: str) -> str:
     return next((i for i, known in PAPER_GRID.ids.items() if known == name), name)
 
 
@@ -134,10 +154,14 @@ def make_row(
         return list_row(writer, half(image) if rng.random() < (0.8 if regions else 0.3) else image, panels, regions)
     order = rng.sample(panels, len(panels)) if questions > 1 else [rng.choice(panels)]
     asked = []
-    for panel in order[: questions if mode in ("full", "low") else 1]:
+    for panel in order[: questions if mode in ("full", "low", "ask where") else 1]:
         question, answer, options, evidence = w.ask(rng, panels, panel, phase.varied)
+        if mode == "ask where":
+            names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size)
+            asked.append((f"{question} Where?", ", ".join(map(_id, names)), evidence))
+            continue
         asked.append((w.prompt(family, question, options), answer, evidence))
-    if mode in ("full", "low"):
+    if mode in ("full", "low", "ask where"):
         view = image if mode == "full" else half(image)
         return writer.row([([view] if i == 0 else [], text, answer, 1.0) for i, (text, answer, _) in enumerate(asked)])
     text, answer, evidence = asked[0]
@@ -248,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--stop", type=int, help="stop after this step of the schedule (default: --steps)")
     parser.add_argument(
-        "--where", choices=("all", "cheapest"), default="all", help="crops that a call of a trajectory names (sft)"
+        "--where", choices=("all", "cheapest"), default="cheapest", help="crops that a call of a trajectory names (sft)"
     )
     parser.add_argument("--rows", type=int, default=36, help="conversations per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
@@ -286,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         w, found = world(), {}
         first = w.SEEDS["validation"].start
         phase = PHASES[a.stage][-1]
-        for mode in ("where", "full", "low", "crop"):
+        for mode in ("where", "ask where", "full", "low", "crop"):
             found[mode] = {}
             for family in w.FAMILIES:
                 rows = [make_row(writer, family, first + i, mode, phase, questions=1) for i in range(48)]
