@@ -40,7 +40,7 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure:
     """Plot ``data``: share needed on x, share called on y, a point per run and task; on the diagonal as many calls as needed."""
     with drawing.style():
-        figure, axes = drawing.canvas(3.0)
+        figure, axes = drawing.canvas(2.75 + 0.13 * -(-min(8, table["method"].nunique()) // 2))
         axes.plot([0, 100], [0, 100], color="#bbbbbb", ls="--", lw=0.8, zorder=1)
         axes.text(
             97, 93, "as often as needed", ha="right", va="top", fontsize=5.8, color="#777777", rotation=38, rotation_mode="anchor"
@@ -64,8 +64,8 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
             )
         axes.set_xlim(-3, 103)
         axes.set_ylim(-3, 103)
-        axes.set_xlabel("documents where full resolution beats half size (%)")
-        axes.set_ylabel("documents where the method looks closer (%)")
+        axes.set_xlabel("full resolution beats half size (% of documents)")
+        axes.set_ylabel("method looks closer (% of documents)")
         drawing.title(figure, title)
         drawing.key(figure, *axes.get_legend_handles_labels(), 2, handletextpad=0.2)
         first = table[table["method"] == methods[0]]

@@ -129,8 +129,9 @@ def ablations(runs: list[Run], frame: pd.DataFrame) -> Table | None:
             same = published[(published["method"] == family) & (published["variant"] == variant_of(run.name, family))]
             same = same[same["retention"].isna() | (same["retention"] == settings[run.name].get("retention"))].set_index(
                 "quantity"
-            )["value"]
-            row |= {"paper accuracy": same.get("accuracy"), "paper RTR": same.get("rtr")}
+            )
+            row |= {"paper accuracy": same["value"].get("accuracy"), "paper RTR": same["value"].get("rtr")}
+            row["doubt"] = "; ".join(dict.fromkeys(d for d in same.loc[same.index.isin(["accuracy", "rtr"]), "doubt"] if d))
             rows.append(row)
     if not rows:
         return None
@@ -144,11 +145,11 @@ def ablations(runs: list[Run], frame: pd.DataFrame) -> Table | None:
         }
         text |= {("", "call rate"): number(r["call rate"], 2)}
         text |= {
-            ("paper, 7B on its six tasks", "accuracy"): number(r["paper accuracy"], 2),
+            ("paper, 7B on its six tasks", "accuracy"): number(r["paper accuracy"], 2) + ("†" if r["doubt"] else ""),
             ("paper, 7B on its six tasks", "RTR"): number(r["paper RTR"], 2),
         }
         said.append(text)
-    note = "The paper's column is another model on other tasks unless this table is of its six: compare directions, not values."
+    note = "The paper's column is another model on other tasks unless this table is of its six: compare directions, not values. † doubted, see the CSV."
     return Table("ablations", f"Ablations: {names.suite(frame)}", pd.DataFrame(rows), _printed(said), [note])
 
 

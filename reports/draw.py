@@ -62,7 +62,7 @@ def _freeze(figure: Figure) -> None:
     """Settle the layout once: a page that grows by the footnote would otherwise pull the key down with it."""
     if figure.get_layout_engine() is None:
         return
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     for legend in figure.legends:
         corner = figure.transFigure.inverted().transform(legend.get_window_extent().p0)
         legend.set_loc("lower left")
@@ -81,7 +81,7 @@ def place(
     Greedy, in the order given. obstacles: further (x, y) to keep clear. offsets: places to try, in points from the mark.
     """
     figure = axes.figure
-    figure.canvas.draw()  # settles the layout, so that positions on the page are known
+    figure.draw_without_rendering()  # settles the layout, so that positions on the page are known
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     scale = figure.dpi / 72

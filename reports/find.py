@@ -90,9 +90,9 @@ def _ours(name: str, folder: Path, output: Path, metrics, drop_partial: list[str
 def _foreign(name: str | None, path: Path, metrics) -> Run:
     folder = path.parent if path.is_file() else path
     results = settings(folder)
-    model = results.get("config", {}).get("model")
-    about = {"status": "foreign", "identity": {"method": model, "pretrained": results.get("model_name")}} if model else {}
-    return _run(name or folder.name, about, None, folder, samples_files(folder), metrics)
+    name = name or results.get("config", {}).get("model") or folder.name
+    about = {"status": "foreign", "identity": {"method": name, "pretrained": results.get("model_name")}}
+    return _run(name, about, None, folder, samples_files(folder), metrics)
 
 
 def _run(name: str, about: dict, folder: Path | None, output: Path, files: dict[str, Path], metrics) -> Run:

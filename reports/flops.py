@@ -29,6 +29,21 @@ def config_of(about: dict) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def shapes(about: dict) -> dict | None:
+    """``config_of``, cut to what is counted here."""
+    config = config_of(about)
+    if config is None:
+        return None
+    parts = {"vision_config": config["vision_config"], "text_config": config.get("text_config") or config}
+    return {name: {k: v for k, v in part.items() if k in SHAPES} for name, part in parts.items()}
+
+
+SHAPES = {
+    *("hidden_size", "intermediate_size", "depth", "in_channels", "temporal_patch_size", "patch_size", "spatial_merge_size", "window_size"),
+    *("fullatt_block_indexes", "out_hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "vocab_size"),
+}
+
+
 def of_documents(frame: pd.DataFrame, config: dict) -> pd.Series:
     """Documents and a Qwen2.5-VL config -> FLOPs of each (a multiplication and an addition are two); NaN where tokens are unknown."""
     tokens = {k: pd.to_numeric(frame[k]).to_numpy(float) for k in ("encoded", "prefill", "text", "output", "turns")}

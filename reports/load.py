@@ -93,22 +93,22 @@ def load(method: str, run: Path | None, lmms_output: Path, metrics: dict[str, st
             raise ReportError(f"{method}: {run} holds no records; run it first")
     rows = []
     for task, path in files.items():
-        scored = _scored(path, task, METRIC | (metrics or {}))
+        scored = _scored(path, task, METRIC | (metrics or {}), telemetry=run is None)
         missing = [] if run is None else [d for d in scored if (task, d) not in records]
         if missing:
             raise ReportError(
                 f"{method}, {task}: {len(scored)} scores but no record for {len(missing)} of them (document {missing[0]} first). "
                 "lmms-eval may have answered them from its own cache: rerun without --use_cache"
             )
-        for doc_id, (score, sample) in sorted(scored.items()):
+        for doc_id, (score, told) in sorted(scored.items()):
             record = records.get((task, doc_id))
-            row = {"method": method, "task": task, "doc_id": doc_id, "score": score} | sample
-            rows.append(row if record is None else row | _spent(vars(record)))
+            row = {"method": method, "task": task, "doc_id": doc_id, "score": score}
+            rows.append(row | (_spent(told) if record is None else _spent(vars(record))))
     return typed(pd.DataFrame(rows))
 
 
-def _scored(path: Path, task: str, metrics: dict[str, str]) -> dict[int, tuple[float, dict]]:
-    """Document -> (score from 0 to 1, what the samples file itself tells about it)."""
+def _scored(path: Path, task: str, metrics: dict[str, str], telemetry: bool) -> dict[int, tuple[float, dict]]:
+    """Document -> (score from 0 to 1, a record as far as the samples file itself tells it; {} without ``telemetry``)."""
     if task not in metrics:
         raise ReportError(
             f"no accuracy is defined for task {task!r}; known: {', '.join(metrics)}. Name one: --metric {task}=METRIC"
@@ -123,14 +123,16 @@ def _scored(path: Path, task: str, metrics: dict[str, str]) -> dict[int, tuple[f
             raise ReportError(f"{path}: document {sample['doc_id']} scores {value} in {metrics[task]}; a score lies in 0 to 1")
         if sample["doc_id"] in out:
             raise ReportError(f"{path}: document {sample['doc_id']} appears twice; aggregate repeats before reporting")
-        told = next(iter(sample.get("token_counts") or []), None) or {}
-        asked = str(sample.get("input", ""))
-        spent = {"usage": told.get("usage") or [], "answer": sample.get("filtered_resps"), "question": asked}
-        row = _spent({**told, **spent})
-        if row["output"] is None:
-            row["output"] = told.get("output_tokens")
-        out[sample["doc_id"]] = float(value), row
+        out[sample["doc_id"]] = float(value), _telemetry(sample) if telemetry else {}
     return out
+
+
+def _telemetry(sample: dict) -> dict:
+    """A line of lmms-eval's samples file -> the fields of a record; a foreign model's tell the tokens it wrote at most."""
+    told = next(iter(sample.get("token_counts") or []), None) or {}
+    answer = sample.get("filtered_resps")
+    usage = told.get("usage") or ([{"output": told["output_tokens"]}] if told.get("output_tokens") is not None else [])
+    return {**told, "usage": usage, "answer": answer, "question": str(sample.get("input", ""))}
 
 
 def _spent(record: dict) -> dict:
@@ -158,7 +160,7 @@ def _spent(record: dict) -> dict:
     row["seconds"] = None if not phases or None in phases else sum(phases)
     later = [row[f"later_{k}"] for k in keys if k.endswith("_seconds")]
     row["later_seconds"] = None if not later or None in later else sum(later)
-    row["rtr"] = row["prefill"] / row["full_tokens"] if row["prefill"] is not None and row["full_tokens"] else None
+    row["rtr"] = record.get("rtr")
     return row
 
 

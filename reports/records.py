@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from . import flops
 from .load import ReportError, Run, typed
 
 RUNS, DOCUMENTS = "runs.json", "documents.csv.gz"
@@ -21,14 +22,16 @@ VERSION = 1
 def write(found: list[Run], folder: Path) -> None:
     """Runs -> ``folder/runs.json`` and ``folder/documents.csv.gz``; the same runs give the same bytes.
 
-    Seconds are rounded to microseconds. Sums over phases and RTR are left out: they are taken again when the records are read.
+    Seconds are rounded to microseconds. Sums over phases, and RTR where it is prefill over full tokens, are taken again on reading.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    about = {r.name: portable(r.about) for r in found}
+    about = {r.name: portable({**r.about, "model_config": flops.shapes(r.about)}) for r in found}
     (folder / RUNS).write_text(json.dumps({"version": VERSION, "runs": about}, indent=1, sort_keys=True) + "\n")
     frames = []
     for run in found:
-        frame = run.documents.drop(columns=["label", "family", "seconds", "later_seconds", "rtr", "answer"])
+        frame = run.documents.drop(columns=["label", "family", "seconds", "later_seconds", "answer"])
+        if (frame["rtr"].fillna(-1) == _ratio(frame).fillna(-1)).all():
+            frame = frame.drop(columns="rtr")
         seconds = [c for c in frame.columns if c.endswith("_seconds")]
         frames.append(frame.assign(**{c: frame[c].round(6) for c in seconds}).sort_values(["task", "doc_id"]))
     table = pd.concat(frames, ignore_index=True)
@@ -76,8 +79,13 @@ def _whole(frame: pd.DataFrame) -> pd.DataFrame:
         frame[f"later_{key}"] = later.mask(single & frame[key].notna(), 0)
     frame["seconds"] = frame[phases].sum(axis=1, min_count=len(phases)) if phases else None
     frame["later_seconds"] = frame[[f"later_{p}" for p in phases]].sum(axis=1, min_count=len(phases)) if phases else None
-    frame["rtr"] = pd.to_numeric(frame["prefill"]) / pd.to_numeric(frame["full_tokens"]).mask(lambda n: n == 0)
+    frame["rtr"] = frame["rtr"] if "rtr" in frame else _ratio(frame)
     return typed(frame)
+
+
+def _ratio(frame: pd.DataFrame) -> pd.Series:
+    """Prefill tokens over full-resolution tokens; NaN where either is unknown."""
+    return pd.to_numeric(frame["prefill"]) / pd.to_numeric(frame["full_tokens"]).mask(lambda n: n == 0)
 
 
 def portable(value):

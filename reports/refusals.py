@@ -34,7 +34,7 @@ def check(runs: list[Run], frame: pd.DataFrame, allow: tuple[str, ...] = (), tim
         "partial": _partial(runs),
         "pixels": _differ(runs, _pixels, "processor limits (min_pixels, max_pixels)"),
         "weights": _weights(runs),
-        "versions": _differ(runs, _versions, "versions of lmms-eval and of the tasks"),
+        "versions": _versions(runs),
         "tasks": _tasks(frame),
         "documents": _documents(runs, frame),
         "prompts": _prompts(frame),
@@ -88,10 +88,11 @@ def _pixels(run: Run) -> object:
     return None if identity.get("max_pixels") is None else (identity.get("min_pixels"), identity["max_pixels"])
 
 
-def _versions(run: Run) -> object:
-    evaluation, own = _evaluation(run), (run.about.get("versions") or {}).get("lmms-eval")
-    tasks = {t: v for t, v in sorted((evaluation.get("versions") or {}).items()) if v is not None}
-    return {"lmms-eval": own, **tasks} if own else None
+def _versions(runs: list[Run]) -> str | None:
+    what = _differ(runs, lambda r: (r.about.get("versions") or {}).get("lmms-eval"), "versions of lmms-eval")
+    for task in sorted({t for r in runs for t in _evaluation(r).get("versions") or {}}):
+        what = what or _differ(runs, lambda r, t=task: (_evaluation(r).get("versions") or {}).get(t), f"versions of the task {task}")
+    return what
 
 
 def _hardware(frame: pd.DataFrame) -> Callable[[Run], object]:

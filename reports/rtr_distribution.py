@@ -35,7 +35,9 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
     right = 1.05 * max(1.0, table["rtr"].max())
     rows = -(-len(tasks) // 2)
     with drawing.style():
-        figure, grid = drawing.canvas(0.75 + 0.95 * rows, rows, 2, sharex=True, sharey=True, squeeze=False)
+        figure, grid = drawing.canvas(
+            0.6 + 0.95 * rows + 0.13 * -(-len(methods) // 2), rows, 2, sharex=True, sharey=True, squeeze=False
+        )
         for axes, task in zip(grid.flat, tasks, strict=False):
             for i, method in enumerate(methods):
                 own = table[(table["method"] == method) & (table["task"] == task)].sort_values("rtr")
@@ -52,9 +54,10 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
             axes.set_xlim(0, right)
             axes.set_ylim(0, 103)
         for axes in grid.flat[len(tasks) :]:
-            axes.set_visible(False)
-        figure.supxlabel("retained token ratio", fontsize=7)
-        figure.supylabel("documents at or below (%)", fontsize=7)
+            axes.set_axis_off()
+        for axes in grid[-1]:
+            axes.set_xlabel("retained token ratio")
+        grid[rows // 2][0].set_ylabel("documents at or below (%)")
         drawing.title(figure, title)
         firsts = {m: table[table["method"] == m].iloc[0] for m in methods}
         lines = [
