@@ -69,10 +69,9 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
         drawing.title(figure, title)
         drawing.key(figure, *axes.get_legend_handles_labels(), 2, handletextpad=0.2)
         first = table[table["method"] == methods[0]]
-        drawing.place(
-            axes,
-            [(100 * r.needed, 100 * r.called, names.task(r.task).removeprefix("nano "), "#444444") for r in first.itertuples()],
-        )
+        others = [(100 * r.needed, 100 * r.called) for r in table[table["method"].isin(methods[1:8])].itertuples()]
+        said = [(100 * r.needed, 100 * r.called, names.task(r.task).removeprefix("nano "), "#444444") for r in first.itertuples()]
+        drawing.place(axes, said, others)
         more = [f"8 of {len(methods)} runs; all are in the CSV."] if len(methods) > 8 else []
         drawing.footnote(figure, [*notes, *more, f"A point per task; tasks are named at {first['label'].iloc[0]}."])
     return figure

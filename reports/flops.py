@@ -39,8 +39,24 @@ def shapes(about: dict) -> dict | None:
 
 
 SHAPES = {
-    *("hidden_size", "intermediate_size", "depth", "in_channels", "temporal_patch_size", "patch_size", "spatial_merge_size", "window_size"),
-    *("fullatt_block_indexes", "out_hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "vocab_size"),
+    *(
+        "hidden_size",
+        "intermediate_size",
+        "depth",
+        "in_channels",
+        "temporal_patch_size",
+        "patch_size",
+        "spatial_merge_size",
+        "window_size",
+    ),
+    *(
+        "fullatt_block_indexes",
+        "out_hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_hidden_layers",
+        "vocab_size",
+    ),
 }
 
 

@@ -93,6 +93,7 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
                     line["step"], line["value"], color=palette[run], ls=LINES[i % len(LINES)], marker=".", ms=3, label=series
                 )
                 ends.append((line["step"].iloc[-1], line["value"].iloc[-1], names.short(series, 18), palette[run]))
+            axes.margins(y=0.2)
             axes.set_ylabel(f"{names.short(run, 16)}, evaluation")
             axes.set_xlim(right=axes.get_xlim()[1] + 0.25 * (axes.get_xlim()[1] - axes.get_xlim()[0]))
             drawing.place(axes, sorted(ends, key=lambda e: -e[1]), offsets=[(5, dy) for s in range(0, 40, 2) for dy in (s, -s)])

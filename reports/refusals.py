@@ -91,7 +91,9 @@ def _pixels(run: Run) -> object:
 def _versions(runs: list[Run]) -> str | None:
     what = _differ(runs, lambda r: (r.about.get("versions") or {}).get("lmms-eval"), "versions of lmms-eval")
     for task in sorted({t for r in runs for t in _evaluation(r).get("versions") or {}}):
-        what = what or _differ(runs, lambda r, t=task: (_evaluation(r).get("versions") or {}).get(t), f"versions of the task {task}")
+        what = what or _differ(
+            runs, lambda r, t=task: (_evaluation(r).get("versions") or {}).get(t), f"versions of the task {task}"
+        )
     return what
 
 

@@ -92,5 +92,9 @@ def test_the_wheel_holds_what_git_tracks(tmp_path):
         for f in tracked
         if f.split("/")[0] in ("awares_bench", *ROOMS)
     }
-    wanted = {f for f in wanted if not f.startswith(("awares_bench/training/logs/", "awares_bench/reports/records/", "awares_bench/reports/figures/"))}
+    wanted = {
+        f
+        for f in wanted
+        if not f.startswith(("awares_bench/training/logs/", "awares_bench/reports/records/", "awares_bench/reports/figures/"))
+    }
     assert packed == wanted
