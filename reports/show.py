@@ -180,7 +180,7 @@ def pictures(run: Run, folder: Path | None = None) -> Callable[[str, int, str], 
             raise ReportError(f"{task} has no document {doc_id}: these pictures are of another suite; pass --images FOLDER")
         document = table.iloc[doc_id] if isinstance(table, pd.DataFrame) else table[doc_id]
         asked = document.get("question") or document.get("text") or ""
-        if not _words(question).startswith(_words(str(asked))[:60]):
+        if _words(str(asked))[:60] not in _words(question):
             raise ReportError(
                 f"{task} document {doc_id} asks {asked!r}, the run was asked {question!r}: another suite; pass --images FOLDER"
             )

@@ -113,7 +113,7 @@ def test_where_half_size_is_wrong_only_those_documents_count(frame):
     assert table.loc["awares", ["accuracy", "documents"]].tolist() == [0.5, 4]  # documents 0 and 2 of each task: 1.0 and 0.0
     assert table.at["awares_full", "accuracy"] == 1 and "awares_low" not in table.index
     axes = low_wrong.draw(table.reset_index(), "t").axes[0]
-    assert [t.get_text() for t in axes.get_yticklabels()][0] == "full resolution"
+    assert axes.get_yticklabels()[0].get_text() == "full resolution"
     assert low_wrong.data(frame[frame["method"] != "awares_low"]).empty
 
 
