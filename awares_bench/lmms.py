@@ -144,7 +144,7 @@ class MethodModel(lmms):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # the run is whole when every rank is done
         if self._rank == 0:
-            self.run.finish(model_config=self.vlm.model.config.to_dict())
+            self.run.finish()
             print(f"{self.method}: records are in {self.run.folder}", file=sys.stderr)
         return [_result(self.run.done[key]) for key in keys]
 

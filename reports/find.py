@@ -53,7 +53,7 @@ def _split(item: str) -> tuple[str | None, Path]:
 def _below(path: Path, name: str | None, metrics, drop_partial) -> Iterator[Run]:
     if (path / records.RUNS).exists():
         for run in records.read(path):
-            yield Run(name or run.name, run.about, run.documents, path, {})
+            yield Run(name or run.name, run.about, named(run.documents, name or run.name, run.about), path, {})
     elif (path / "runs").is_dir():
         for folder in sorted(p for p in (path / "runs").iterdir() if p.is_dir()):
             run = _ours(name or folder.name, folder, path / "lmms" / folder.name, metrics, drop_partial)
@@ -112,9 +112,13 @@ DATASET = ("dataset_path", "dataset_name", "dataset_kwargs", "test_split")
 
 
 def named(documents: pd.DataFrame, name: str, about: dict) -> pd.DataFrame:
-    """The documents with the display name and family that the run's identity gives them."""
+    """The documents under a run's name, with the display name and family that its identity gives them."""
     identity = about.get("identity")
-    for column, value in (("label", names.label(name, identity)), ("family", names.family(name, identity))):
+    for column, value in (
+        ("method", name),
+        ("label", names.label(name, identity, about.get("label"))),
+        ("family", names.family(name, identity)),
+    ):
         documents[column] = pd.Series(value, documents.index, dtype="category")
     return documents
 

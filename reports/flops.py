@@ -8,17 +8,19 @@ in the tower's full-attention blocks, an upper bound where a turn shows several;
 from __future__ import annotations
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from huggingface_hub import try_to_load_from_cache
 
 BUNDLED = ("nano", "nano-base")
 
 
 def config_of(about: dict) -> dict | None:
-    """The model's ``config.json`` of a run: from run.json, the package's weights or a local checkpoint; None where it is not at hand."""
+    """The model's ``config.json`` of a run: from run.json, the package's weights, a local checkpoint or the hub's cache; None elsewhere."""
     if about.get("model_config"):
         return about["model_config"]
     name = (about.get("identity") or {}).get("pretrained")
@@ -26,7 +28,13 @@ def config_of(about: dict) -> dict | None:
         return None
     folder = files("awares_bench") / "weights" / name if name in BUNDLED else Path(str(name))
     path = folder / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        cached = try_to_load_from_cache(str(name), "config.json") if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) else None
+        if not isinstance(cached, str):
+            return None
+        path = Path(cached)
+    config = json.loads(path.read_text())
+    return config if "vision_config" in config else None
 
 
 def shapes(about: dict) -> dict | None:

@@ -122,6 +122,8 @@ def _side(image: Image.Image, side: Side, named: bool) -> str:
 def _turn(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> str:
     texts = side.texts
     usage = texts["usage"][i] if i < len(texts["usage"]) else None
+    answers = texts.get("models") or []
+    who = f", {html.escape(answers[i])}" if i < len(answers) and answers[i] else ""
     shown, caption = _seen(image, i, side, names)
     if usage is None:
         spent = "tokens not known"
@@ -129,7 +131,7 @@ def _turn(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> str
         seconds = sum(v for k, v in usage.items() if k.endswith("_seconds") and isinstance(v, (int, float)))
         spent = f"{usage.get('prefill', 0):g} visual, {usage.get('text', 0)} text, {usage.get('output', 0)} output tokens; {1000 * seconds:.0f} ms"
     return (
-        f'<div class="turn"><small>turn {i + 1}: {html.escape(caption)}</small><br>{"".join(map(_img, shown))}'
+        f'<div class="turn"><small>turn {i + 1}{who}: {html.escape(caption)}</small><br>{"".join(map(_img, shown))}'
         f"<br>model: <code>{html.escape(texts['replies'][i]) or '&nbsp;'}</code><br><small>{spent}</small></div>"
     )
 

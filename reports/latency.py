@@ -18,6 +18,7 @@ MOST = 40
 def data(frame: pd.DataFrame) -> pd.DataFrame:
     """Documents -> method, label, phase, turn ("first" or "later"), seconds (mean over documents); runs without times are left out."""
     phases = [c for c in frame.columns if c.endswith("_seconds") and not c.startswith("later_")]
+    phases = [c for c in phases if not c.startswith("aux") or frame[c].any()]
     rows = []
     for method, own in frame.groupby("method", sort=False, observed=True):
         if own["seconds"].isna().any():

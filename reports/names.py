@@ -44,23 +44,35 @@ SPARE_MARKERS = ("o", "s", "^", "v", "<", ">", "P", "X", "p", "h")
 
 
 def family(method: str, identity: dict | None = None) -> str:
-    """A run's name and identity -> the word that its colour and marker hang on: the method without its numbers.
+    """A run's name and identity -> the word that its colour and marker hang on: the method without its settings.
 
-    A composition is named by both parts (``awares+visionzip``); full resolution with a pruner is that pruner.
+    A composition is named by both parts (``awares+visionzip``); full resolution with a pruner is that pruner; a method of a file
+    (``mine.py:Mine``) is its class.
     """
     identity = identity or {}
-    word = str(identity.get("method") or method).removeprefix("awares_") if method != "awares" else "awares"
-    policy, pruner = (identity.get(k) or (identity.get("fields") or {}).get(k) for k in ("policy", "pruner"))
+    policy, pruner = identity.get("policy"), identity.get("pruner")
     if pruner:
-        return str(pruner) if policy in (None, "full") else f"{policy}+{pruner}"
-    return str(policy or word)
+        parts = [pruner] if policy in (None, "full") else [policy, pruner]
+    else:
+        word = str(policy or identity.get("method") or method)
+        parts = [word.removeprefix("awares_") if word.removeprefix("awares_") in METHODS else word]
+    return "+".join(str(part).rsplit(":", 1)[-1] for part in parts)
 
 
-def label(method: str, identity: dict | None = None) -> str:
-    """A run's name and identity -> its name in print, with the share of tokens kept where that is a setting."""
-    word = " + ".join(METHODS[part][0] if part in METHODS else part for part in family(method, identity).split("+"))
+def label(method: str, identity: dict | None = None, told: str | None = None) -> str:
+    """A run's name in print, with the share of tokens kept where that is a setting.
+
+    told: ``label`` of run.json. The one that awares-bench makes (``awares+visionzip retention=0.5``) is put in print form, with the
+    other options that it names; one that a user gave stands as it is.
+    """
+    own = family(method, identity)
+    word = " + ".join(METHODS[part][0] if part in METHODS else part for part in own.split("+"))
     retention = ((identity or {}).get("fields") or {}).get("retention")
-    return word if retention is None else f"{word} {100 * float(retention):g} %"
+    first, *options = (told or own).split(" ")
+    if told and (first.rsplit(":", 1)[-1] != own or not all("=" in o for o in options)):
+        return told
+    kept = [] if retention is None else [f"{100 * float(retention):g} %"]
+    return " ".join([word, *(o for o in options if not o.startswith("retention=")), *kept])
 
 
 def colour(family: str) -> str:

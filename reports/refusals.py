@@ -102,7 +102,8 @@ def _hardware(frame: pd.DataFrame) -> Callable[[Run], object]:
 
     def fact(run: Run) -> object:
         identity, machine = run.about.get("identity") or {}, run.about.get("machine")
-        kernel = f"{identity.get('dtype')}, {identity.get('attn_implementation')}"
+        facts = ("dtype", "attn_implementation", "engine", "served", "constrained")
+        kernel = ", ".join(f"{k} {identity[k]}" for k in facts if identity.get(k) is not None)
         batch = "/".join(f"{s:g}" for s in sizes[run.name]) or "unknown"
         return machine and f"{', '.join(str(v) for v in machine.values())}, batch {batch}, {kernel}"
 

@@ -20,6 +20,8 @@ from awares_bench.record import read_records
 from . import find, gallery
 from .load import ReportError, Run, samples_lines
 
+SHOWN = ("question", "replies", "usage", "events", "image_sizes", "models")
+
 ALLOWED = (
     ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Compare,
     ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn, ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple,
@@ -144,7 +146,7 @@ def _texts(run: Run, keys: set[tuple[str, int]]) -> dict[tuple[str, int], dict]:
     if run.folder and (run.folder / "run.json").exists():
         for r in read_records(run.folder):
             if (r.task, r.doc_id) in out and r.error is None:
-                out[r.task, r.doc_id] |= {k: getattr(r, k) for k in ("question", "replies", "usage", "events", "image_sizes")}
+                out[r.task, r.doc_id] |= {k: v for k, v in vars(r).items() if k in SHOWN}
     return out
 
 

@@ -167,13 +167,15 @@ def cost(runs: list[Run], frame: pd.DataFrame, times: bool = True) -> Table:
     name = labels(frame)
     known = ("encoded", "prefill", "text", "output")
     phases = [c for c in frame.columns if c.endswith("_seconds") and not c.startswith("later_") and frame[c].notna().any()]
+    phases = [c for c in phases if not c.startswith("aux") or frame[c].any()]
     peaks = [c for c in frame.columns if c.startswith("peak_") and frame[c].notna().any()]
+    peaks += [c for c in ("peak_memory_bytes",) if c not in peaks and any(about.get(c) is not None for about in abouts.values())]
     more = [
         c.removeprefix("later_")
         for c in frame.columns
         if c.startswith("later_") and not c.endswith("_seconds") and c != "later_seconds"
     ]
-    more = [c for c in more if c not in known and c in frame and frame[c].notna().any()]
+    more = [c for c in more if c not in known and c in frame and frame[c].fillna(0).any()]
     rows, said = [], []
     for method, own in frame.groupby("method", sort=False, observed=True):
         config = flops.config_of(abouts.get(method, {}))
@@ -189,7 +191,7 @@ def cost(runs: list[Run], frame: pd.DataFrame, times: bool = True) -> Table:
             row |= dict(zip(("seconds q25", "seconds median", "seconds q75"), quartiles, strict=True))
             row |= {k: _known_mean(own[k]) for k in phases}
             row["batch size"] = "/".join(f"{b:g}" for b in sorted(own["batch_size"].dropna().unique())) or None
-        row |= {k: None if own[k].isna().any() else own[k].max() for k in peaks}
+        row |= {k: own[k].max() if k in own and own[k].notna().all() else abouts.get(str(method), {}).get(k) for k in peaks}
         rows.append(row)
         text = {("", "method"): name[str(method)], ("", "documents"): f"{len(own):,}"}
         text |= {("tokens", k.replace("_", " ")): number(row[k], 1) for k in (*known, *more)}

@@ -264,6 +264,14 @@ def test_compact_records_name_no_folder_of_the_machine(three, tmp_path):
     assert str(tmp_path) not in (tmp_path / "small" / records.RUNS).read_text()
 
 
+def test_compact_records_keep_names_and_every_number(three, tmp_path):
+    write_run(three, "cell-7", {"nano_doc": low(), "nano_chart": low()}, {"method": "visionzip", "fields": {"retention": 0.5}})
+    records.write(find.runs([three]), tmp_path / "small")
+    before, after = framed(three)[1].drop(columns="answer"), framed(tmp_path / "small")[1].drop(columns="answer")
+    assert "VisionZip 50 %" in set(after["label"])
+    pd.testing.assert_frame_equal(before, after[before.columns], check_dtype=False, check_categorical=False)
+
+
 def test_one_method_alone_is_reported(tmp_path):
     write_run(tmp_path, "awares", {"nano_doc": DOCUMENTS})
     _, frame, said = report.write([tmp_path], tmp_path / "out", formats=("png",))

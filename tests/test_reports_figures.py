@@ -176,7 +176,11 @@ def test_known_methods_look_different_and_unknown_ones_look_the_same_twice():
     looks = [(names.colour(f), names.marker(f)) for f in names.METHODS]
     assert len(set(looks)) == len(looks)
     assert (names.colour("mine"), names.marker("mine")) == (names.colour("mine"), names.marker("mine"))
-    assert names.family("x", {"method": "awares", "fields": {"pruner": "visionzip"}, "policy": "awares"}) == "awares+visionzip"
+    assert names.family("x", {"method": "visionzip", "policy": "awares", "pruner": "visionzip"}) == "awares+visionzip"
+    both = {"method": "awares", "policy": "awares", "pruner": "visionzip", "fields": {"retention": 0.5}}
+    assert names.label("x", both, "awares+visionzip retention=0.5 prompt=adapter") == "AwaRes + VisionZip prompt=adapter 50 %"
+    assert names.label("x", both, "my own words") == "my own words"
+    assert names.family("x", {"method": "mine.py:Mine", "policy": "mine.py:Mine", "pruner": None}) == "Mine"
     assert names.label("visionzip-0.5", {"method": "visionzip", "fields": {"retention": 0.5}}) == "VisionZip 50 %"
 
 
