@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .pruning import Chunk
 from .session import Request, Session
 
 if TYPE_CHECKING:
@@ -21,38 +22,36 @@ class Batch:
     explicit, so that a row computes what it would alone.
     """
 
-    def __init__(self, vlm: VLM, sessions: list[Session], ids: list[list[int]], placed: list, features: Tensor | None):
+    def __init__(self, vlm: VLM, sessions: list[Session], chunks: list[Chunk]):
         self.vlm, device = vlm, vlm.device
-        rows, past, new = len(ids), max(s.length for s in sessions), max(map(len, ids))
-        self.ids = torch.full((rows, new), vlm.tokenizer.pad_token_id, device=device)
+        rows, past, new = len(chunks), max(s.length for s in sessions), max(len(c.embeds) for c in chunks)
+        self.embeds = chunks[0].embeds.new_zeros((rows, new, chunks[0].embeds.shape[1]))
         self.positions = torch.zeros((3, rows, new), dtype=torch.long, device=device)
         self.mask = torch.zeros((rows, past + new), dtype=torch.long, device=device)  # (B, L): 1 where there is a token
         self.prompt_length = past + new
-        for b, (session, chunk, (positions, _)) in enumerate(zip(sessions, ids, placed, strict=True)):
-            self.ids[b, new - len(chunk) :] = torch.tensor(chunk, device=device)
-            self.positions[:, b, new - len(chunk) :] = positions.to(device)
+        for b, (session, chunk) in enumerate(zip(sessions, chunks, strict=True)):
+            self.embeds[b, new - len(chunk.embeds) :] = chunk.embeds
+            self.positions[:, b, new - len(chunk.embeds) :] = chunk.positions
             self.mask[b, past - session.length : past] = 1
-            self.mask[b, past + new - len(chunk) :] = 1
-        self.next = torch.tensor([after for _, after in placed], device=device)  # (B,)
+            self.mask[b, past + new - len(chunk.embeds) :] = 1
+        self.visual = [float(c.visual) for c in chunks]  # visual tokens entering a decoder layer, mean over the layers
+        self.next = torch.tensor([c.after for c in chunks], device=device)  # (B,)
         self.cache = DynamicCache(config=vlm.decoder.config)
         if past:
             for layer in range(vlm.decoder.config.num_hidden_layers):
                 self.cache.update(
                     *(
-                        self._stack([getattr(s, kind)[layer] if s.keys else None for s in sessions], past)
+                        self._stack([getattr(s, kind)[layer] if s.keys else None for s in sessions])
                         for kind in ("keys", "values")
                     ),
                     layer,
                 )
-        self.embeds = vlm.decoder.get_input_embeddings()(self.ids)
-        if features is not None:
-            where = (self.ids == vlm.image_token)[..., None].expand_as(self.embeds)
-            self.embeds = self.embeds.masked_scatter(where, features.to(self.embeds.dtype))
 
     @staticmethod
-    def _stack(rows: list[Tensor | None], length: int) -> Tensor:
-        """(H, L_b, D) per row -> (B, H, length, D), padded on the left."""
+    def _stack(rows: list[Tensor | None]) -> Tensor:
+        """(H, L_b, D) per row -> (B, H, longest, D), padded on the left."""
         like = next(r for r in rows if r is not None)
+        length = max(r.shape[1] for r in rows if r is not None)
         out = like.new_zeros((len(rows), like.shape[0], length, like.shape[2]))
         for b, row in enumerate(rows):
             if row is not None:
@@ -98,11 +97,15 @@ class Batch:
             logits = self._forward(vlm.decoder.get_input_embeddings()(tokens), positions)
         return written, ended
 
+    def _row(self, i: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of row ``i`` without padding and holes, (H, L, D) per layer."""
+        at = self.mask[i].nonzero().squeeze(1)
+        layers = self.cache.layers
+        return [x.keys[i][:, at] for x in layers], [x.values[i][:, at] for x in layers]
+
     def keep(self, b: int, session: Session, tokens: list[int]) -> None:
         """Move row ``b`` of the cache into its session. A last token that the budget cut off was never fed: it opens the next chunk."""
-        held = self.mask[b].nonzero().squeeze(1)
         fed = int(self.mask[b, self.prompt_length :].sum())
-        session.keys = [layer.keys[b][:, held] for layer in self.cache.layers]
-        session.values = [layer.values[b][:, held] for layer in self.cache.layers]
+        session.keys, session.values = self._row(b)
         session.next_position = int(self.next[b]) + fed
         session.pending = tokens[fed:]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from .crops import CropRequestError
 from .images import as_rgb
-from .method import Look, Policy
+from .method import Look, Policy, Pruner
 from .session import Request, Session
 from .trajectory import Event, Reply, Sample, Trajectory, Turn
 from .usage import Usage
@@ -50,12 +50,12 @@ class _Run:
 
 
 class Engine:
-    """Runs a policy over jobs, ``batch_size`` conversations at a time, on one answering machine."""
+    """Runs a policy over jobs, ``batch_size`` conversations at a time, on one answering machine; a pruner cuts what it shows."""
 
-    def __init__(self, vlm, policy: Policy, batch_size: int = 1):
+    def __init__(self, vlm, policy: Policy, batch_size: int = 1, pruner: Pruner | None = None):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        self.vlm, self.policy, self.batch_size = vlm, policy, batch_size
+        self.vlm, self.policy, self.batch_size, self.pruner = vlm, policy, batch_size, pruner
 
     def run(self, jobs: Iterable[Job | Failure]) -> Iterator[tuple[int, Trajectory | Failure]]:
         """Yield (index of the job, outcome) as conversations end; every job exactly once.
@@ -78,7 +78,7 @@ class Engine:
             if not waiting:
                 return
             requests = [Request(r.session, r.turn, max(r.job.max_new_tokens, r.turn.budget or 0), r.job.until) for r in waiting]
-            replies, still = self.vlm.reply(requests), []
+            replies, still = self.vlm.reply(requests, self.pruner), []
             for run, reply in zip(waiting, replies, strict=True):
                 run.turns.append(run.turn)
                 run.replies.append(reply)
@@ -151,7 +151,7 @@ class Scripted:
     def text(self, tokens, until=()) -> str:
         return "".join(tokens)
 
-    def reply(self, requests: list[Request]) -> list[Reply]:
+    def reply(self, requests: list[Request], pruner: Pruner | None = None) -> list[Reply]:
         out = []
         for r in requests:
             r.session.turns.append(r.turn)

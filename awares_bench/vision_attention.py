@@ -18,6 +18,8 @@ def grouped_windows(
     module, q: Tensor, k: Tensor, v: Tensor, attention_mask=None, scaling=None, dropout=0.0, cu_seq_lens_q=None, **_
 ):
     """Attention within segments: segments of equal length share one call. q, k, v: (1, H, N, D) -> (1, N, H, D), None."""
+    if (probe := getattr(module, "probe", None)) is not None:  # see attention_scores.probed
+        probe(q, k, scaling, cu_seq_lens_q)
     starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]
     heads, width = q.shape[1], q.shape[3]
     parts, places = [], []

@@ -7,6 +7,7 @@ turns need it. Its logits equal those of ``generate`` and of a fresh prefill (te
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,9 +16,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from .attention_scores import probed
 from .batch import Batch
 from .images import within_aspect
+from .method import Pruner, Visual
+from .pruning import Chunk, Span, look
 from .session import Request, Session
+from .staged import StagedBatch
 from .trajectory import Event, Reply, Turn, messages
 from .usage import Usage
 from .vision_attention import windowed_attention
@@ -159,19 +164,53 @@ class VLM:
     @torch.inference_mode()
     def encode(self, patches: list[Tensor], grids: list[tuple[int, int, int]]) -> Tensor:
         """Patches of several images -> merged features (V, D), images in order, raster order within each."""
+        return torch.cat([image.features for image in self.see(patches, grids)])
+
+    @torch.inference_mode()
+    def see(self, patches: list[Tensor], grids: list[tuple[int, int, int]], pruner: Pruner | None = None) -> list[Visual]:
+        """Patches of several images -> each image's merged features and what ``pruner`` needs beside them, in raster order."""
+        if not patches:
+            return []
+        vision, needs = self.model.config.vision_config, pruner.needs if pruner else ()
+        wanted = ["attention" in needs, "metric" in needs]
         pixel_values = torch.cat(patches).to(self.device, self.model.dtype)
         with windowed_attention(self.model):
-            out = self.model.model.visual(pixel_values, grid_thw=torch.tensor(grids, device=self.device))
-        return out.pooler_output
+            with probed(self.model, pruner.vision_block, *wanted) if any(wanted) else nullcontext() as probe:
+                out = self.model.model.visual(pixel_values, grid_thw=torch.tensor(grids, device=self.device))
+        merge = vision.spatial_merge_size
+        return look(
+            out.pooler_output,
+            [(rows // merge, columns // merge) for _, rows, columns in grids],
+            probe,
+            patches if "seed" in needs else None,
+            vision.window_size // merge // vision.patch_size,
+        )
+
+    @torch.inference_mode()
+    def embed(self, ids: list[int], placed: tuple[Tensor, int], images: list[Visual]) -> Chunk:
+        """Token ids, their positions and the images among them -> what the decoder gets."""
+        tokens = torch.tensor(ids, device=self.device)
+        embeds, spans = self.decoder.get_input_embeddings()(tokens), []
+        at = (tokens == self.image_token).nonzero().squeeze(1).tolist()
+        for image in images:
+            start, n = at[0], len(image.features)
+            embeds[start : start + n] = image.features.to(embeds.dtype)
+            spans.append(Span(start, image, n))
+            at = at[n:]
+        return Chunk(embeds, placed[0].to(self.device), placed[1], tuple(spans))
 
     # ------------------------------------------------------------------ answering
 
     @torch.inference_mode()
-    def reply(self, requests: list[Request]) -> list[Reply]:
+    def reply(self, requests: list[Request], pruner: Pruner | None = None) -> list[Reply]:
         """Answer one turn of each session, all in one batch, whatever their sizes, turns and image counts.
 
-        A session keeps its cache when ``turn.last`` is false; its next turn then prefills only what is new.
+        A session keeps its cache when ``turn.last`` is false; its next turn then prefills only what is new. A pruner cuts
+        the images of this turn; what a session already holds stays as it is.
         """
+        if pruner is not None and pruner.retention == 1:
+            pruner = None
+        stages = self.stages(pruner)
         clock, marks = time.perf_counter, [time.perf_counter()]
         patches, grids = [], []
         for r in requests:
@@ -183,16 +222,18 @@ class VLM:
         marks.append(clock())
 
         flat = [p for row in patches for p in row]
-        features = self.encode(flat, [g for row in grids for g in row]) if flat else None
+        images = iter(self.see(flat, [g for row in grids for g in row], pruner))
         self._synchronise()
         marks.append(clock())
 
         merge = self.processor.image_processor.merge_size
-        placed = [
-            mrope_positions(i, g, self.image_token, merge, r.session.next_position)
-            for r, i, g in zip(requests, ids, grids, strict=True)
-        ]
-        batch = Batch(self, [r.session for r in requests], ids, placed, features)
+        chunks = []
+        for r, i, g in zip(requests, ids, grids, strict=True):
+            placed = mrope_positions(i, g, self.image_token, merge, r.session.next_position)
+            chunk = self.embed(i, placed, [next(images) for _ in g])
+            chunks.append(chunk.cut(pruner, pruner.retention) if pruner and not stages else chunk)
+        sessions = [r.session for r in requests]
+        batch = StagedBatch(self, sessions, chunks, pruner, stages) if stages else Batch(self, sessions, chunks)
         logits = batch.prefill()
         self._synchronise()
         marks.append(clock())
@@ -206,7 +247,7 @@ class VLM:
         out = []
         for b, (r, tokens) in enumerate(zip(requests, written, strict=True)):
             text = self.text(tokens, r.until)
-            usage = Usage(visual[b], float(visual[b]), len(ids[b]) - visual[b], len(tokens), *costs[b])
+            usage = Usage(visual[b], batch.visual[b], len(ids[b]) - visual[b], len(tokens), *costs[b])
             out.append(Reply(text, tuple(tokens), usage, complete[b]))
             r.session.turns.append(r.turn)
             r.session.replies.append(text)
@@ -215,6 +256,17 @@ class VLM:
             else:
                 batch.keep(b, r.session, tokens)
         return out
+
+    def stages(self, pruner: Pruner | None) -> dict[int, float]:
+        """The pruner's decoder stages on this model. Raises ValueError for a layer that the decoder does not have."""
+        layers = len(self.decoder.layers)
+        stages = pruner.stages(layers) if pruner else {}
+        for layer in stages:
+            if not 0 <= layer < layers - 1:
+                raise ValueError(
+                    f"{type(pruner).__name__} cuts after decoder layer {layer}; this model has {layers} layers, so the last place is {layers - 2}"
+                )
+        return stages
 
     def text(self, tokens: list[int] | tuple[int, ...], until: tuple[str, ...] = ()) -> str:
         """Token ids -> text without special tokens, cut before the first stop string."""
