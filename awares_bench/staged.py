@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,30 +49,26 @@ class StagedBatch(Batch):
     def prefill(self) -> Tensor:
         decoder, hidden, positions = self.vlm.decoder, self.embeds, self.positions
         entering = []
-        for layer, module in enumerate(decoder.layers):
-            lengths = [len(c.embeds) for c in self.chunks]
-            self.held.append(self._held(self.past[layer], lengths))
+        for layer in range(len(decoder.layers)):
+            self.held.append(self._held(self.past[layer], [len(c.embeds) for c in self.chunks]))
             entering.append([c.visual for c in self.chunks])
-            shifted = positions + (0 if self._repacked(layer) else self.shifts[layer][None, :, None])
-            rope = decoder.rotary_emb(hidden, shifted)
-            before = hidden
-            hidden = self._layer(layer, hidden, rope)
+            shift = self.before[layer] * (not self._repacked(layer))
+            rope = decoder.rotary_emb(hidden, positions + shift[None, :, None])
+            before, hidden = hidden, self._layer(layer, hidden, rope)
             if layer in self.stages:
-                cut = []
-                for b, chunk in enumerate(self.chunks):
-                    new = len(hidden[b]) - len(chunk.embeds)
-                    now = Chunk(hidden[b, new:], positions[:, b, new:], chunk.after, chunk.spans)
-
-                    def see(span: Span, b: int = b, new: int = new) -> Visual:
-                        return self._see(layer, b, span, before[b, new:], tuple(t[b, new:] for t in rope))
-
-                    cut.append(now.cut(self.pruner, self.stages[layer], see))
-                self.chunks = cut
-                hidden, positions = self._padded(cut)
+                self.chunks = [self._cut(layer, b, before[b], hidden[b], positions[:, b], rope) for b in self.rows]
+                hidden, positions = self._padded(self.chunks)
                 if self.pruner.repacks:
                     positions = self._repack(layer, positions)
         self.visual = torch.tensor(entering, dtype=torch.float64).mean(0).tolist()
         return self._logits(decoder.norm(hidden))
+
+    def _cut(self, layer: int, b: int, before: Tensor, after: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor]) -> Chunk:
+        """Row ``b`` reduced between ``layer`` and the next; before, after: its hidden states (L, D) on both sides of the layer."""
+        chunk = self.chunks[b]
+        new = slice(len(after) - len(chunk.embeds), None)
+        see = partial(self._see, layer, b, before[new], tuple(t[b, new] for t in rope))
+        return Chunk(after[new], positions[:, new], chunk.after, chunk.spans).cut(self.pruner, self.stages[layer], see)
 
     def _forward(self, embeds: Tensor, positions: Tensor) -> Tensor:
         hidden, rope = embeds, None
@@ -113,7 +111,7 @@ class StagedBatch(Batch):
             positions[:, b, length - len(c.embeds) :] = c.positions
         return hidden, positions
 
-    def _see(self, layer: int, b: int, span: Span, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Visual:
+    def _see(self, layer: int, b: int, hidden: Tensor, rope: tuple[Tensor, Tensor], span: Span) -> Visual:
         """What the pruner may see of an image after ``layer``: hidden (L, D) is what entered the layer, rope its cosines and sines."""
         module = self.vlm.decoder.layers[layer]
         raters = len(hidden) - self.raters[b]
@@ -126,8 +124,7 @@ class StagedBatch(Batch):
         past, columns = self.past[layer][b], torch.arange(span.start, span.stop, device=hidden.device)
         phases = torch.cat(rope, -1)
         rows = AttentionRows(q, keys, past + raters, past + columns, phases[raters], phases[columns])
-        seen = span.visual
-        return Visual(seen.features, seen.grid, seen.places, seen.attention, seen.metric, rows, seen.seed)
+        return replace(span.visual, rows=rows)
 
     def _repacked(self, layer: int) -> bool:
         return self.pruner.repacks and layer > min(self.stages)

@@ -174,9 +174,9 @@ class VLM:
         vision, needs = self.model.config.vision_config, pruner.needs if pruner else ()
         wanted = ["attention" in needs, "metric" in needs]
         pixel_values = torch.cat(patches).to(self.device, self.model.dtype)
-        with windowed_attention(self.model):
-            with probed(self.model, pruner.vision_block, *wanted) if any(wanted) else nullcontext() as probe:
-                out = self.model.model.visual(pixel_values, grid_thw=torch.tensor(grids, device=self.device))
+        probing = probed(self.model, pruner.vision_block, *wanted) if any(wanted) else nullcontext()
+        with windowed_attention(self.model), probing as probe:
+            out = self.model.model.visual(pixel_values, grid_thw=torch.tensor(grids, device=self.device))
         merge = vision.spatial_merge_size
         return look(
             out.pooler_output,

@@ -28,7 +28,9 @@ class FastV(Pruner):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise ValueError(f"layer is {self.layer!r}; it must be a whole number of at least 1, since a layer's attention is needed")
+            raise ValueError(
+                f"layer is {self.layer!r}; it must be a whole number of at least 1, since a layer's attention is needed"
+            )
 
     def stages(self, layers: int) -> dict[int, float]:
         """One cut."""

@@ -51,7 +51,9 @@ class VisionZip(Pruner):
         """Targets are spread evenly over what is not dominant; every other token joins the target with the most similar key."""
         dominant, contextual = self.counts(len(image.features), n)
         kept = self.select(image, dominant)
-        left = torch.ones(len(image.features), dtype=torch.bool, device=kept.device).index_fill(0, kept, False).nonzero().squeeze(1)
+        left = (
+            torch.ones(len(image.features), dtype=torch.bool, device=kept.device).index_fill(0, kept, False).nonzero().squeeze(1)
+        )
         if not contextual or not len(left):
             return image.features[kept], kept
         is_target = torch.zeros(len(left), dtype=torch.bool, device=kept.device)

@@ -7,11 +7,9 @@ import pytest
 import torch
 
 from awares_bench.method import Pruner
-from awares_bench.session import Request, Session
-from awares_bench.trajectory import Turn
 
 from .test_vlm import TURNS, first, ours
-from .tiny import picture, tiny_vlm
+from .tiny import tiny_vlm
 
 TOLERANCE = 1e-4
 
@@ -19,7 +17,9 @@ TOLERANCE = 1e-4
 def pruners() -> list[type[Pruner]]:
     """The pruner class of every file of the room that has one."""
     room = files("awares_bench.baselines").iterdir()
-    modules = [import_module(f"awares_bench.baselines.{p.name[:-3]}") for p in room if p.name[0] != "_" and p.name.endswith(".py")]
+    modules = [
+        import_module(f"awares_bench.baselines.{p.name[:-3]}") for p in room if p.name[0] != "_" and p.name.endswith(".py")
+    ]
     found = [c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
     return sorted((c for c in found if issubclass(c, Pruner)), key=lambda c: c.__name__)
 
