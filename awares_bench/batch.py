@@ -71,11 +71,15 @@ class Batch:
         return self._forward(self.embeds, self.positions)
 
     def decode(self, logits: Tensor, requests: list[Request]) -> tuple[list[list[int]], list[bool]]:
-        """Greedy continuation of every row -> token ids (end token excluded), and whether the row ended by itself."""
+        """Greedy continuation of every row -> token ids (end token excluded), and whether the row ended by itself.
+
+        A reply that the turn says for the model is taken as it stands: its tokens open the next chunk, nothing is decoded.
+        """
         vlm, rows = self.vlm, len(requests)
         written: list[list[int]] = [[] for _ in range(rows)]
-        live, ended = [True] * rows, [False] * rows
-        for step in range(max(r.budget for r in requests)):
+        live = [r.turn.said is None for r in requests]
+        ended = [not decoded for decoded in live]
+        for step in range(max(r.budget for r in requests) if any(live) else 0):
             chosen = logits.argmax(-1).tolist()
             for b, r in enumerate(requests):
                 if not live[b]:
@@ -95,6 +99,9 @@ class Batch:
             tokens = torch.tensor(chosen, device=vlm.device)[:, None]
             positions = (self.next + step)[None, :, None].expand(3, -1, -1)
             logits = self._forward(vlm.decoder.get_input_embeddings()(tokens), positions)
+        for b, r in enumerate(requests):
+            if r.turn.said is not None:
+                written[b] = vlm.tokenizer(r.turn.said, add_special_tokens=False)["input_ids"]
         return written, ended
 
     def _row(self, i: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -7,10 +7,10 @@ Batching, order, errors and counting live here; a policy sees one sample and its
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .crops import CropRequestError
-from .images import as_rgb
+from .images import as_rgb, half_size
 from .method import Look, Policy, Pruner
 from .session import Request, Session
 from .trajectory import Event, Reply, Sample, Trajectory, Turn
@@ -43,19 +43,35 @@ class _Run:
     look: Look
     turn: Turn
     session: Session = field(default_factory=Session)
+    others: dict[str, Session] = field(default_factory=dict)  # conversations with auxiliary models, by name
     turns: list[Turn] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     full_tokens: int = 0
 
+    def request(self) -> Request:
+        """What answers the turn it waits for: a turn to another model, and every probe, is in a conversation of its own."""
+        turn, session = self.turn, self.session
+        if turn.model or turn.probe is not None:
+            session = self.others.setdefault(turn.model, Session())
+            if turn.last:
+                del self.others[turn.model]
+        until = self.job.until if turn.until is None else turn.until
+        return Request(session, turn, max(self.job.max_new_tokens, turn.budget or 0), until)
+
 
 class Engine:
-    """Runs a policy over jobs, ``batch_size`` conversations at a time, on one answering machine; a pruner cuts what it shows."""
+    """Runs a policy over jobs, ``batch_size`` conversations at a time.
 
-    def __init__(self, vlm, policy: Policy, batch_size: int = 1, pruner: Pruner | None = None):
+    vlm: the model under test. pruner: cuts what the conversation with it shows. models: the auxiliary ones by the names of ``Policy.models``; a turn to a name that is not
+    among them goes to the model under test, at its own price.
+    """
+
+    def __init__(self, vlm, policy: Policy, batch_size: int = 1, pruner: Pruner | None = None, models: dict | None = None):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        self.vlm, self.policy, self.batch_size, self.pruner = vlm, policy, batch_size, pruner
+        self.vlm, self.policy, self.batch_size = vlm, policy, batch_size
+        self.pruner, self.models = pruner, models or {}
 
     def run(self, jobs: Iterable[Job | Failure]) -> Iterator[tuple[int, Trajectory | Failure]]:
         """Yield (index of the job, outcome) as conversations end; every job exactly once.
@@ -77,8 +93,7 @@ class Engine:
                     yield index, started
             if not waiting:
                 return
-            requests = [Request(r.session, r.turn, max(r.job.max_new_tokens, r.turn.budget or 0), r.job.until) for r in waiting]
-            replies, still = self.vlm.reply(requests, self.pruner), []
+            replies, still = self._replies(waiting), []
             for run, reply in zip(waiting, replies, strict=True):
                 run.turns.append(run.turn)
                 run.replies.append(reply)
@@ -89,6 +104,22 @@ class Engine:
                     yield run.index, outcome
             waiting = still
 
+    def _replies(self, waiting: list[_Run]) -> list[Reply]:
+        """The reply to each turn waited for, one batch for each model and kind of question."""
+        groups: dict[tuple, list[int]] = {}
+        for i, run in enumerate(waiting):
+            groups.setdefault((run.turn.model, run.turn.probe is not None), []).append(i)
+        replies: dict[int, Reply] = {}
+        for (name, probing), members in groups.items():
+            vlm = self.models.get(name, self.vlm)
+            requests = [waiting[i].request() for i in members]
+            some = vlm.probe(requests) if probing else vlm.reply(requests, None if name else self.pruner)
+            for i, request, reply in zip(members, requests, some, strict=True):
+                replies[i] = replace(reply, usage=reply.usage.as_auxiliary()) if name in self.models else reply
+                if request.session is not waiting[i].session and request.turn.last:
+                    waiting[i].events += request.session.events
+        return [replies[i] for i in range(len(waiting))]
+
     def _start(self, index: int, job: Job) -> _Run | Trajectory | Failure:
         events: list[Event] = []
         try:
@@ -98,7 +129,7 @@ class Engine:
             return Failure(str(error))
         images = tuple(image for image, _ in converted)
         events += [e for _, some in converted for e in some]
-        sample = Sample(images, job.sample.question, job.sample.key)
+        sample = replace(job.sample, images=images)
         run = _Run(index, job, self.policy.look(sample), Turn(), events=events)
         run.full_tokens = sum(self.vlm.visual_tokens(image) for image in images)
         outcome = self._advance(run, None)
@@ -124,10 +155,10 @@ class Engine:
         if len(answer.tokens) > cap:
             text = self.vlm.text(answer.tokens[:cap], run.job.until)
             events.append(Event("answer_cut", f"the answer had {len(answer.tokens)} tokens, the task allows {cap}"))
-        first, images = run.replies[0].usage, run.turns[0].images
-        resized = bool(images) and images[0].size != run.job.sample.images[0].size
-        if resized and run.full_tokens and first.encoded / run.full_tokens > LOW_RATIO:
-            share = first.encoded / run.full_tokens
+        first = next(i for i, turn in enumerate(run.turns) if not turn.model and turn.probe is None)
+        images, share = run.turns[first].images, run.replies[first].usage.encoded / max(run.full_tokens, 1)
+        halved = [half_size(*image.size) for image in run.job.sample.images]
+        if images and [image.size for image in images] == halved and share > LOW_RATIO:
             events.append(
                 Event("low_view_not_a_quarter", f"the first view costs {share:.2f} of the full tokens: processor limits bite")
             )
@@ -137,10 +168,13 @@ class Engine:
 
 
 class Scripted:
-    """Answers from a script instead of a model: reply texts in order per question. For tests of policies and drivers."""
+    """Answers from a script instead of a model: reply texts in order per question. For tests of policies and drivers.
 
-    def __init__(self, script: dict[str, list[str]]):
-        self.script = script
+    hidden: what every probe finds.
+    """
+
+    def __init__(self, script: dict[str, list[str]], hidden: tuple[float, ...] = ()):
+        self.script, self.hidden = script, hidden
 
     def visual_tokens(self, image) -> int:
         return max(4, round(image.height / 28) * round(image.width / 28))
@@ -154,8 +188,19 @@ class Scripted:
     def reply(self, requests: list[Request], pruner: Pruner | None = None) -> list[Reply]:
         out = []
         for r in requests:
-            r.session.turns.append(r.turn)
-            text = self.script[r.session.turns[0].text][len(r.session.turns) - 1]
             visual = sum(self.visual_tokens(i) for i in r.turn.images)
-            out.append(Reply(text, tuple(text), Usage(encoded=visual, prefill=float(visual), output=len(text))))
+            text = r.turn.said
+            if text is None:
+                asked = [*(t for t in r.session.turns if t.said is None), r.turn]
+                text = self.script[(r.session.turns or asked)[0].text][len(asked) - 1]
+            tokens = tuple(text) if r.turn.said is None else ()
+            r.session.turns.append(r.turn)
+            out.append(Reply(text, tokens, Usage(encoded=visual, prefill=float(visual), output=len(tokens))))
         return out
+
+    def probe(self, requests: list[Request]) -> list[Reply]:
+        visual = [sum(self.visual_tokens(i) for i in r.turn.images) for r in requests]
+        return [
+            Reply("", usage=Usage(encoded=v, prefill=v * r.turn.probe), hidden=self.hidden)
+            for v, r in zip(visual, requests, strict=True)
+        ]

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Look = Generator[Turn | Event, Reply | None, Reply]
 """Yields a Turn and is sent its Reply, or yields an Event and is sent None; returns the reply that is the answer."""
 
+UNDER_TEST = "pretrained"
+"""As the checkpoint of an auxiliary model: the model under test itself, whose tokens then count as its own."""
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -28,6 +31,11 @@ class Policy:
     def look(self, sample: Sample) -> Look:
         """Show and ask until there is an answer."""
         raise NotImplementedError
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Auxiliary models that a turn may be sent to: the name in ``Turn.model`` -> checkpoint folder or hub name."""
+        return {}
 
     def __post_init__(self):
         _check_choices(self)

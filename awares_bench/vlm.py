@@ -30,6 +30,7 @@ from .vision_attention import windowed_attention
 MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
 """Limits of the released Qwen2.5-VL processors: 4 to 16,384 visual tokens an image."""
 
+_END = "<|im_end|>"
 _HOLE = "\ufdd0reply\ufdd0"  # two noncharacters around a word: no question contains it
 
 
@@ -153,6 +154,8 @@ class VLM:
         """
         history = messages([*session.turns, turn], [_HOLE] * len(session.replies))
         text = self.processor.apply_chat_template(history, tokenize=False, add_generation_prompt=True).split(_HOLE)[-1]
+        if turn.tight:  # the end of the model's reply, the line break to leave out, the new message
+            text = text.replace(f"{_END}\n", _END, 1)
         marker = self.tokenizer.convert_ids_to_tokens(self.image_token)
         pieces = text.split(marker)
         merge = self.processor.image_processor.merge_size**2
@@ -243,12 +246,15 @@ class VLM:
         marks.append(clock())
 
         visual = [sum(rows * columns // merge**2 for _, rows, columns in g) for g in grids]
-        costs = _shares(marks, visual, [len(i) for i in ids], [len(w) for w in written])
+        decoded = [0 if r.turn.said is not None else len(w) for r, w in zip(requests, written, strict=True)]
+        costs = _shares(marks, visual, [len(i) for i in ids], decoded)
         out = []
         for b, (r, tokens) in enumerate(zip(requests, written, strict=True)):
-            text = self.text(tokens, r.until)
-            usage = Usage(visual[b], batch.visual[b], len(ids[b]) - visual[b], len(tokens), *costs[b])
-            out.append(Reply(text, tuple(tokens), usage, complete[b]))
+            said = r.turn.said is not None
+            text = r.turn.said if said else self.text(tokens, r.until)
+            output = () if said else tuple(tokens)
+            usage = Usage(visual[b], batch.visual[b], len(ids[b]) - visual[b], decoded[b], *costs[b])
+            out.append(Reply(text, output, usage, complete[b]))
             r.session.turns.append(r.turn)
             r.session.replies.append(text)
             if r.turn.last:
@@ -267,6 +273,12 @@ class VLM:
                     f"{type(pruner).__name__} cuts after decoder layer {layer}; this model has {layers} layers, so the last place is {layers - 2}"
                 )
         return stages
+
+    def probe(self, requests: list[Request]) -> list[Reply]:
+        """The hidden state of the last token of each turn after ``turn.probe`` of the decoder's layers; nothing is kept."""
+        from .probe import last_hidden  # needs this file
+
+        return [last_hidden(self, r) for r in requests]
 
     def text(self, tokens: list[int] | tuple[int, ...], until: tuple[str, ...] = ()) -> str:
         """Token ids -> text without special tokens, cut before the first stop string."""
