@@ -43,6 +43,7 @@ COMMON = {
     "attn_implementation": "sdpa",
     "min_pixels": MIN_PIXELS,
     "max_pixels": MAX_PIXELS,
+    "constrained": True,
     "batch_size": 1,
     "output_dir": None,
     "label": None,
@@ -101,6 +102,7 @@ class MethodModel(lmms):
             "attn_implementation": chosen["attn_implementation"],
             "min_pixels": self.vlm.limits["shortest_edge"],
             "max_pixels": self.vlm.limits["longest_edge"],
+            "constrained": self.vlm.constrained,
             "seed": seed,
         }
         out = chosen["output_dir"] or Path("awares-runs") / f"{Path(name).name.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -114,7 +116,8 @@ class MethodModel(lmms):
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
         folder = resolve(str(pretrained))
         limits = _whole("min_pixels", chosen["min_pixels"]), _whole("max_pixels", chosen["max_pixels"])
-        key = (folder, str(chosen["dtype"]), device, chosen["attn_implementation"], *limits)
+        constrained = _flag("constrained", chosen["constrained"])
+        key = (folder, str(chosen["dtype"]), device, chosen["attn_implementation"], *limits, constrained)
         if key not in self._vlms:
             self._vlms[key] = VLM.load(*key)
         return self._vlms[key], fingerprint(Path(folder)) if Path(folder).is_dir() else None
@@ -198,6 +201,12 @@ def _whole(name: str, value, least: int = 1) -> int:
     if number < least:
         raise ValueError(f"{name} is {number}; it must be at least {least}")
     return number
+
+
+def _flag(name: str, value) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; allowed: true, false")
+    return value
 
 
 def _job(messages: list[dict], gen_kwargs: dict, key: str) -> Job:

@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from PIL import Image
 
-from .crops import Box
+from .crops import Box, CropGrid
 from .usage import Usage
 
 
@@ -39,6 +39,7 @@ class Turn:
     tight:  no line break between the model's last reply and this message, as some checkpoints were trained
     model:  who answers: the model under test (""), or one that ``Policy.models`` names, in a conversation of its own
     probe:  asks for the hidden state of the last token after this share of the decoder's layers, and for no text
+    calls:  regions the reply may call for; a model that can hold a call to the grammar does so (see ``CallGrammar``)
     """
 
     images: tuple[Image.Image, ...] = ()
@@ -52,6 +53,7 @@ class Turn:
     tight: bool = False
     model: str = ""
     probe: float | None = None
+    calls: CropGrid | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ class Usage:
     prefill: visual tokens entering each decoder layer, averaged over the layers
     text:    prompt tokens that are not visual
     output:  tokens the model wrote
+    passes:  forward passes of the decoder that wrote them, after the prefill; tokens fixed by a grammar share one
     *_seconds: wall-clock per phase; in a batch of several, the batch's time shared out by tokens
     aux_*:   the same of an auxiliary model (a cropper, a proxy): visual tokens out of its tower, all tokens through its
              decoder (averaged over its layers), and its seconds of every phase. Never part of the retained token ratio
@@ -26,6 +27,7 @@ class Usage:
     encode_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    passes: int = 0
     aux_encoded: int = 0
     aux_decoder: float = 0.0
     aux_seconds: float = 0.0
