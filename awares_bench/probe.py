@@ -35,7 +35,7 @@ def last_hidden(vlm: VLM, request: Request) -> Reply:
     ids = vlm.chunk(request.session, turn, grids)
     marks.append(time.perf_counter())
     images = vlm.see([patches for patches, _, _ in views], grids)
-    vlm._synchronise()
+    vlm.synchronise()
     marks.append(time.perf_counter())
 
     merge = vlm.processor.image_processor.merge_size
