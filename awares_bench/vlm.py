@@ -12,6 +12,7 @@ import time
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 
 import torch
 from PIL import Image
@@ -92,6 +93,7 @@ class VLM:
         self.stop = set(stop if isinstance(stop, list) else [stop]) | {self.tokenizer.eos_token_id}
         self.constrained = constrained
         self._grammars: dict[CropGrid, CallGrammar] = {}
+        self._tokenizing = Lock()  # a fast tokenizer must not be configured while another thread uses it
         self.trace: list[Tensor] | None = None
         """Set to a list to collect the (B, vocabulary) scores of every choice, NaN where a row has ended; for tests."""
 
@@ -187,7 +189,8 @@ class VLM:
         grids = [grid for _, grid, _ in views]
         patches = [p.pin_memory() if self.device.type == "cuda" else p for p, _, _ in views]
         events = [e for _, _, events in views for e in events]
-        ids = self.chunk(request.session, request.turn, grids)
+        with self._tokenizing:
+            ids = self.chunk(request.session, request.turn, grids)
         return Prepared(ids, patches, grids, events, time.perf_counter() - start)
 
     @torch.inference_mode()
@@ -230,13 +233,26 @@ class VLM:
 
     # ------------------------------------------------------------------ answering
 
-    @torch.inference_mode()
     def reply(self, requests: list[Request], pruner: Pruner | None = None) -> list[Reply]:
         """Answer one turn of each session, all in one batch, whatever their sizes, turns and image counts.
 
         A session keeps its cache when ``turn.last`` is false; its next turn then prefills only what is new. A pruner cuts
         the images of this turn; what a session already holds stays as it is.
+
+        Raises MemoryError when the device has no room; the sessions are then as they were.
         """
+        before = [vars(r.session).copy() for r in requests]
+        try:
+            return self._reply(requests, pruner)
+        except torch.cuda.OutOfMemoryError as error:
+            for r, fields in zip(requests, before, strict=True):
+                vars(r.session).update(fields)
+            reason = _first_line(error)
+        torch.cuda.empty_cache()  # here, where the traceback no longer holds the batch
+        raise MemoryError(reason)
+
+    @torch.inference_mode()
+    def _reply(self, requests: list[Request], pruner: Pruner | None) -> list[Reply]:
         if pruner is not None and pruner.retention == 1:
             pruner = None
         stages = self.stages(pruner)
@@ -277,13 +293,14 @@ class VLM:
             output = () if writer.said else tuple(writer.written)
             usage = Usage(visual[b], batch.visual[b], len(ids[b]) - visual[b], len(output), *costs[b], passes=writer.passes)
             out.append(Reply(text, output, usage, writer.ended))
-            r.session.turns.append(r.turn)
-            r.session.replies.append(text)
-            r.session.events += prepared[b].events
             if r.turn.last:
                 r.session.keys, r.session.values = [], []
             else:
                 batch.keep(b, r.session, writer.written)
+        for r, made, reply in zip(requests, prepared, out, strict=True):  # after all that may run out of memory
+            r.session.turns.append(r.turn)
+            r.session.replies.append(reply.text)
+            r.session.events += made.events
         return out
 
     def stages(self, pruner: Pruner | None) -> dict[int, float]:
@@ -315,6 +332,13 @@ class VLM:
         """Token ids -> text without special tokens, cut before the first stop string."""
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text[: min((text.find(s) for s in until if s in text), default=len(text))]
+
+    def warm_up(self) -> None:
+        """Answer once for nothing, so that no document pays for the first use of kernels and allocators."""
+        picture = Image.new("RGB", (224, 224))
+        self.reply([Request(Session(), Turn((picture,), "?"), 2)])
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_memory(self) -> int:
         """Most bytes in use so far: on the GPU by tensors, on a CPU by the whole process."""
