@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -36,6 +37,9 @@ from .trajectory import Sample
 from .vlm import MAX_PIXELS, MIN_PIXELS, VLM
 from .weights import NANO, resolve
 
+if TYPE_CHECKING:
+    from .endpoint import Endpoint
+
 COMMON = {
     "pretrained": NANO,
     "dtype": "auto",
@@ -45,6 +49,10 @@ COMMON = {
     "max_pixels": MAX_PIXELS,
     "constrained": True,
     "batch_size": 1,
+    "max_batch_tokens": None,
+    "engine": "transformers",
+    "base_url": None,
+    "model": None,
     "output_dir": None,
     "label": None,
     "seed": 0,
@@ -81,13 +89,16 @@ class MethodModel(lmms):
         chosen = COMMON | {k: v for k, v in given.items() if k in COMMON}
         self.policy, self.pruner, self.label = made.policy, made.pruner, str(chosen["label"] or made.label)
         self.batch_size = _whole("batch_size", chosen["batch_size"])
+        tokens = chosen["max_batch_tokens"]
+        self.max_batch_tokens = None if tokens is None else _whole("max_batch_tokens", tokens)
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         seed = _whole("seed", chosen["seed"], least=0)
         random.seed(seed)
         torch.manual_seed(seed)
         auxiliary = {role: checkpoint for role, checkpoint in self.policy.models.items() if checkpoint != UNDER_TEST}
         self._vlms = {} if vlms is None else vlms
-        self.vlm, weights = self._load(chosen["pretrained"], chosen)
+        served = self._served(chosen)
+        self.vlm, weights = served or self._load(chosen["pretrained"], chosen)
         loaded = {role: self._load(checkpoint, chosen) for role, checkpoint in auxiliary.items()}
         self.models = {role: vlm for role, (vlm, _) in loaded.items()}
         identity = {
@@ -98,16 +109,39 @@ class MethodModel(lmms):
             "pretrained": str(chosen["pretrained"]),
             "weights": weights,
             "auxiliary": {role: found for role, (_, found) in loaded.items()},
-            "dtype": str(self.vlm.model.dtype).removeprefix("torch."),
+            "engine": chosen["engine"],
+            "served": chosen["model"],
+            "dtype": None if served else str(self.vlm.model.dtype).removeprefix("torch."),
             "attn_implementation": chosen["attn_implementation"],
             "min_pixels": self.vlm.limits["shortest_edge"],
             "max_pixels": self.vlm.limits["longest_edge"],
-            "constrained": self.vlm.constrained,
+            "constrained": None if served else self.vlm.constrained,
             "seed": seed,
         }
         out = chosen["output_dir"] or Path("awares-runs") / f"{Path(name).name.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
         self.run = RunFolder(Path(str(out)), identity, self._rank, label=self.label)
-        self._device = self.vlm.device
+        self._device = torch.device("cpu") if served else self.vlm.device
+
+    def _served(self, chosen: dict) -> tuple[Endpoint, None] | None:
+        """The endpoint that ``engine=openai`` asks for; its weights are the server's and have no fingerprint."""
+        if chosen["engine"] not in ("transformers", "openai"):
+            raise ValueError(f"engine is {chosen['engine']!r}; allowed: transformers, openai")
+        given = [name for name in ("base_url", "model") if chosen[name]]
+        if chosen["engine"] == "transformers":
+            if given:
+                raise ValueError(f"{given[0]} is an option of engine=openai; pass engine=openai, or leave it out")
+            return None
+        if len(given) < 2:
+            raise ValueError(
+                "engine=openai needs base_url and model, such as base_url=http://localhost:8000/v1,model=NAME, and pretrained "
+                "for the processor that counts tokens"
+            )
+        if self.pruner is not None:
+            raise ValueError(f"{type(self.pruner).__name__} cuts tokens inside the model; leave engine=openai out, or the pruner")
+        from .endpoint import Endpoint
+
+        limits = _whole("min_pixels", chosen["min_pixels"]), _whole("max_pixels", chosen["max_pixels"])
+        return Endpoint(chosen["base_url"], str(chosen["model"]), str(chosen["pretrained"]), self.batch_size, *limits), None
 
     def _load(self, pretrained: object, chosen: dict) -> tuple[VLM, str | None]:
         """A checkpoint under the chosen limits, dtype and device -> the model, and a fingerprint of its folder."""
@@ -144,7 +178,11 @@ class MethodModel(lmms):
                 file=sys.stderr,
             )
         order, failed = list(todo), {}
-        engine = Engine(self.vlm, self.policy, self.batch_size, pruner=self.pruner, models=self.models)
+        more = {"pruner": self.pruner, "models": self.models, "max_batch_tokens": self.max_batch_tokens}
+        engine = Engine(self.vlm, self.policy, self.batch_size, **more)
+        local = [vlm for vlm in (self.vlm, *self.models.values()) if isinstance(vlm, VLM)]
+        for vlm in local if todo else []:
+            vlm.warm_up()
         with tqdm(total=len(order), desc=self.label, disable=self._rank != 0) as bar:
             for i, outcome in engine.run(self._job(todo[key]) for key in order):
                 (task, doc_id, question), split = order[i], todo[order[i]][5]
@@ -168,7 +206,8 @@ class MethodModel(lmms):
                 "repair or exclude these documents and run the same command with the same output_dir"
             )
         if self._rank == 0:
-            self.run.finish()
+            mode = "latency" if self.batch_size == 1 else "throughput"  # what the seconds of the records are
+            self.run.finish(mode=mode, peak_memory_bytes=max((vlm.peak_memory() for vlm in local), default=None))
             print(f"{self.label}: records are in {self.run.folder}", file=sys.stderr)
         return [_result(self.run.done[key]) for key in keys]
 

@@ -68,6 +68,13 @@ def mrope_positions(
     return torch.cat(out, 1), at
 
 
+def count_visual_tokens(processor, limits: dict[str, int], image: Image.Image) -> int:
+    """Merged visual tokens of an image under a processor's limits (shortest_edge, longest_edge in pixels), without encoding it."""
+    image, _ = within_aspect(image)
+    ip = processor.image_processor
+    return ip.get_number_of_image_patches(image.height, image.width, {"size": limits}) // ip.merge_size**2
+
+
 class VLM:
     """A Qwen2.5-VL and its processor. Greedy decoding; every public method is deterministic.
 
@@ -155,9 +162,7 @@ class VLM:
 
     def visual_tokens(self, image: Image.Image) -> int:
         """Merged visual tokens that ``image`` costs under this processor's limits, without encoding it."""
-        image, _ = within_aspect(image)
-        ip = self.processor.image_processor
-        return ip.get_number_of_image_patches(image.height, image.width, {"size": self.limits}) // ip.merge_size**2
+        return count_visual_tokens(self.processor, self.limits, image)
 
     def check(self, question: str) -> None:
         """Raise ValueError when a question holds the text of an image mark, which the tokenizer would take for an image."""
