@@ -43,7 +43,7 @@ class Failure:
     error: str
 
 
-@dataclass
+@dataclass(eq=False)
 class _Run:
     index: int
     job: Job
@@ -73,9 +73,10 @@ class _Run:
 class Engine:
     """Runs a policy over jobs, ``batch_size`` conversations at a time.
 
-    vlm: the model under test. pruner: cuts what the conversation with it shows. models: the auxiliary ones by the names of ``Policy.models``; a turn to a name that is not
-    among them goes to the model under test, at its own price. max_batch_tokens: rows times the longest, beside
-    ``batch_size`` rows. workers: threads that prepare pictures and text (None: half the processors; none for one row a batch).
+    vlm: the model under test. pruner: cuts what the conversation with it shows. models: the auxiliary ones by the names of
+    ``Policy.models``; a turn to a name that is not among them goes to the model under test, at its own price.
+    max_batch_tokens: rows times the longest, beside ``batch_size`` rows. workers: threads that prepare pictures and text
+    (None: half the processors; none for one row a batch).
     """
 
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .grammar import CallGrammar
 from .session import Request
@@ -19,7 +20,7 @@ class Writer:
     """
 
     request: Request
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     stop: set[int]
     grammar: CallGrammar | None = None
     trace: bool = False
