@@ -1,0 +1,71 @@
+"""VisionZip: the tokens that get most attention in the vision tower, and a few averages of the rest.
+
+Paper    Yang et al., CVPR 2025, https://arxiv.org/abs/2412.04467
+Code     https://github.com/JIA-Lab-research/VisionZip (``Qwen2_5_VL/qwen2_5vl_visionzip.py``, 68993a31)
+Needs    attention received and mean key in the last vision block; no text, no training
+Cost     one more QK^T of that block, in float32 blocks; the share ``retention`` of the tokens in every decoder layer
+Differs  several images and batches; a contextual token is the mean of its group. ``compat=official``: target plus mean of the rest, as released
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from awares_bench.method import Pruner, Visual
+
+
+@dataclass(frozen=True)
+class VisionZip(Pruner):
+    """Dominant tokens by attention received, contextual tokens by merging.
+
+    contextual: share of the image's tokens that are averages; the released code keeps 0.05 at every retention.
+    """
+
+    contextual: float = 0.05
+    compat: Literal["corrected", "official"] = "corrected"
+    needs = ("attention", "metric")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.contextual < 1:
+            raise ValueError(f"contextual is {self.contextual!r}; it is a share of the tokens, at least 0 and below 1")
+
+    def counts(self, visual: int, n: int) -> tuple[int, int]:
+        """Dominant and contextual tokens of an image of ``visual``, of which ``n`` may stay."""
+        if self.compat == "official":
+            dominant = int(round(self.retention - self.contextual, 10) * visual)
+            return max(dominant, 0), max(int(self.contextual * visual), 1)
+        contextual = min(max(1, int(self.contextual * visual)), n // 2)
+        return n - contextual, contextual
+
+    def score(self, image: Visual) -> Tensor:
+        """Attention received."""
+        return image.attention
+
+    def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
+        """Targets are spread evenly over what is not dominant; every other token joins the target with the most similar key."""
+        dominant, contextual = self.counts(len(image.features), n)
+        kept = self.select(image, dominant)
+        left = (
+            torch.ones(len(image.features), dtype=torch.bool, device=kept.device).index_fill(0, kept, False).nonzero().squeeze(1)
+        )
+        if not contextual or not len(left):
+            return image.features[kept], kept
+        is_target = torch.zeros(len(left), dtype=torch.bool, device=kept.device)
+        is_target[:: max(1, len(left) // contextual)][:contextual] = True
+        targets, rest = left[is_target], left[~is_target]
+        keys = normalize(image.metric, dim=-1)
+        nearest = (keys[rest] @ keys[targets].T).argmax(1)
+        member = one_hot(nearest, len(targets)).T.float()  # (targets, rest); a product, not index_add, is deterministic on GPUs
+        total, size = member @ image.features[rest].float(), member.sum(1, keepdim=True)
+        own = image.features[targets].float()
+        merged = own + total / size.clamp(min=1) if self.compat == "official" else (own + total) / (1 + size)
+        features = image.features.clone()
+        features[targets] = merged.to(features.dtype)
+        chosen = torch.cat([kept, targets]).sort().values
+        return features[chosen], chosen
