@@ -58,9 +58,8 @@ class VisionZip(Pruner):
         targets = left[::step][:contextual]
         nearest = (image.metric[left] @ normalize(image.metric[targets], dim=1).T).argmax(1)
         nearest[::step][:contextual] = torch.arange(len(targets), device=left.device)  # a target stays with itself
-        member = one_hot(
-            nearest, len(targets)
-        ).T.float()  # (targets, left); a product, not index_add: the same bits each time on GPUs
+        # a product with the members' marks, not index_add, so that a GPU gives the same bits each time
+        member = one_hot(nearest, len(targets)).T.float()  # (targets, left)
         own, total = image.features[targets].float(), member @ image.features[left].float()
         size = member.sum(1, keepdim=True)
         merged = own + (total - own) / (size - 1).clamp(min=1) if self.compat == "official" else total / size
