@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 4 * 2**20
-"""Scores held at a time: 16 MiB, and as much again for their softmax."""
+BLOCK = 2 * 2**20
+"""Scores held at a time: 8 MiB, and as much again for their softmax."""
 
 
 def window_order(rows: int, columns: int, window: int = 4) -> Tensor:
