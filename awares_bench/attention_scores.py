@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 4 * 2**20
-"""Scores held at a time: 16 MiB, and as much again for their softmax."""
+BLOCK = 2 * 2**20
+"""Scores held at a time: 8 MiB, and as much again for their softmax."""
 
 
 def window_order(rows: int, columns: int, window: int = 4) -> Tensor:
@@ -55,6 +55,9 @@ class Probe:
         if self.metric_wanted:
             self.metric = k[0].mean(0, dtype=torch.float32)
         if not self.attention_wanted:
+            return
+        if len(boundaries) == 2:
+            self.attention = column_attention(q, k, scaling)[0]
             return
         starts, lengths = boundaries[:-1].long(), boundaries.diff().long()
         self.attention = torch.empty(q.shape[2], device=q.device)
