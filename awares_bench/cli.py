@@ -27,6 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--pretrained", default="nano", help="checkpoint (default: the nano weights in the package)")
     demo.add_argument("--batch-size", type=int, default=8)
 
+    sweep = commands.add_parser("run", help="a recipe of methods, options and tasks: one command, one folder, resumable")
+    sweep.add_argument("recipe", help="a YAML file, or the name of a recipe in the package: nano, paper_table1")
+    sweep.add_argument("--out", type=Path, help="output folder (default: the recipe's name); a second call resumes there")
+    sweep.add_argument("--limit", type=int, help="documents per task, for a trial (default: the recipe's)")
+    sweep.add_argument("--pretrained", help="checkpoint of every cell, in place of the recipe's")
+    sweep.add_argument("--batch-size", type=int, help="conversations in flight, in place of the recipe's")
+
     report = commands.add_parser("report", help="table, figure, gallery and summary.json of the runs in a demo folder")
     report.add_argument("out", type=Path, help="a folder written by demo")
 
@@ -82,6 +89,19 @@ def _demo(args) -> int:
     return 0
 
 
+def _run(args) -> int:
+    from . import sweep
+
+    recipe = sweep.read(args.recipe, args.limit, pretrained=args.pretrained, batch_size=args.batch_size)
+    out = args.out or Path(Path(args.recipe).stem)
+    ended = sweep.run(recipe, out)
+    failed = [c for c in ended if c["status"] == "failed"]
+    for cell in failed:
+        print(f"failed: {cell['label']}: {cell['error']} (more in {out / 'lmms' / cell['cell'] / 'error.txt'})", file=sys.stderr)
+    print(f"{len(ended) - len(failed)} of {len(ended)} cells are done in {out}; awares-bench report {out}", file=sys.stderr)
+    return 1 if failed else 0
+
+
 def _report(args) -> int:
     from .demo import report
 
@@ -114,8 +134,8 @@ def _methods(args) -> int:
 
     for name in registry.names():
         block = registry.describe(name)
-        print(f"{name:<12} {block['Title']}")
-        print("".join(f"{'':<13}{k:<8} {block[k]}\n" for k in ("Paper", "Needs", "Cost", "Differs") if k in block), end="")
+        print(f"{name:<14}{block['Title']}")
+        print("".join(f"{'':<14}{k:<8} {block[k]}\n" for k in ("Paper", "Needs", "Cost", "Trained", "Differs") if k in block))
     return 0
 
 
@@ -124,7 +144,15 @@ def _tasks(args) -> int:
     return 0
 
 
-_COMMANDS = {"demo": _demo, "report": _report, "nano-data": _nano_data, "bench": _bench, "methods": _methods, "tasks": _tasks}
+_COMMANDS = {
+    "demo": _demo,
+    "run": _run,
+    "report": _report,
+    "nano-data": _nano_data,
+    "bench": _bench,
+    "methods": _methods,
+    "tasks": _tasks,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
