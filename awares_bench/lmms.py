@@ -242,15 +242,18 @@ REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 """What lmms-eval's command strips from answers before scoring, unless told otherwise."""
 
 
-def evaluate(model: MethodModel, tasks: tuple[str, ...], limit: int | None, include_path: str | None, output: Path) -> None:
+def task_index(include_path: str | None = None) -> TaskManager:
+    """lmms-eval's tasks and this package's, and those of a folder. A task is loaded anew, its module's globals too, each time."""
+    folders = [str(files("awares_bench.tasks") / "."), *([include_path] if include_path else [])]
+    return TaskManager("WARNING", include_path=folders)
+
+
+def evaluate(model: MethodModel, tasks: tuple[str, ...], limit: int | None, index: TaskManager, output: Path) -> None:
     """One model on tasks through lmms-eval's evaluator, with what its command does: results and samples files below ``output``.
 
-    include_path: folder of task files beside lmms-eval's own and this package's. Raises ValueError for an unknown task.
+    Raises ValueError for a task that ``index`` does not have.
     """
-    # A task manager for each call: OCRBench's scores add up in a global of its module, which is loaded anew with the task.
-    folders = [str(files("awares_bench.tasks") / "."), *([include_path] if include_path else [])]
-    manager = TaskManager("WARNING", include_path=folders, model_name=model.method)
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    unknown = [task for task in tasks if not index.match_tasks([task])]
     if unknown:
         raise ValueError(
             f"unknown task {unknown[0]!r}; lmms-eval tasks list shows its own, awares-bench tasks the folder of ours"
@@ -264,11 +267,11 @@ def evaluate(model: MethodModel, tasks: tuple[str, ...], limit: int | None, incl
     results = simple_evaluate(
         model=model,
         model_args=told,
-        tasks=manager.match_tasks(list(tasks)),
+        tasks=index.match_tasks(list(tasks)),
         limit=limit,
         batch_size=model.batch_size,
         log_samples=True,
-        task_manager=manager,
+        task_manager=index,
         bootstrap_iters=0,  # reports draw their own intervals
         cli_args=command,
         datetime_str=now,

@@ -145,7 +145,7 @@ def run(recipe: Recipe, out: Path) -> list[dict]:
     say = _speaker()
     if len(todo) < len(recipe.cells):
         say(f"{len(recipe.cells) - len(todo)} of {len(recipe.cells)} cells are done in {out}")
-    ended, vlms, began, loaded = [], {}, time.time(), None
+    ended, vlms, began, loaded, index = [], {}, time.time(), None, None
     for number, cell in enumerate(todo, 1):
         if _weights(cell) != loaded:
             vlms.clear()  # the weights before this are not needed again
@@ -155,7 +155,8 @@ def run(recipe: Recipe, out: Path) -> list[dict]:
         say(f"[{number}/{len(todo)}] {cell.label} on {','.join(cell.tasks)} ({_clock(spent)} so far{left})")
         started, error = time.time(), None
         try:
-            _run_cell(cell, out, recipe.include_path, vlms)
+            index = index or _index(recipe)
+            _run_cell(cell, out, index, vlms)
         except Exception as raised:  # whatever a cell's method, data or device raises is reported, and the next cell runs
             error = f"{type(raised).__name__}: {raised}"
             _write(out / "lmms" / cell.name / "error.txt", traceback.format_exc())
@@ -169,14 +170,20 @@ def run(recipe: Recipe, out: Path) -> list[dict]:
     return before + ended
 
 
-def _run_cell(cell: Cell, out: Path, include_path: str | None, vlms: dict) -> None:
+def _index(recipe: Recipe):
     from . import lmms  # loads torch and lmms-eval
+
+    return lmms.task_index(recipe.include_path)
+
+
+def _run_cell(cell: Cell, out: Path, index, vlms: dict) -> None:
+    from . import lmms
 
     name = cell.method if cell.method in registry.names() else lmms.COMPOSED
     options = cell.options if name == cell.method else cell.options | {"method": cell.method}
     model = getattr(lmms, name)(vlms=vlms, output_dir=out / "runs" / cell.name, label=cell.label, **options)
     try:
-        lmms.evaluate(model, cell.tasks, cell.limit, include_path, out / "lmms" / cell.name)
+        lmms.evaluate(model, cell.tasks, cell.limit, index, out / "lmms" / cell.name)
     finally:
         model.run.close()
     (out / "lmms" / cell.name / "error.txt").unlink(missing_ok=True)
