@@ -49,7 +49,7 @@ class AwaRes(Policy):
 
         (image,) = sample.images
         system = PAPER_GRID.prompt_as(self.prompt)
-        reply = yield Turn((half(image),), sample.question, system=system, last=False, budget=self.call_budget)
+        reply = yield Turn((half(image),), sample.question, system=system, last=False, budget=self.call_budget, calls=PAPER_GRID)
         try:
             request = PAPER_GRID.parse(reply.text)
         except CropRequestError as error:

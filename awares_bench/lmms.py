@@ -37,6 +37,7 @@ COMMON = {
     "attn_implementation": "sdpa",
     "min_pixels": MIN_PIXELS,
     "max_pixels": MAX_PIXELS,
+    "constrained": True,
     "batch_size": 1,
     "output_dir": None,
     "seed": 0,
@@ -86,6 +87,7 @@ class MethodModel(lmms):
             chosen["attn_implementation"],
             _whole("min_pixels", chosen["min_pixels"]),
             _whole("max_pixels", chosen["max_pixels"]),
+            _flag("constrained", chosen["constrained"]),
         )
         identity = {
             "method": self.method,
@@ -96,6 +98,7 @@ class MethodModel(lmms):
             "attn_implementation": chosen["attn_implementation"],
             "min_pixels": self.vlm.limits["shortest_edge"],
             "max_pixels": self.vlm.limits["longest_edge"],
+            "constrained": self.vlm.constrained,
             "seed": seed,
         }
         out = chosen["output_dir"] or Path("awares-runs") / f"{self.method}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -185,6 +188,12 @@ def _whole(name: str, value, least: int = 1) -> int:
     if number < least:
         raise ValueError(f"{name} is {number}; it must be at least {least}")
     return number
+
+
+def _flag(name: str, value) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; allowed: true, false")
+    return value
 
 
 def _job(messages: list[dict], gen_kwargs: dict, key: str) -> Job:

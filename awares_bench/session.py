@@ -37,9 +37,14 @@ class Session:
 
 @dataclass(frozen=True)
 class Request:
-    """A turn to be answered in a session. budget: tokens the reply may have; until: stop strings, cut from the reply."""
+    """A turn to be answered in a session.
+
+    budget: tokens the reply may have. until: stop strings, cut from the reply.
+    forced: token ids that the reply is made of instead of the model's own, for measuring speed with random weights.
+    """
 
     session: Session
     turn: Turn
     budget: int
     until: tuple[str, ...] = ()
+    forced: tuple[int, ...] | None = None

@@ -28,7 +28,6 @@ class StagedBatch(Batch):
     def __init__(self, vlm: VLM, sessions: list[Session], chunks: list[Chunk], pruner: Pruner, stages: dict[int, float]):
         super().__init__(vlm, sessions, chunks)
         self.pruner, self.stages, self.chunks = pruner, stages, chunks
-        self.rows = list(range(len(chunks)))  # of the request that each row of the batch belongs to
         self.columns = self.mask.shape[1]  # of the prompt, at the first layer
         self.raters = [self._raters(c) for c in chunks]  # counted back from the end, which no cut moves
         layers = len(vlm.decoder.layers)
@@ -61,7 +60,7 @@ class StagedBatch(Batch):
                 if self.pruner.repacks:
                     positions = self._repack(layer, positions)
         self.visual = torch.tensor(entering, dtype=torch.float64).mean(0).tolist()
-        return self._logits(decoder.norm(hidden))
+        return self.vlm.model.lm_head(decoder.norm(hidden[:, -1:])).float()
 
     def _cut(self, layer: int, b: int, before: Tensor, after: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor]) -> Chunk:
         """Row ``b`` reduced between ``layer`` and the next; before, after: its hidden states (L, D) on both sides of the layer."""
@@ -70,20 +69,14 @@ class StagedBatch(Batch):
         see = partial(self._see, layer, b, before[new], tuple(t[b, new] for t in rope))
         return Chunk(after[new], positions[:, new], chunk.after, chunk.spans).cut(self.pruner, self.stages[layer], see)
 
-    def _forward(self, embeds: Tensor, positions: Tensor) -> Tensor:
+    def _forward(self, embeds: Tensor, positions: Tensor, last: int) -> Tensor:
         hidden, rope = embeds, None
         for layer in range(len(self.vlm.decoder.layers)):
             shift = self.shifts[layer][self.rows]
             if rope is None or self.pruner.repacks:
                 rope = self.vlm.decoder.rotary_emb(hidden, positions + shift[None, :, None])
             hidden = self._layer(layer, hidden, rope)
-        return self._logits(self.vlm.decoder.norm(hidden))
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.vlm.model.lm_head(hidden[:, -1]).float()  # (B, vocabulary)
-        if self.vlm.trace is not None:
-            self.vlm.trace.append(logits.clone())
-        return logits
+        return self.vlm.model.lm_head(self.vlm.decoder.norm(hidden[:, -last:])).float()
 
     def _layer(self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         mask = attention_mask(self.vlm.decoder.config._attn_implementation, self._mask(layer), hidden)
@@ -142,9 +135,9 @@ class StagedBatch(Batch):
         at = [self._mask(layer)[i].nonzero().squeeze(1) for layer, _ in layers]
         return [x.keys[i][:, at[n]] for n, x in layers], [x.values[i][:, at[n]] for n, x in layers]
 
-    def keep(self, b: int, session: Session, tokens: list[int]) -> None:
+    def keep(self, b: int, session: Session, written: list[int]) -> None:
         """As ``Batch.keep``, and by how much each layer's positions differ from the conversation's."""
-        super().keep(b, session, tokens)
+        super().keep(b, session, written)
         session.shifts = self.shifts[:, b].tolist()
 
 

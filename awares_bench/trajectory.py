@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from .crops import CropGrid
 from .usage import Usage
 
 
@@ -25,6 +26,7 @@ class Turn:
     system: the system message, first turn only; None keeps the chat template's default
     last:   no turn follows, so nothing need be kept of this one
     budget: tokens that the reply may have at the least, even where the task allows fewer (None: the task's)
+    calls:  regions the reply may call for; a model that can hold a call to the grammar does so (see ``CallGrammar``)
     """
 
     images: tuple[Image.Image, ...] = ()
@@ -32,6 +34,7 @@ class Turn:
     system: str | None = None
     last: bool = True
     budget: int | None = None
+    calls: CropGrid | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ class Usage:
     prefill: visual tokens entering each decoder layer, averaged over the layers
     text:    prompt tokens that are not visual
     output:  tokens the model wrote
+    passes:  forward passes of the decoder that wrote them, after the prefill; tokens fixed by a grammar share one
     *_seconds: wall-clock per phase; in a batch of several, the batch's time shared out by tokens
     """
 
@@ -24,6 +25,7 @@ class Usage:
     encode_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    passes: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

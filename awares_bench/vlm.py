@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGene
 
 from .attention_scores import probed
 from .batch import Batch
+from .crops import CropGrid
+from .grammar import CallGrammar
 from .images import within_aspect
 from .method import Pruner, Visual
 from .pruning import Chunk, Span, look
@@ -26,6 +28,7 @@ from .staged import StagedBatch
 from .trajectory import Event, Reply, Turn, messages
 from .usage import Usage
 from .vision_attention import windowed_attention
+from .writer import Writer
 
 MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
 """Limits of the released Qwen2.5-VL processors: 4 to 16,384 visual tokens an image."""
@@ -62,10 +65,18 @@ def mrope_positions(
 
 
 class VLM:
-    """A Qwen2.5-VL and its processor. Greedy decoding; every public method is deterministic."""
+    """A Qwen2.5-VL and its processor. Greedy decoding; every public method is deterministic.
+
+    constrained: hold replies that begin as a call to its grammar (``CallGrammar``); False is plain greedy decoding.
+    """
 
     def __init__(
-        self, model: Qwen2_5_VLForConditionalGeneration, processor, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        processor,
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+        constrained: bool = True,
     ):
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels; got {min_pixels} and {max_pixels}")
@@ -76,8 +87,10 @@ class VLM:
         self.image_token = model.config.image_token_id
         stop = model.generation_config.eos_token_id
         self.stop = set(stop if isinstance(stop, list) else [stop]) | {self.tokenizer.eos_token_id}
+        self.constrained = constrained
+        self._grammars: dict[CropGrid, CallGrammar] = {}
         self.trace: list[Tensor] | None = None
-        """Set to a list to collect the (B, vocabulary) logits of every step; for tests."""
+        """Set to a list to collect the (B, vocabulary) scores of every choice, NaN where a row has ended; for tests."""
 
     @classmethod
     def load(
@@ -88,6 +101,7 @@ class VLM:
         attn_implementation: str = "sdpa",
         min_pixels: int = MIN_PIXELS,
         max_pixels: int = MAX_PIXELS,
+        constrained: bool = True,
     ) -> VLM:
         """Load a checkpoint folder or hub name. dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. Raises CheckpointError."""
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -120,7 +134,7 @@ class VLM:
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot load {pretrained!r}: {_first_line(error)}") from error
-        return cls(model.to(device), processor, min_pixels, max_pixels)
+        return cls(model.to(device), processor, min_pixels, max_pixels, constrained)
 
     @property
     def device(self) -> torch.device:
@@ -238,23 +252,27 @@ class VLM:
         self._synchronise()
         marks.append(clock())
 
-        written, complete = batch.decode(logits, requests)
+        writers = [Writer(r, self.tokenizer, self.stop, self._grammar(r), self.trace is not None) for r in requests]
+        batch.decode(logits, writers)
         self._synchronise()
         marks.append(clock())
 
         visual = [sum(rows * columns // merge**2 for _, rows, columns in g) for g in grids]
-        costs = _shares(marks, visual, [len(i) for i in ids], [len(w) for w in written])
+        costs = _shares(marks, visual, [len(i) for i in ids], [len(w.written) for w in writers])
+        if self.trace is not None:
+            scores = [torch.stack(w.scores) for w in writers]
+            self.trace += torch.nn.utils.rnn.pad_sequence(scores, padding_value=float("nan"))
         out = []
-        for b, (r, tokens) in enumerate(zip(requests, written, strict=True)):
-            text = self.text(tokens, r.until)
-            usage = Usage(visual[b], batch.visual[b], len(ids[b]) - visual[b], len(tokens), *costs[b])
-            out.append(Reply(text, tuple(tokens), usage, complete[b]))
+        for b, (r, writer) in enumerate(zip(requests, writers, strict=True)):
+            text = self.text(writer.written, r.until)
+            usage = Usage(visual[b], batch.visual[b], len(ids[b]) - visual[b], len(writer.written), *costs[b], writer.passes)
+            out.append(Reply(text, tuple(writer.written), usage, writer.ended))
             r.session.turns.append(r.turn)
             r.session.replies.append(text)
             if r.turn.last:
                 r.session.keys, r.session.values = [], []
             else:
-                batch.keep(b, r.session, tokens)
+                batch.keep(b, r.session, writer.written)
         return out
 
     def stages(self, pruner: Pruner | None) -> dict[int, float]:
@@ -267,6 +285,14 @@ class VLM:
                     f"{type(pruner).__name__} cuts after decoder layer {layer}; this model has {layers} layers, so the last place is {layers - 2}"
                 )
         return stages
+
+    def _grammar(self, request: Request) -> CallGrammar | None:
+        grid = request.turn.calls
+        if grid is None or not self.constrained:
+            return None
+        if grid not in self._grammars:
+            self._grammars[grid] = CallGrammar(grid, self.tokenizer)
+        return self._grammars[grid]
 
     def text(self, tokens: list[int] | tuple[int, ...], until: tuple[str, ...] = ()) -> str:
         """Token ids -> text without special tokens, cut before the first stop string."""

@@ -18,7 +18,7 @@ TOLERANCE = 1e-4
 
 
 def ours(vlm, requests):
-    """-> (replies, logits of every step as (steps, B, vocabulary))."""
+    """-> (replies, logits of every choice as (steps, B, vocabulary), NaN after a row's last)."""
     vlm.trace = []
     try:
         replies = vlm.reply(requests)
