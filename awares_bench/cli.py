@@ -35,6 +35,25 @@ def main(argv: list[str] | None = None) -> int:
     data.add_argument("--documents", type=int, default=200, help="documents per task")
     data.add_argument("--out", type=Path, required=True)
 
+    bench = commands.add_parser("bench", help="measure the engine against what it replaces, on this machine")
+    bench.add_argument("what", choices=["engine"])
+    which = bench.add_mutually_exclusive_group()
+    which.add_argument("--pretrained", help="checkpoint folder, hub name, nano or nano-base (default: nano)")
+    which.add_argument(
+        "--geometry", choices=["nano", "3b", "7b"], help="published sizes with random weights, nothing to download"
+    )
+    bench.add_argument("--layers", type=int, help="cut decoder and tower to so many layers; printed with the result")
+    bench.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    bench.add_argument("--device", default="auto")
+    bench.add_argument("--tokens", type=int, default=1200, help="visual tokens of a page")
+    bench.add_argument("--batch", type=int, default=1, help="pages at a time")
+    bench.add_argument("--call-rate", type=float, default=1.0, help="share of the pages that call for one quadrant")
+    bench.add_argument("--answer", type=int, default=8, help="tokens of an answer")
+    bench.add_argument("--repeats", type=int, default=5)
+    bench.add_argument("--documents", type=int, default=48, help="of the nano suite")
+    bench.add_argument("--parts", default="vision,turns,stock,suite", help="comma-separated; leave out what takes too long")
+    bench.add_argument("--json", type=Path, help="write the result there")
+
     commands.add_parser("methods", help="the known methods, what they need and what they cost")
     commands.add_parser("tasks", help="print the task folder, for lmms-eval --include_path")
 
@@ -78,6 +97,18 @@ def _nano_data(args) -> int:
     return 0
 
 
+def _bench(args) -> int:
+    from .bench import run
+
+    known, parts = ("vision", "turns", "stock", "suite"), tuple(args.parts.split(","))
+    if unknown := [p for p in parts if p not in known]:
+        raise ValueError(f"--parts holds {unknown[0]!r}; known: {', '.join(known)}")
+    pretrained = args.pretrained or (None if args.geometry else "nano")
+    more = (args.tokens, args.batch, args.call_rate, args.answer, args.repeats, parts, args.documents, args.json)
+    run(pretrained, args.geometry, args.layers, args.dtype, args.device, *more)
+    return 0
+
+
 def _methods(args) -> int:
     from . import registry
 
@@ -93,7 +124,7 @@ def _tasks(args) -> int:
     return 0
 
 
-_COMMANDS = {"demo": _demo, "report": _report, "nano-data": _nano_data, "methods": _methods, "tasks": _tasks}
+_COMMANDS = {"demo": _demo, "report": _report, "nano-data": _nano_data, "bench": _bench, "methods": _methods, "tasks": _tasks}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -236,3 +236,33 @@ def _result(record: Record) -> GenerationResult:
         extra=extra,
     )
     return GenerationResult(text=record.answer, token_counts=counts)
+
+
+def stock_answers(pretrained: str, vlm: VLM, batch_size: int):
+    """lmms-eval's own ``qwen2_5_vl`` on the same weights, limits and dtype -> (pictures and questions, tokens) -> answers.
+
+    For comparison (``awares-bench bench engine``). Raises ImportError when a package it needs is not installed.
+    """
+    from lmms_eval.models.chat.qwen2_5_vl import Qwen2_5_VL, _has_qwen_vl
+
+    if not _has_qwen_vl:
+        raise ImportError("No module named 'qwen_vl_utils'")
+    limits = {"min_pixels": vlm.limits["shortest_edge"], "max_pixels": vlm.limits["longest_edge"]}
+    device = {"device": str(vlm.device), "device_map": str(vlm.device)}
+    model = Qwen2_5_VL(resolve(pretrained), batch_size=batch_size, attn_implementation="sdpa", **device, **limits)
+    model._model = model._model.to(vlm.model.dtype)
+
+    def answers(documents: list[tuple], max_new_tokens: int) -> list[str]:
+        model.task_dict = {"bench": {"test": documents}}
+        requests = []
+        for i in range(len(documents)):
+            arguments = ("", _as_messages, {"max_new_tokens": max_new_tokens}, i, "bench", "test")
+            requests.append(Instance("generate_until", arguments, 0, {"task": "bench", "doc_id": i, "repeats": 1}))
+        return [r.text for r in model.generate_until(requests)]
+
+    return answers
+
+
+def _as_messages(document: tuple) -> list[dict]:
+    image, question = document
+    return [{"role": "user", "content": [{"type": "image", "url": image}, {"type": "text", "text": question}]}]

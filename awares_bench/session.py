@@ -36,10 +36,22 @@ class Session:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What a turn adds to its session, on the CPU: token ids, the patches and grid of each image, and the seconds it took."""
+
+    ids: list[int]
+    patches: list[Tensor]
+    grids: list[tuple[int, int, int]]
+    events: list[Event] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Request:
     """A turn to be answered in a session.
 
     budget: tokens the reply may have. until: stop strings, cut from the reply.
+    prepared: the turn as the model takes it, when that was made ahead.
     forced: token ids that the reply is made of instead of the model's own, for measuring speed with random weights.
     """
 
@@ -47,4 +59,5 @@ class Request:
     turn: Turn
     budget: int
     until: tuple[str, ...] = ()
+    prepared: Prepared | None = None
     forced: tuple[int, ...] | None = None

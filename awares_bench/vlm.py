@@ -6,6 +6,8 @@ turns need it. Its logits equal those of ``generate`` and of a fresh prefill (te
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from contextlib import nullcontext
 from itertools import pairwise
@@ -23,7 +25,7 @@ from .grammar import CallGrammar
 from .images import within_aspect
 from .method import Pruner, Visual
 from .pruning import Chunk, Span, look
-from .session import Request, Session
+from .session import Prepared, Request, Session
 from .staged import StagedBatch
 from .trajectory import Event, Reply, Turn, messages
 from .usage import Usage
@@ -175,6 +177,16 @@ class VLM:
         )
         return session.pending + self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def prepare(self, request: Request) -> Prepared:
+        """The CPU's part of a turn. It may run in any thread, ahead of the device; its session must not change until the reply."""
+        start = time.perf_counter()
+        views = [self.pixels(image) for image in request.turn.images]
+        grids = [grid for _, grid, _ in views]
+        patches = [p.pin_memory() if self.device.type == "cuda" else p for p, _, _ in views]
+        events = [e for _, _, events in views for e in events]
+        ids = self.chunk(request.session, request.turn, grids)
+        return Prepared(ids, patches, grids, events, time.perf_counter() - start)
+
     @torch.inference_mode()
     def encode(self, patches: list[Tensor], grids: list[tuple[int, int, int]]) -> Tensor:
         """Patches of several images -> merged features (V, D), images in order, raster order within each."""
@@ -187,7 +199,7 @@ class VLM:
             return []
         vision, needs = self.model.config.vision_config, pruner.needs if pruner else ()
         wanted = ["attention" in needs, "metric" in needs]
-        pixel_values = torch.cat(patches).to(self.device, self.model.dtype)
+        pixel_values = torch.cat([p.to(self.device, non_blocking=True) for p in patches]).to(self.model.dtype)
         probing = probed(self.model, pruner.vision_block, *wanted) if any(wanted) else nullcontext()
         with windowed_attention(self.model), probing as probe:
             out = self.model.model.visual(pixel_values, grid_thw=torch.tensor(grids, device=self.device))
@@ -225,19 +237,12 @@ class VLM:
         if pruner is not None and pruner.retention == 1:
             pruner = None
         stages = self.stages(pruner)
+        prepared = [r.prepared or self.prepare(r) for r in requests]
+        ids, grids = [p.ids for p in prepared], [p.grids for p in prepared]
         clock, marks = time.perf_counter, [time.perf_counter()]
-        patches, grids = [], []
-        for r in requests:
-            views = [self.pixels(image) for image in r.turn.images]
-            patches.append([p for p, _, _ in views])
-            grids.append([g for _, g, _ in views])
-            r.session.events += [e for _, _, events in views for e in events]
-        ids = [self.chunk(r.session, r.turn, g) for r, g in zip(requests, grids, strict=True)]
-        marks.append(clock())
-
-        flat = [p for row in patches for p in row]
+        flat = [patches for p in prepared for patches in p.patches]
         images = iter(self.see(flat, [g for row in grids for g in row], pruner))
-        self._synchronise()
+        self.synchronise()
         marks.append(clock())
 
         merge = self.processor.image_processor.merge_size
@@ -249,16 +254,17 @@ class VLM:
         sessions = [r.session for r in requests]
         batch = StagedBatch(self, sessions, chunks, pruner, stages) if stages else Batch(self, sessions, chunks)
         logits = batch.prefill()
-        self._synchronise()
+        self.synchronise()
         marks.append(clock())
 
         writers = [Writer(r, self.tokenizer, self.stop, self._grammar(r), self.trace is not None) for r in requests]
         batch.decode(logits, writers)
-        self._synchronise()
+        self.synchronise()
         marks.append(clock())
 
         visual = [sum(rows * columns // merge**2 for _, rows, columns in g) for g in grids]
         costs = _shares(marks, visual, [len(i) for i in ids], [len(w.written) for w in writers])
+        costs = [(p.seconds, *shares) for p, shares in zip(prepared, costs, strict=True)]
         if self.trace is not None:
             scores = [torch.stack(w.scores) for w in writers]
             self.trace += torch.nn.utils.rnn.pad_sequence(scores, padding_value=float("nan"))
@@ -269,6 +275,7 @@ class VLM:
             out.append(Reply(text, tuple(writer.written), usage, writer.ended))
             r.session.turns.append(r.turn)
             r.session.replies.append(text)
+            r.session.events += prepared[b].events
             if r.turn.last:
                 r.session.keys, r.session.values = [], []
             else:
@@ -299,15 +306,23 @@ class VLM:
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text[: min((text.find(s) for s in until if s in text), default=len(text))]
 
-    def _synchronise(self) -> None:
+    def peak_memory(self) -> int:
+        """Most bytes in use so far: on the GPU by tensors, on a CPU by the whole process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def synchronise(self) -> None:
+        """Wait until the device has done what it was given, so that a clock may be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def _shares(marks: list[float], visual: list[int], prompt: list[int], output: list[int]) -> list[tuple[float, ...]]:
-    """Seconds of (preprocess, encode, prefill, decode) for each row: the batch's phases shared out by tokens."""
+    """Seconds of (encode, prefill, decode) for each row: the batch's phases shared out by tokens."""
     spans = [b - a for a, b in pairwise(marks)]
-    weights = (visual, visual, prompt, output)
+    weights = (visual, prompt, output)
     out = []
     for b in range(len(prompt)):
         row = [span * (w[b] / sum(w) if sum(w) else 1 / len(prompt)) for span, w in zip(spans, weights, strict=True)]
