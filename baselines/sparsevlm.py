@@ -68,8 +68,12 @@ class SparseVLM(Pruner):
         if self.version == "1.5":
             return image.rows.per_head().mean(0)
         heads = image.rows.per_head(image.rows.rotary_kernel())  # (H, V)
-        n = HEADS if self.compat == "official" else max(1, len(heads) // 2)
-        return heads[heads.sum(1).argsort(descending=True, stable=True)[:n]].mean(0)
+        return heads[self.heads(heads)].mean(0)
+
+    def heads(self, attention: Tensor) -> Tensor:
+        """The heads that look at the image most: (H, V) -> (k,)."""
+        n = HEADS if self.compat == "official" else max(1, len(attention) // 2)
+        return attention.sum(1).argsort(descending=True, stable=True)[:n]
 
     def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
         """The best tokens and, in v1.5, means of clusters among the best of the others."""
