@@ -13,6 +13,7 @@ from awares_bench.baselines.pooling import Pooling
 from awares_bench.baselines.sparsevlm import SparseVLM
 from awares_bench.baselines.visionzip import VisionZip
 from torch.nn.functional import normalize
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 from transformers.vision_utils import get_vision_window_index
 
 from awares_bench.attention_scores import AttentionRows, column_attention, window_order
@@ -155,8 +156,6 @@ def masked(vlm: VLM, pruner: Pruner, one: Turn, reply: list[int], two: Turn, cac
             module = vlm.decoder.layers[layer].self_attn
             h = vlm.decoder.layers[layer].input_layernorm(before)
             q, k = (p(h).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for p in (module.q_proj, module.k_proj))
-            from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
-
             q, k = apply_rotary_pos_emb(q, k, *rope)
             k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
             weights = (q @ k.transpose(2, 3) * module.scaling).masked_fill(~mask, -torch.inf).softmax(-1)[0].mean(0)  # (L, L)
@@ -366,9 +365,9 @@ def test_a_layer_that_the_model_does_not_have_is_an_error():
         tiny_vlm().reply([first(TURNS[0])], FastV(0.5, 9))
     with pytest.raises(ValueError, match="layer is 0"):
         FastV(0.5, 0)
-    with pytest.raises(ValueError, match="version is '2'; allowed: '1.5', 'plus'"):
+    with pytest.raises(ValueError, match=r"version is '2'; allowed: '1\.5', 'plus'"):
         SparseVLM(0.5, "2")
-    with pytest.raises(ValueError, match="contextual is 1.0"):
+    with pytest.raises(ValueError, match=r"contextual is 1\.0"):
         VisionZip(0.5, 1.0)
     windowed = type("Windowed", (VisionZip,), {"vision_block": 0})
     with pytest.raises(ValueError, match=r"attends within windows only; blocks that see the whole image: \[1, 3\]"):
