@@ -53,7 +53,7 @@ class HoloV(Pruner):
 
     def bands(self, visual: int, n: int) -> int:
         """Bands that the image is cut into, in proportion to how much of it goes."""
-        return max(1, int((1024 / 576) * visual / n))
+        return min(visual, max(1, int((1024 / 576) * visual / n)))
 
     def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
         """Quotas by band, then the most attended tokens of each."""

@@ -71,7 +71,7 @@ def prompt(vlm: VLM, name: str, pruner: Pruner | None = None) -> tuple[Chunk, Vi
 
 @dataclass
 class Run:
-    """A prefill: hidden states (L, D) into the final norm, and the batch to go on with."""
+    """A prefill: hidden states (L, D) after the last layer and entering each, and the batch to go on with."""
 
     vlm: VLM
     batch: Batch
@@ -88,7 +88,7 @@ class Run:
             written.append(int(scores[:below].argmax()))
             self.batch.mask = torch.cat([self.batch.mask, torch.ones_like(self.batch.mask[:, :1])], 1)
             embeds = self.vlm.decoder.get_input_embeddings()(torch.tensor([written[-1:]]))
-            scores = self.batch._forward(embeds, (self.batch.next + step)[None, :, None].expand(3, -1, -1)).flatten()
+            scores = self.batch._forward(embeds, (self.batch.next + step)[None, :, None].expand(3, -1, -1), 1).flatten()
         return written, scores
 
 
@@ -101,7 +101,8 @@ def prefill(vlm: VLM, chunk: Chunk, pruner: Pruner | None = None) -> Run:
     def remember(module, args):
         into.append(args[0][0])
 
-    hooks = [m.register_forward_pre_hook(remember) for m in (*vlm.decoder.layers, vlm.decoder.norm)]
+    hooks = [layer.register_forward_pre_hook(remember) for layer in vlm.decoder.layers]
+    hooks.append(vlm.decoder.layers[-1].register_forward_hook(lambda _, args, out: into.append(out[0])))
     try:
         batch.prefill()
     finally:

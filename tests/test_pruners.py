@@ -337,6 +337,13 @@ def test_holov_gives_the_rest_of_a_full_band_to_the_others_and_pads_nothing():
     assert torch.equal(features, image().features[kept])
 
 
+def test_holov_has_no_empty_band():
+    for v in range(1, 40):
+        seen = replace(image(v, (1, v)), attention=torch.rand(v) + 0.1)
+        for n in range(1, v + 1):
+            assert len(HoloV(0.5).reduce(seen, n)[1]) == n
+
+
 def test_equal_scores_keep_the_first():
     @dataclass(frozen=True)
     class Flat(Pruner):
