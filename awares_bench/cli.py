@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     data.add_argument("--out", type=Path, required=True)
 
     bench = commands.add_parser("bench", help="measure the engine against what it replaces, on this machine")
-    bench.add_argument("what", choices=["engine"])
+    bench.add_argument("what", choices=["engine", "pruners"], help="pruners: time and memory of every pruner's own work")
     which = bench.add_mutually_exclusive_group()
     which.add_argument("--pretrained", help="checkpoint folder, hub name, nano or nano-base (default: nano)")
     which.add_argument(
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     bench.add_argument("--batch", type=int, default=1, help="pages at a time")
     bench.add_argument("--call-rate", type=float, default=1.0, help="share of the pages that call for one quadrant")
     bench.add_argument("--answer", type=int, default=8, help="tokens of an answer")
+    bench.add_argument("--retention", type=float, default=0.5, help="of the pruners")
     bench.add_argument("--repeats", type=int, default=5)
     bench.add_argument("--documents", type=int, default=48, help="of the nano suite")
     bench.add_argument("--parts", default="vision,turns,stock,suite", help="comma-separated; leave out what takes too long")
@@ -118,6 +119,12 @@ def _nano_data(args) -> int:
 
 
 def _bench(args) -> int:
+    if args.what == "pruners":
+        from .bench_pruners import run as bench_pruners
+
+        more = (args.device, args.dtype, args.json)
+        bench_pruners(args.geometry or "nano", args.tokens, args.retention, args.repeats, *more)
+        return 0
     from .bench import run
 
     known, parts = ("vision", "turns", "stock", "suite"), tuple(args.parts.split(","))

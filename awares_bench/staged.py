@@ -144,6 +144,8 @@ class StagedBatch(Batch):
 def attention_mask(implementation: str, held: Tensor, hidden: Tensor) -> Tensor | None:
     """Where there is a token (B, L) -> the mask that transformers' attention functions take for the last columns ``hidden`` (B, n, D)."""
     n, length = hidden.shape[1], held.shape[1]
+    if len(held) == 1 and n == length and implementation != "eager":
+        return None  # one conversation without a past has no padding, and these functions are causal by themselves
     if "flash" in implementation:
         return held
     place = torch.arange(length, device=held.device)

@@ -51,10 +51,14 @@ class HoloV(Pruner):
             return image.attention
         return image.attention[window_order(*image.grid).to(image.attention.device)]
 
+    def bands(self, visual: int, n: int) -> int:
+        """Bands that the image is cut into, in proportion to how much of it goes."""
+        return min(visual, max(1, int((1024 / 576) * visual / n)))
+
     def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
         """Quotas by band, then the most attended tokens of each."""
         attention, total = self.score(image).cpu(), len(image.features)  # one copy, then no waiting for the GPU
-        bands = max(1, int((1024 / 576) * total / n))
+        bands = self.bands(total, n)
         parts = attention.split([total // bands + (i < total % bands) for i in range(bands)])
         chosen, start = [], 0
         for part, quota in zip(parts, self.quotas(parts, n), strict=True):

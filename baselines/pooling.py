@@ -26,7 +26,8 @@ class Pooling(Pruner):
     def cells(self, rows: int, columns: int, n: int) -> tuple[int, int]:
         """Rows and columns of the coarser grid: at most ``n`` cells, as many as the image's shape allows."""
         ideal = rows * sqrt(n / (rows * columns))
-        shapes = [(r, min(columns, n // r)) for r in {max(1, int(ideal)), min(rows, n, int(ideal) + 1), max(1, round(ideal))}]
+        heights = {min(max(1, h), rows, n) for h in (int(ideal), round(ideal), int(ideal) + 1)}
+        shapes = [(h, min(columns, n // h)) for h in heights]
         return max(shapes, key=lambda s: (s[0] * s[1], -abs(log(s[0] / rows * columns / s[1])), s))
 
     def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:

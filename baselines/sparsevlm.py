@@ -28,7 +28,8 @@ RECYCLED, CLUSTERED, HEADS = 0.3, 10, 14
 class SparseVLM(Pruner):
     """Each cut keeps the same fraction of what the one before left, chosen so that the mean over the layers is ``retention``.
 
-    Where the layers before the first cut alone exceed that mean, each cut keeps ``retention`` of what it gets.
+    No cut keeps less than half of ``retention`` of what it gets: where the layers before the first cut leave too little for
+    the others, the mean lies above ``retention``, and the usage says by how much.
 
     version: ``1.5`` recycles some of what it cuts as cluster means; ``plus`` recycles nothing, divides attention by the
         rotary embedding's own preference for near tokens, and listens to the half of the heads that look at the image most.
@@ -52,7 +53,7 @@ class SparseVLM(Pruner):
             x = (low + high) / 2
             mean = sum(run * x**i for i, run in enumerate(runs)) / layers
             low, high = (low, x) if mean > self.retention else (x, high)
-        fraction = max(low, self.retention)
+        fraction = max(low, self.retention / 2)
         return {layer: fraction ** (i + 1) for i, layer in enumerate(after)}
 
     def raters(self, visual: Tensor, text: Tensor) -> Tensor:
@@ -68,8 +69,12 @@ class SparseVLM(Pruner):
         if self.version == "1.5":
             return image.rows.per_head().mean(0)
         heads = image.rows.per_head(image.rows.rotary_kernel())  # (H, V)
-        n = HEADS if self.compat == "official" else max(1, len(heads) // 2)
-        return heads[heads.sum(1).argsort(descending=True, stable=True)[:n]].mean(0)
+        return heads[self.heads(heads)].mean(0)
+
+    def heads(self, attention: Tensor) -> Tensor:
+        """The heads that look at the image most: (H, V) -> (k,)."""
+        n = HEADS if self.compat == "official" else max(1, len(attention) // 2)
+        return attention.sum(1).argsort(descending=True, stable=True)[:n]
 
     def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
         """The best tokens and, in v1.5, means of clusters among the best of the others."""
