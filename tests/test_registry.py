@@ -45,7 +45,8 @@ class Watched:
 
     def __init__(self, vlm):
         self.vlm, self.logits, self.entering = vlm, {}, {}
-        self.visual_tokens, self.check, self.text, self.probe = vlm.visual_tokens, vlm.check, vlm.text, vlm.probe
+        self.visual_tokens, self.check, self.text = vlm.visual_tokens, vlm.check, vlm.text
+        self.probe, self.prepare = vlm.probe, vlm.prepare
 
     def reply(self, requests, pruner=None):
         passes = []
@@ -58,8 +59,8 @@ class Watched:
         try:
             replies = self.vlm.reply(requests, pruner)
             for b, (key, reply) in enumerate(zip(keys, replies, strict=True)):
-                steps = max(1, len(reply.tokens))
-                self.logits[key] = torch.stack([step[b] for step in self.vlm.trace[:steps]])
+                if requests[b].turn.said is None:
+                    self.logits[key] = torch.stack([step[b] for step in self.vlm.trace[: max(1, len(reply.tokens))]])
         finally:
             self.vlm.trace = None
             for hook in hooks:
