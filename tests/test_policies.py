@@ -391,3 +391,5 @@ def test_the_gate_s_training_runs_from_pictures_to_a_gate_that_the_policy_opens(
     assert len((tmp_path / "gate.labels.jsonl").read_text().splitlines()) == 12
     ((_, t),) = Engine(tiny_vlm(), method("cares", gate=str(out)), 1).run([Job(Sample((picture(224, 224),), "q?", "k"), 3)])
     assert max(t.turns[1].images[0].size) in range(112, 225, 28)
+    with pytest.raises(SystemExit, match="holds labels of another run"):
+        training.main(["--out", str(out), "--documents", "12", "--pretrained", str(tmp_path / "tiny"), "--sizes", "56", "224"])

@@ -153,12 +153,17 @@ def main(argv: list[str] | None = None) -> None:
     proxy = VLM.load(resolve(args.proxy)) if args.proxy else target
     samples = documents(args.data, args.documents)
     kept = args.out.with_suffix(".labels.jsonl")
-    known = {r["document"]: r["scores"] for r in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    of = {"pretrained": args.pretrained, "data": str(args.data), "sizes": args.sizes}
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    other = next((r for r in rows if any(r[k] != v for k, v in of.items())), None)
+    if other:
+        raise SystemExit(f"{kept} holds labels of another run ({ {k: other[k] for k in of} }); delete it, or pass another --out")
+    known = {r["document"]: r["scores"] for r in rows}
     missing = [i for i in range(len(samples)) if i not in known]
     with kept.open("a") as file:
         for n, scores in utilities(target, [samples[i] for i in missing], args.sizes, args.batch_size, args.max_new_tokens):
             known[missing[n]] = scores
-            file.write(json.dumps({"document": missing[n], "sizes": args.sizes, "scores": scores}) + "\n")
+            file.write(json.dumps({"document": missing[n], **of, "scores": scores}) + "\n")
     used = sorted(known)
     labels = label(np.array([known[i] for i in used]), args.tau, args.delta)
     hidden = hidden_states(proxy, [samples[i][0] for i in used], args.view, args.depth)
