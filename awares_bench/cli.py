@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
     sweep = commands.add_parser("run", help="a recipe of methods, options and tasks: one command, one folder, resumable")
     sweep.add_argument("recipe", help="a YAML file, or the name of a recipe in the package: nano, paper_table1")
-    sweep.add_argument("--out", type=Path, help="output folder (default: the recipe's name); a second call resumes there")
+    sweep.add_argument("--out", type=Path, help="output folder (default: awares-runs/RECIPE); a second call resumes there")
     sweep.add_argument("--limit", type=int, help="documents per task, for a trial (default: the recipe's)")
     sweep.add_argument("--pretrained", help="checkpoint of every cell, in place of the recipe's")
     sweep.add_argument("--batch-size", type=int, help="conversations in flight, in place of the recipe's")
@@ -94,7 +94,7 @@ def _run(args) -> int:
     from . import sweep
 
     recipe = sweep.read(args.recipe, args.limit, pretrained=args.pretrained, batch_size=args.batch_size)
-    out = args.out or Path(Path(args.recipe).stem)
+    out = args.out or Path("awares-runs") / Path(args.recipe).stem
     ended = sweep.run(recipe, out)
     failed = [c for c in ended if c["status"] == "failed"]
     for cell in failed:
