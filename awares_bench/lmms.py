@@ -35,6 +35,7 @@ from tqdm import tqdm
 from . import registry
 from .crops import Box
 from .engine import Engine, Failure, Job
+from .features import FeatureStore
 from .images import whole_images
 from .manifests import COMPOSED
 from .method import UNDER_TEST
@@ -56,6 +57,7 @@ COMMON = {
     "constrained": True,
     "batch_size": 1,
     "max_batch_tokens": None,
+    "reuse_features": 0,
     "engine": "transformers",
     "base_url": None,
     "model": None,
@@ -104,6 +106,7 @@ class MethodModel(lmms):
         auxiliary = {role: checkpoint for role, checkpoint in self.policy.models.items() if checkpoint != UNDER_TEST}
         self._vlms = {} if vlms is None else vlms
         served = self._served(chosen)
+        self._store = _whole("reuse_features", chosen["reuse_features"], least=0) * 2**30
         self.vlm, weights = served or self._load(chosen["pretrained"], chosen)
         loaded = {role: self._load(checkpoint, chosen) for role, checkpoint in auxiliary.items()}
         self.models = {role: vlm for role, (vlm, _) in loaded.items()}
@@ -160,6 +163,8 @@ class MethodModel(lmms):
         key = (folder, str(chosen["dtype"]), device, chosen["attn_implementation"], *limits, constrained)
         if key not in self._vlms:
             self._vlms[key] = VLM.load(*key)
+        if self._store and self._vlms[key].features is None:
+            self._vlms[key].features = FeatureStore(self._store)
         return self._vlms[key], fingerprint(Path(folder)) if Path(folder).is_dir() else None
 
     @property

@@ -37,13 +37,17 @@ class Session:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a turn adds to its session, on the CPU: token ids, the patches and grid of each image, and the seconds it took."""
+    """What a turn adds to its session, on the CPU: token ids, the patches and grid of each image, and the seconds it took.
+
+    keys: of the images in a ``FeatureStore``, when there is one.
+    """
 
     ids: list[int]
     patches: list[Tensor]
     grids: list[tuple[int, int, int]]
     events: list[Event] = field(default_factory=list)
     seconds: float = 0.0
+    keys: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

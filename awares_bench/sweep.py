@@ -29,8 +29,14 @@ from .method import unknown_option
 RECIPE_KEYS = ("tasks", "include_path", "limit", "batch_size", "options", "methods")
 """What a recipe may hold; ``options`` are model arguments of every cell, ``methods`` a list of names or of options with ``method``."""
 
-WEIGHTS = ("pretrained", "dtype", "device", "attn_implementation", "min_pixels", "max_pixels")
-"""Options that decide which weights are in memory: cells that share them run one after the other."""
+WEIGHTS = (
+    *("pretrained", "dtype", "device", "attn_implementation", "min_pixels", "max_pixels", "constrained", "reuse_features"),
+    *("engine", "base_url", "model"),
+)
+"""Options that decide what is in memory, or which server answers: cells that share them run one after the other."""
+
+OTHER = ("batch_size", "max_batch_tokens", "seed")
+"""Further options of every model beside the method's own; ``output_dir`` is the sweep's."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Cell:
     @property
     def spec(self) -> dict:
         """What must be equal for a finished cell to count as done."""
-        told = {k: v for k, v in self.options.items() if k != "batch_size"}
+        told = {k: v for k, v in self.options.items() if k not in ("batch_size", "max_batch_tokens")}
         return {"method": self.method, "options": told, "tasks": list(self.tasks), "limit": self.limit}
 
 
@@ -112,7 +118,7 @@ def read(path: str | Path, limit: int | None = None, **options) -> Recipe:
 def _cell(file: Path, chosen: dict, tasks: tuple[str, ...], limit: int | None, own: set[str]) -> Cell:
     """One combination of options -> a cell. own: options of the entry itself that say which weights, and so belong to its label."""
     method, label = str(chosen.pop("method")), chosen.pop("label", None)
-    common = (*WEIGHTS, "batch_size", "seed")
+    common = (*WEIGHTS, *OTHER)
     try:
         made = registry.build(method, {k: v for k, v in chosen.items() if k not in common or k == "seed"}, common)
     except ValueError as error:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGene
 from .attention_scores import probed
 from .batch import Batch
 from .crops import CropGrid
+from .features import FeatureStore
 from .grammar import CallGrammar
 from .images import within_aspect
 from .method import Pruner, Visual
@@ -101,6 +102,8 @@ class VLM:
         self.constrained = constrained
         self._grammars: dict[CropGrid, CallGrammar] = {}
         self._tokenizing = Lock()  # a fast tokenizer must not be configured while another thread uses it
+        self.features: FeatureStore | None = None
+        """Set to keep vision features of pictures that may be seen again."""
         self.trace: list[Tensor] | None = None
         """Set to a list to collect the (B, vocabulary) scores of every choice, NaN where a row has ended; for tests."""
 
@@ -193,10 +196,11 @@ class VLM:
         views = [self.pixels(image) for image in request.turn.images]
         grids = [grid for _, grid, _ in views]
         patches = [p.pin_memory() if self.device.type == "cuda" else p for p, _, _ in views]
+        keys = [FeatureStore.key(p, g) for p, g, _ in views] if self.features else []
         events = [e for _, _, events in views for e in events]
         with self._tokenizing:
             ids = self.chunk(request.session, request.turn, grids)
-        return Prepared(ids, patches, grids, events, time.perf_counter() - start)
+        return Prepared(ids, patches, grids, events, time.perf_counter() - start, keys)
 
     @torch.inference_mode()
     def encode(self, patches: list[Tensor], grids: list[tuple[int, int, int]]) -> Tensor:
@@ -204,24 +208,43 @@ class VLM:
         return torch.cat([image.features for image in self.see(patches, grids)])
 
     @torch.inference_mode()
-    def see(self, patches: list[Tensor], grids: list[tuple[int, int, int]], pruner: Pruner | None = None) -> list[Visual]:
-        """Patches of several images -> each image's merged features and what ``pruner`` needs beside them, in raster order."""
+    def see(
+        self, patches: list[Tensor], grids: list[tuple[int, int, int]], pruner: Pruner | None = None, keys: list[bytes] = ()
+    ) -> list[Visual]:
+        """Patches of several images -> each image's merged features and what ``pruner`` needs beside them, in raster order.
+
+        keys: of the images in the feature store; what it holds is not encoded again, unless the pruner looks into the tower.
+        """
         if not patches:
             return []
         vision, needs = self.model.config.vision_config, pruner.needs if pruner else ()
         wanted = ["attention" in needs, "metric" in needs]
-        pixel_values = torch.cat([p.to(self.device, non_blocking=True) for p in patches]).to(self.model.dtype)
         probing = probed(self.model, pruner.vision_block, *wanted) if any(wanted) else nullcontext()
         with windowed_attention(self.model), probing as probe:
-            out = self.model.model.visual(pixel_values, grid_thw=torch.tensor(grids, device=self.device))
+            features = self._tower(patches, grids, () if any(wanted) else keys)
         merge = vision.spatial_merge_size
         return look(
-            out.pooler_output,
+            features,
             [(rows // merge, columns // merge) for _, rows, columns in grids],
             probe,
             patches if "seed" in needs else None,
             vision.window_size // merge // vision.patch_size,
         )
+
+    def _tower(self, patches: list[Tensor], grids: list[tuple[int, int, int]], keys: list[bytes]) -> Tensor:
+        """-> merged features (V, D), those with a key out of the store or into it."""
+        found = [self.features.get(key) for key in keys] or [None] * len(grids)
+        todo = [i for i, features in enumerate(found) if features is None]
+        if todo:
+            pixel_values = torch.cat([patches[i].to(self.device, non_blocking=True) for i in todo]).to(self.model.dtype)
+            grid_thw = torch.tensor([grids[i] for i in todo], device=self.device)
+            made = self.model.model.visual(pixel_values, grid_thw=grid_thw).pooler_output
+            merge = self.model.config.vision_config.spatial_merge_size**2
+            for i, features in zip(todo, made.split([grids[i][1] * grids[i][2] // merge for i in todo]), strict=True):
+                found[i] = features
+                if keys:
+                    self.features.put(keys[i], features)
+        return torch.cat(found)
 
     @torch.inference_mode()
     def embed(self, ids: list[int], placed: tuple[Tensor, int], images: list[Visual]) -> Chunk:
@@ -265,7 +288,9 @@ class VLM:
         ids, grids = [p.ids for p in prepared], [p.grids for p in prepared]
         clock, marks = time.perf_counter, [time.perf_counter()]
         flat = [patches for p in prepared for patches in p.patches]
-        images = iter(self.see(flat, [g for row in grids for g in row], pruner))
+        keys = [key for p in prepared for key in p.keys]
+        reused = [sum(key in self.features for key in p.keys) for p in prepared]
+        images = iter(self.see(flat, [g for row in grids for g in row], pruner, keys))
         self.synchronise()
         marks.append(clock())
 
@@ -302,10 +327,14 @@ class VLM:
                 r.session.keys, r.session.values = [], []
             else:
                 batch.keep(b, r.session, writer.written)
-        for r, made, reply in zip(requests, prepared, out, strict=True):  # after all that may run out of memory
+        for r, made, reply, again in zip(requests, prepared, out, reused, strict=True):  # after all that may run out of memory
             r.session.turns.append(r.turn)
             r.session.replies.append(reply.text)
             r.session.events += made.events
+            if again:
+                r.session.events.append(
+                    Event("features_reused", f"{again} pictures were encoded before; their encode time is not here")
+                )
         return out
 
     def stages(self, pruner: Pruner | None) -> dict[int, float]:

@@ -174,3 +174,22 @@ def test_a_run_outlives_a_server_that_is_killed_and_comes_back(tmp_path):
         other = lines[x["doc_id"]]
         assert (other["answer"], other["crops"], other["rtr"]) == (x["answer"], x["crops"], x["rtr"])
         assert [e["kind"] for e in other["events"]] == ["prefix_cache"] * (len(x["replies"]) - 1)
+
+
+def test_options_that_do_not_fit_the_engine_say_what_to_do():
+    from importlib import import_module
+
+    model, pruned = (getattr(import_module("awares_bench.lmms"), name) for name in ("awares", "visionzip"))
+    address = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
+    with pytest.raises(ValueError, match="allowed: transformers, openai"):
+        model(engine="vllm")
+    with pytest.raises(ValueError, match="needs base_url and model"):
+        model(engine="openai", model="m")
+    with pytest.raises(ValueError, match="is an option of engine=openai"):
+        model(**address)
+    with pytest.raises(ValueError, match="cuts tokens inside the model"):
+        pruned(engine="openai", **address)
+    with pytest.raises(ValueError, match="allowed: true, false"):
+        model(constrained="maybe")
+    with pytest.raises(ValueError, match="max_batch_tokens is 'x'"):
+        model(max_batch_tokens="x")

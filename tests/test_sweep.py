@@ -44,6 +44,12 @@ def test_lists_become_a_cell_for_each_combination(tmp_path):
     assert cells[1].options == {"batch_size": 4, "pretrained": "nano", "min_pixels": 6272, "retention": 0.25}
 
 
+def test_a_cell_may_have_every_option_that_a_model_has():
+    from awares_bench.lmms import COMMON
+
+    assert {*sweep.WEIGHTS, *sweep.OTHER} == set(COMMON) - {"output_dir", "label"}
+
+
 def test_the_shipped_recipes_hold_what_they_promise():
     nano = sweep.read("nano").cells
     pruners = {n for n in registry.names() if issubclass(registry.method_class(n), Pruner)}

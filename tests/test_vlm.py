@@ -7,6 +7,7 @@ from awares_bench.training import nano
 
 from awares_bench.crops import PAPER_GRID
 from awares_bench.engine import Engine, Failure, Job
+from awares_bench.features import FeatureStore
 from awares_bench.images import half
 from awares_bench.session import Request, Session
 from awares_bench.trajectory import Sample, Trajectory, Turn, messages
@@ -176,6 +177,26 @@ def test_the_tower_has_the_features_of_transformers_window_by_window(sizes):
     with torch.no_grad():
         stock = vlm.model.model.visual(torch.cat(patches), grid_thw=torch.tensor(grids)).pooler_output
     assert (vlm.encode(patches, grids) - stock).abs().max() < TOLERANCE
+
+
+def test_features_of_a_picture_seen_before_are_reused_and_change_nothing():
+    vlm, seen = tiny_vlm(), []
+    turns = [Turn((picture(112, 84),), "Which?"), Turn((picture(84, 84, 4), picture(112, 84)), "Same?")]
+    _, plain = ours(vlm, [first(turns[1])])
+    hook = vlm.model.model.visual.register_forward_hook(lambda _, args, out: seen.append(len(args[0]) // 4))
+    vlm.features = FeatureStore(2**20)
+    try:
+        requests = [first(t) for t in (turns[0], turns[1], turns[1])]
+        scores = [ours(vlm, [r])[1] for r in requests]
+        vlm.features.capacity = 1
+        vlm.features.put(b"x", torch.zeros(1))
+        assert vlm.features.used == 0
+    finally:
+        hook.remove()
+        vlm.features = None
+    assert seen == [12, 9]
+    assert (scores[1] - plain).abs().max() < TOLERANCE and torch.equal(scores[1], scores[2])
+    assert [[e.kind for e in r.session.events] for r in requests] == [[], ["features_reused"], ["features_reused"]]
 
 
 def test_one_call_for_segments_of_any_length_is_the_grouped_calls():
