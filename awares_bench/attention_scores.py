@@ -56,6 +56,9 @@ class Probe:
             self.metric = k[0].mean(0, dtype=torch.float32)
         if not self.attention_wanted:
             return
+        if len(boundaries) == 2:
+            self.attention = column_attention(q, k, scaling)[0]
+            return
         starts, lengths = boundaries[:-1].long(), boundaries.diff().long()
         self.attention = torch.empty(q.shape[2], device=q.device)
         for n in lengths.unique().tolist():

@@ -40,33 +40,44 @@ LIMIT_SHARE, LIMIT_BYTES = 0.05, 100 * 2**20
 
 @dataclass
 class Cost:
-    """A pruner's own work on one image. seconds: medians over the repeats; bytes: the most held at a time beside its inputs."""
+    """A pruner's own work on one image.
+
+    visual: tokens after the last cut. seconds: median over the rounds. share: of the prefill of the same round, median.
+    extra_bytes: the most held at a time beside its inputs. rounds: seconds of each.
+    """
 
     pruner: str
-    seconds: float
-    share: float
-    extra_bytes: int | None
-    visual: list[int] = field(default_factory=list)
+    visual: int = 0
+    seconds: float = 0.0
+    share: float = 0.0
+    extra_bytes: int | None = None
+    rounds: list[float] = field(default_factory=list)
 
 
 @dataclass
 class Meter:
-    """Runs calls and keeps their seconds and the most memory that any of them needed."""
+    """Runs calls and keeps their seconds or, since asking slows them down, the most memory that any of them needed."""
 
     vlm: VLM
+    memory: bool = False
     seconds: list[float] = field(default_factory=list)
     peak: int | None = 0
 
     def __call__(self, call: Callable, *args):
-        before = _reset_peak(self.vlm)
+        before = _reset_peak(self.vlm) if self.memory else None
         self.vlm.synchronise()
-        start = time.perf_counter()
+        start = clock(self.vlm)
         out = call(*args)
         self.vlm.synchronise()
-        self.seconds.append(time.perf_counter() - start)
-        after = _peak(self.vlm)
-        self.peak = None if before is None or after is None or self.peak is None else max(self.peak, after - before)
+        self.seconds.append(clock(self.vlm) - start)
+        if self.memory:
+            self.peak = None if before is None or self.peak is None else max(self.peak, _peak(self.vlm) - before)
         return out
+
+
+def clock(vlm: VLM) -> float:
+    """Seconds: of the wall on a GPU; on a CPU of this process, all its threads, so that other programs do not count."""
+    return time.perf_counter() if vlm.device.type == "cuda" else time.process_time()
 
 
 def _reset_peak(vlm: VLM) -> int | None:
@@ -82,10 +93,8 @@ def _reset_peak(vlm: VLM) -> int | None:
     return _status("VmRSS")
 
 
-def _peak(vlm: VLM) -> int | None:
-    if vlm.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(vlm.device)
-    return _status("VmHWM") if sys.platform.startswith("linux") else None
+def _peak(vlm: VLM) -> int:
+    return torch.cuda.max_memory_allocated(vlm.device) if vlm.device.type == "cuda" else _status("VmHWM")
 
 
 def _status(name: str) -> int:
@@ -146,14 +155,25 @@ def run(
     ids = [20] * 16 + [marks[0]] + [vlm.image_token] * visual + [marks[1]] + [*range(20, 20 + TEXT)]
     placed = mrope_positions(ids, [grid], vlm.image_token)
 
-    layers = _Layers(vlm)
-    for _ in range(repeats + 1):  # the first round warms up
+    layers, costs = _Layers(vlm), [Cost(type(p).__module__.rsplit(".", 1)[-1]) for p in chosen]
+    for round_ in range(repeats + 1):  # the first warms up, and looks at memory instead of the clock; the others alternate
         (image,) = vlm.see([patches], [grid])
-        batch = StagedBatch(vlm, [Session()], [vlm.embed(ids, placed, [image])], chosen[0], {})
-        batch.prefill()
-    prefill = layers.whole(whole, visual)
+        StagedBatch(vlm, [Session()], [vlm.embed(ids, placed, [image])], chosen[0], {}).prefill()
+        layers.close_round(whole)
+        for pruner, cost in zip(chosen, costs, strict=True):
+            meter = Meter(vlm, memory=round_ == 0)
+            cost.visual = _decide(meter, pruner, whole, patches, grid, ids, placed)
+            if meter.memory:
+                cost.extra_bytes = meter.peak
+            else:
+                cost.rounds.append(sum(meter.seconds))
+            layers.forget()
     layers.remove()
-    costs = [_cost(vlm, p, whole, patches, grid, ids, placed, repeats, prefill) for p in chosen]
+    prefills = layers.rounds[1:]
+    for cost in costs:
+        cost.seconds = median(cost.rounds)
+        cost.share = median(s / p for s, p in zip(cost.rounds, prefills, strict=True))
+    prefill = median(prefills)
     result = {
         "geometry": size,
         "visual_tokens": visual,
@@ -173,61 +193,53 @@ def run(
 
 
 class _Layers:
-    """Seconds of every vision block and decoder layer that runs, by hooks."""
+    """Seconds of the vision blocks and decoder layers that ran in a round, by hooks, and of a whole model made of them."""
 
     def __init__(self, vlm: VLM):
-        self.vlm, self.seconds, self.hooks = vlm, {}, []
+        self.vlm, self.hooks, self.rounds = vlm, [], []
+        self.forget()
         tower = vlm.model.model.visual
-        for name, module in [("window", tower.blocks[0]), ("full", tower.blocks[1]), ("merger", tower.merger)]:
-            self._time(name, module)
-        self._time("patch", tower.patch_embed)
-        for layer in vlm.decoder.layers:
-            self._time("decoder", layer)
+        named = [("patch", tower.patch_embed), ("window", tower.blocks[0]), ("full", tower.blocks[1]), ("merger", tower.merger)]
+        for name, module in [*named, *(("decoder", layer) for layer in vlm.decoder.layers)]:
+            self.hooks += [module.register_forward_pre_hook(self._start), module.register_forward_hook(self._stop(name))]
 
-    def _time(self, name: str, module) -> None:
-        def before(*_):
+    def _start(self, *_) -> None:
+        self.vlm.synchronise()
+        self.start = clock(self.vlm)
+
+    def _stop(self, name: str) -> Callable:
+        def stop(*_) -> None:
             self.vlm.synchronise()
-            self.start = time.perf_counter()
+            self.seconds.setdefault(name, []).append(clock(self.vlm) - self.start)
 
-        def after(*_):
-            self.vlm.synchronise()
-            self.seconds.setdefault(name, []).append(time.perf_counter() - self.start)
+        return stop
 
-        self.hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    def forget(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def close_round(self, config) -> None:
+        """Add the seconds of encoding and prefill of the model of this config, its layers at the median of their kind."""
+        once = {name: median(s) for name, s in self.seconds.items()}
+        tower, full = config.vision_config, len(config.vision_config.fullatt_block_indexes)
+        vision = once["patch"] + once["merger"] + (tower.depth - full) * once["window"] + full * once["full"]
+        self.rounds.append(vision + config.text_config.num_hidden_layers * once["decoder"])
+        self.forget()
 
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
 
-    def whole(self, config, visual: int) -> float:
-        """Seconds of encoding and prefill of the model of this config; each kind of layer at its median."""
-        once = {name: median(s[len(s) // 4 :]) for name, s in self.seconds.items()}
-        tower, full = config.vision_config, len(config.vision_config.fullatt_block_indexes)
-        vision = once["patch"] + once["merger"] + (tower.depth - full) * once["window"] + full * once["full"]
-        return vision + config.text_config.num_hidden_layers * once["decoder"]
 
-
-def _cost(
-    vlm: VLM, pruner: Pruner, whole, patches: Tensor, grid: tuple, ids: list[int], placed: tuple, repeats: int, prefill: float
-) -> Cost:
-    """What ``pruner`` adds: the probe and the cut before the decoder, or raters, attention rows and cuts inside it."""
-    totals, peak, kept = [], 0, []
-    stages = pruner.stages(whole.text_config.num_hidden_layers)
-    for _ in range(repeats):
-        meter = Meter(vlm)
-        (image,) = _see(vlm, pruner, patches, grid, meter)
-        chunk = vlm.embed(ids, placed, [image])
-        if stages:
-            shares = dict(enumerate(stages.values()))
-            chunks = MeteredBatch(meter, vlm, [Session()], [chunk], pruner, shares)
-            chunks.prefill()
-            kept = [chunks.chunks[0].visual]
-        else:
-            kept = [meter(chunk.cut, pruner, pruner.retention).visual]
-        totals.append(sum(meter.seconds))
-        peak = None if meter.peak is None or peak is None else max(peak, meter.peak)
-    name = type(pruner).__module__.rsplit(".", 1)[-1]
-    return Cost(name, median(totals), median(totals) / prefill, peak, kept)
+def _decide(meter: Meter, pruner: Pruner, whole, patches: Tensor, grid: tuple, ids: list[int], placed: tuple) -> int:
+    """Meter what ``pruner`` adds: the probe and the cut before the decoder, or raters, attention rows and cuts inside it."""
+    vlm, stages = meter.vlm, pruner.stages(whole.text_config.num_hidden_layers)
+    (image,) = _see(vlm, pruner, patches, grid, meter)
+    chunk = vlm.embed(ids, placed, [image])
+    if not stages:
+        return meter(chunk.cut, pruner, pruner.retention).visual
+    batch = MeteredBatch(meter, vlm, [Session()], [chunk], pruner, dict(enumerate(stages.values())))
+    batch.prefill()
+    return batch.chunks[0].visual
 
 
 def _see(vlm: VLM, pruner: Pruner, patches: Tensor, grid: tuple, meter: Meter) -> list[Visual]:
@@ -252,13 +264,14 @@ def _print(result: dict) -> None:
         f"{result['geometry']} geometry, random weights, {result['visual_tokens']} visual and {result['text_tokens']} text tokens, "
         f"{result['device']}, {result['dtype']}, {result['threads']} threads, retention {result['retention']}"
     )
-    print(f"prefill without a pruner (encode and decoder): {result['prefill_seconds']:.3f} s\n")
+    clocked = "CPU seconds of all threads" if result["device"] == "cpu" else "seconds"
+    print(f"prefill without a pruner, encode and decoder: {result['prefill_seconds']:.4f} {clocked}\n")
     print(f"{'pruner':<15} {'kept':>6} {'seconds':>9} {'of prefill':>10} {'extra MiB':>10}")
     for c in result["pruners"]:
         extra = "" if c["extra_bytes"] is None else f"{c['extra_bytes'] / 2**20:.0f}"
         over = [w for w, bad in (("time", c["share"] > LIMIT_SHARE), ("memory", (c["extra_bytes"] or 0) > LIMIT_BYTES)) if bad]
         print(
-            f"{c['pruner']:<15} {c['visual'][0]:>6} {c['seconds']:>9.4f} {c['share']:>10.2%} {extra:>10}  "
+            f"{c['pruner']:<15} {c['visual']:>6} {c['seconds']:>9.4f} {c['share']:>10.2%} {extra:>10}  "
             f"{'over its limit: ' + ', '.join(over) if over else ''}"
         )
     print(f"\nLimits: {LIMIT_SHARE:.0%} of prefill, {LIMIT_BYTES >> 20} MiB at 4,096 visual tokens. Kept: after the last cut.")

@@ -113,8 +113,10 @@ class StagedBatch(Batch):
         cos, sin = (t[raters] for t in rope)
         turned = torch.cat([-q[..., q.shape[-1] // 2 :], q[..., : q.shape[-1] // 2]], -1)
         q = q * cos + turned * sin
-        keys = self.cache.layers[layer].keys[b][:, self.held[layer][b]]  # (G, K, d)
-        past, columns = self.past[layer][b], torch.arange(span.start, span.stop, device=hidden.device)
+        past, left = self.past[layer][b], max(self.past[layer])
+        keys = self.cache.layers[layer].keys[b]  # (G, padding and K, d)
+        keys = keys[:, -len(hidden) :] if not past else torch.cat([keys[:, left - past : left], keys[:, -len(hidden) :]], 1)
+        columns = torch.arange(span.start, span.stop, device=hidden.device)
         phases = torch.cat(rope, -1)
         rows = AttentionRows(q, keys, past + raters, past + columns, phases[raters], phases[columns])
         return replace(span.visual, rows=rows)

@@ -110,6 +110,8 @@ def cluster(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     to the densities; here the first of equals is the denser.
     """
     x = x.float()
+    if n == 1:  # all densities are equal, and the first is the centre
+        return torch.zeros(1, dtype=torch.long, device=x.device), x.mean(0, keepdim=True)
     distance = torch.cdist(x, x) / x.shape[1] ** 0.5  # (M, M)
     density = (-distance.topk(min(n, len(x)), largest=False).values.square().mean(1)).exp()
     order = density.argsort(descending=True, stable=True)

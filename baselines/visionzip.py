@@ -50,22 +50,21 @@ class VisionZip(Pruner):
     def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
         """Targets are spread evenly over what is not dominant; every other token joins the target with the most similar key."""
         dominant, contextual = self.counts(len(image.features), n)
-        kept = self.select(image, dominant)
-        left = (
-            torch.ones(len(image.features), dtype=torch.bool, device=kept.device).index_fill(0, kept, False).nonzero().squeeze(1)
-        )
+        order = self.score(image).argsort(descending=True, stable=True)
+        kept, left = order[:dominant].sort().values, order[dominant:].sort().values
         if not contextual or not len(left):
             return image.features[kept], kept
-        is_target = torch.zeros(len(left), dtype=torch.bool, device=kept.device)
-        is_target[:: max(1, len(left) // contextual)][:contextual] = True
-        targets, rest = left[is_target], left[~is_target]
-        keys = normalize(image.metric, dim=-1)
-        nearest = (keys[rest] @ keys[targets].T).argmax(1)
-        member = one_hot(nearest, len(targets)).T.float()  # (targets, rest); a product, not index_add, is deterministic on GPUs
-        total, size = member @ image.features[rest].float(), member.sum(1, keepdim=True)
-        own = image.features[targets].float()
-        merged = own + total / size.clamp(min=1) if self.compat == "official" else (own + total) / (1 + size)
-        features = image.features.clone()
-        features[targets] = merged.to(features.dtype)
-        chosen = torch.cat([kept, targets]).sort().values
-        return features[chosen], chosen
+        step = max(1, len(left) // contextual)
+        targets = left[::step][:contextual]
+        nearest = (image.metric[left] @ normalize(image.metric[targets], dim=1).T).argmax(1)
+        nearest[::step][:contextual] = torch.arange(len(targets), device=left.device)  # a target stays with itself
+        member = one_hot(
+            nearest, len(targets)
+        ).T.float()  # (targets, left); a product, not index_add: the same bits each time on GPUs
+        own, total = image.features[targets].float(), member @ image.features[left].float()
+        size = member.sum(1, keepdim=True)
+        merged = own + (total - own) / (size - 1).clamp(min=1) if self.compat == "official" else total / size
+        merged = torch.where(size == 1, own, merged).to(image.features.dtype)
+        features, chosen = torch.cat([image.features[kept], merged]), torch.cat([kept, targets])
+        raster = chosen.argsort()
+        return features[raster], chosen[raster]

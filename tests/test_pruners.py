@@ -16,9 +16,11 @@ from torch.nn.functional import normalize
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 from transformers.vision_utils import get_vision_window_index
 
-from awares_bench.attention_scores import AttentionRows, column_attention, window_order
+from awares_bench.attention_scores import AttentionRows, Probe, column_attention, window_order
+from awares_bench.bench_pruners import Meter
 from awares_bench.images import half
 from awares_bench.method import Pruner, Visual
+from awares_bench.pruning import look
 from awares_bench.session import Request, Session
 from awares_bench.trajectory import Turn
 from awares_bench.vlm import VLM, mrope_positions
@@ -379,3 +381,24 @@ def test_a_layer_that_the_model_does_not_have_is_an_error():
     windowed = type("Windowed", (VisionZip,), {"vision_block": 0})
     with pytest.raises(ValueError, match=r"attends within windows only; blocks that see the whole image: \[1, 3\]"):
         tiny_vlm().reply([first(TURNS[0])], windowed(0.5))
+
+
+@pytest.mark.slow
+def test_deciding_takes_at_most_100_MiB_at_4096_tokens_of_7B():
+    meter = Meter(tiny_vlm(), memory=True)
+    v, text = 4096, 200
+    features, g = torch.randn(v, 3584), torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        q, k = torch.randn(1, 16, 4 * v, 80), torch.randn(1, 16, 4 * v, 80)
+        probe = Probe(True, True)
+        meter(probe, q, k, 80**-0.5, torch.tensor([0, 4 * v]))
+        rows = AttentionRows(
+            torch.randn(28, text, 128, generator=g), torch.randn(4, v + text, 128), torch.arange(v, v + text), torch.arange(v),
+            torch.rand(text, 256), torch.rand(v, 256),
+        )  # fmt: skip
+        (seen,) = meter(look, features, [(64, 64)], probe, None, 4)
+        for pruner in [c(r) for c in pruners() for r in (0.1, 0.7)] + [SparseVLM(0.5, "plus")]:
+            meter(pruner.raters, features, torch.randn(text, 3584))
+            meter(pruner.reduce, replace(seen, rows=rows), pruner.budget(v, pruner.retention))
+            assert meter.peak <= 100 * 2**20, f"{pruner}: {meter.peak / 2**20:.0f} MiB"
+    print(f"{meter.peak / 2**20:.0f} MiB at most, {sum(meter.seconds):.0f} s")
