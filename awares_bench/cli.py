@@ -27,6 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--pretrained", default="nano", help="checkpoint (default: the nano weights in the package)")
     demo.add_argument("--batch-size", type=int, default=8)
 
+    sweep = commands.add_parser("run", help="a recipe of methods, options and tasks: one command, one folder, resumable")
+    sweep.add_argument("recipe", help="a YAML file, or the name of a recipe in the package: nano, paper_table1")
+    sweep.add_argument("--out", type=Path, help="output folder (default: awares-runs/RECIPE); a second call resumes there")
+    sweep.add_argument("--limit", type=int, help="documents per task, for a trial (default: the recipe's)")
+    sweep.add_argument("--pretrained", help="checkpoint of every cell, in place of the recipe's")
+    sweep.add_argument("--batch-size", type=int, help="conversations in flight, in place of the recipe's")
+
     report = commands.add_parser(
         "report", help="tables, figures and index.html of runs, with the paper's numbers beside ours; no model needed"
     )
@@ -117,6 +124,19 @@ def _demo(args) -> int:
     return 0
 
 
+def _run(args) -> int:
+    from . import sweep
+
+    recipe = sweep.read(args.recipe, args.limit, pretrained=args.pretrained, batch_size=args.batch_size)
+    out = args.out or Path("awares-runs") / Path(args.recipe).stem
+    ended = sweep.run(recipe, out)
+    failed = [c for c in ended if c["status"] == "failed"]
+    for cell in failed:
+        print(f"failed: {cell['label']}: {cell['error']} (more in {out / 'lmms' / cell['cell'] / 'error.txt'})", file=sys.stderr)
+    print(f"{len(ended) - len(failed)} of {len(ended)} cells are done in {out}; awares-bench report {out}", file=sys.stderr)
+    return 1 if failed else 0
+
+
 def _report(args) -> int:
     if not args.runs and not args.logs:
         raise ValueError("name at least one folder of runs: awares-bench report RUNS --out DIR")
@@ -190,8 +210,8 @@ def _methods(args) -> int:
 
     for name in registry.names():
         block = registry.describe(name)
-        print(f"{name:<12} {block['Title']}")
-        print("".join(f"{'':<13}{k:<8} {block[k]}\n" for k in ("Paper", "Needs", "Cost", "Differs") if k in block), end="")
+        print(f"{name:<14}{block['Title']}")
+        print("".join(f"{'':<14}{k:<8} {block[k]}\n" for k in ("Paper", "Needs", "Cost", "Trained", "Differs") if k in block))
     return 0
 
 
@@ -202,6 +222,7 @@ def _tasks(args) -> int:
 
 _COMMANDS = {
     "demo": _demo,
+    "run": _run,
     "report": _report,
     "show": _show,
     "nano-data": _nano_data,

@@ -15,15 +15,21 @@ from __future__ import annotations
 import os
 import random
 import sys
+from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.loggers import EvaluationTracker
 from lmms_eval.protocol import ChatMessages
+from lmms_eval.tasks import TaskManager
+from lmms_eval.utils import get_datetime_str
 from tqdm import tqdm
 
 from . import registry
@@ -235,6 +241,57 @@ def __getattr__(name: str) -> type[MethodModel]:
     if name != COMPOSED and name not in registry.names():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return type(name, (MethodModel,), {"method": name, "__doc__": f"``--model {name}``", "__module__": __name__})
+
+
+REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+"""What lmms-eval's command strips from answers before scoring, unless told otherwise."""
+
+
+def task_index(include_path: str | None = None) -> TaskManager:
+    """lmms-eval's tasks and this package's, and those of a folder. A task is loaded anew, its module's globals too, each time."""
+    folders = [str(files("awares_bench.tasks") / "."), *([include_path] if include_path else [])]
+    return TaskManager("WARNING", include_path=folders)
+
+
+def evaluate(model: MethodModel, tasks: tuple[str, ...], limit: int | None, index: TaskManager, output: Path) -> None:
+    """One model on tasks through lmms-eval's evaluator, with what its command does: results and samples files below ``output``.
+
+    Raises ValueError for a task that ``index`` does not have.
+    """
+    unknown = [task for task in tasks if not index.match_tasks([task])]
+    if unknown:
+        raise ValueError(
+            f"unknown task {unknown[0]!r}; lmms-eval tasks list shows its own, awares-bench tasks the folder of ours"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    told = f"pretrained={model.run.identity['pretrained']},label={model.label}"
+    command = Namespace(
+        output_path=str(output), process_with_media=False, reasoning_tags=REASONING_TAGS, log_samples=True, limit=limit
+    )
+    now = get_datetime_str()
+    results = simple_evaluate(
+        model=model,
+        model_args=told,
+        tasks=index.match_tasks(list(tasks)),
+        limit=limit,
+        batch_size=model.batch_size,
+        log_samples=True,
+        task_manager=index,
+        bootstrap_iters=0,  # reports draw their own intervals
+        cli_args=command,
+        datetime_str=now,
+        verbosity="WARNING",
+    )
+    if results is None:  # only the first process gets them
+        return
+    tracker = EvaluationTracker(output_path=str(output))
+    tracker.general_config_tracker.log_experiment_args(model.method, told, None, None, False)
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples, datetime_str=now)
+    for task in results["configs"]:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+    if not list(output.rglob(f"{now}_results.json")):  # the tracker only logs when it cannot write
+        raise OSError(f"lmms-eval could not save its results to {output}")
 
 
 def _whole(name: str, value, least: int = 1) -> int:

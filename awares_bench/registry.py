@@ -101,11 +101,12 @@ def _checked(found: object, place: str) -> type[Policy] | type[Pruner]:
         )
     if not (is_dataclass(found) and found.__dataclass_params__.frozen and "__dataclass_fields__" in vars(found)):
         raise ValueError(f"{place} must be a frozen dataclass; write @dataclass(frozen=True) above the class")
-    verb = "look" if issubclass(found, Policy) else None
-    if verb and getattr(found, verb) is getattr(Policy, verb):
+    if issubclass(found, Policy) and found.look is Policy.look:
         raise ValueError(
             f"{place} has no look(self, sample); a policy yields turns there and returns the reply that is the answer"
         )
+    if issubclass(found, Pruner) and all(getattr(found, rung) is getattr(Pruner, rung) for rung in ("score", "select", "reduce")):
+        raise ValueError(f"{place} has no score, select or reduce; a pruner writes one of them (see awares_bench.method.Pruner)")
     return found
 
 
@@ -161,8 +162,7 @@ def describe(name: str) -> dict[str, str]:
 
     Keys: ``Title`` (the first line), those of ``BLOCK`` that it has, and ``Trained``: yes when its ``Needs`` say trained.
     """
-    doc = ast.get_docstring(ast.parse(_source(name))) or ""
-    lines = doc.splitlines()
+    lines = _docstring(name).splitlines()
     block, word = {"Title": lines[0] if lines else ""}, ""
     for line in lines[1:]:
         first, _, rest = line.partition(" ")
@@ -175,12 +175,16 @@ def describe(name: str) -> dict[str, str]:
     return block | {"Trained": "yes" if "trained" in block.get("Needs", "") else "no"}
 
 
-def _source(name: str) -> str:
+def _docstring(name: str) -> str:
     if name in _external():
-        spec = find_spec(_external()[name].module)
-        return Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else '""""""'
+        try:
+            return (
+                ast.get_docstring(ast.parse(Path(find_spec(_external()[name].module).origin).read_text(encoding="utf-8"))) or ""
+            )
+        except (ImportError, OSError, SyntaxError, ValueError, AttributeError, TypeError) as error:
+            return f"{_external()[name].value} cannot be read: {error}"
     package, file = _own()[name]
-    return (files(package) / file).read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse((files(package) / file).read_text(encoding="utf-8"))) or ""
 
 
 def table() -> str:

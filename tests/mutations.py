@@ -31,6 +31,12 @@ MUTATIONS = [
     ("ratio inverted", "awares_bench/usage.py", "self.prefill / full_tokens", "full_tokens / self.prefill", "test_awares"),
     ("second turn not counted", "awares_bench/trajectory.py", "(r.usage for r in self.replies)", "(r.usage for r in self.replies[:1])", "test_awares"),
     ("loss on the question", "training/conversation.py", "say(self.encode(f\"{text}<|im_end|>\\n<|im_start|>assistant\\n\"))", "say(self.encode(f\"{text}<|im_end|>\\n<|im_start|>assistant\\n\"), 1.0)", "test_training"),
+    ("auxiliary model free of charge", "awares_bench/engine.py", "reply.usage.as_auxiliary()", "Usage()", "test_policies"),
+    ("random crop forgets the document", "baselines/random_crop.py", "rng, chosen = random.Random(f\"{self.draw}/{sample.key}\"), []", "rng, chosen = random.Random(f\"{self.draw}\"), []", "test_policies"),
+    ("CARES rounds down", "baselines/cares.py", "math.ceil(expected / STEP - 1e-6)", "math.floor(expected / STEP)", "test_policies"),
+    ("box x and y swapped", "baselines/cropvlm.py", "x1, y1, x2, y2 = map(float, match.groups())", "y1, x1, y2, x2 = map(float, match.groups())", "test_policies"),
+    ("probe one layer late", "awares_bench/probe.py", "decoder.layers[layers - 1]", "decoder.layers[layers]", "test_policies"),
+    ("a label ignores larger sizes", "training/cares_gate.py", "(utility >= tau) & (later - utility <= delta)", "(utility >= tau)", "test_policies"),
     ("missing score counted as wrong", "reports/load.py", "if value is None or value != value:", "if False:", "test_reports"),
 ]  # fmt: skip
 

@@ -349,3 +349,47 @@ def test_evidence_travels_with_the_sample_when_images_are_converted():
     grey = picture(224, 224).convert("L")
     t = run(method("oracle_crop"), ["x"], [grey], evidence=((0, 0, 10, 10),))
     assert t.crops == ("top-left",) and t.turns[1].images[0].mode == "RGB"
+
+
+# ------------------------------------------------------------------ the gate's training
+
+training = import_module("awares_bench.training.cares_gate")
+
+
+def test_a_label_is_the_smallest_size_that_is_enough_and_not_clearly_beaten():
+    scores = np.array([[0.9, 0.9, 1.0], [0.85, 0.9, 1.0], [0.2, 0.86, 0.9], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.84, 0.84, 0.94]])
+    assert training.label(scores).tolist() == [0, 1, 1, 2, 0, 2]
+    for row, chosen in zip(scores, training.label(scores), strict=True):  # the definition, spelled out
+        enough = [k for k in range(3) if row[k] >= 0.85 and all(row[j] - row[k] <= 0.1 for j in range(k + 1, 3))]
+        assert chosen == (enough[0] if enough else 2)
+
+
+def test_anls_is_the_field_s():
+    assert training.anls(" Red ", ["blue", "red"]) == 1.0
+    assert training.anls("reds", ["red"]) == 0.75
+    assert training.anls("abcd", ["wxyz"]) == training.anls("", ["x"]) == 0.0
+
+
+def test_the_fitted_gate_separates_what_is_separable_also_through_its_file(tmp_path):
+    rng = np.random.default_rng(0)
+    centres, labels = rng.normal(size=(3, 20)), rng.integers(0, 3, 900)
+    hidden = 1000 + 50 * (centres[labels] * 3 + rng.normal(size=(900, 20)))  # far from standardised
+    weight, bias = training.fit(hidden, labels, 3)
+    Gate(weight, bias, (56, 112, 224), 56, 0.5).save(tmp_path / "g.safetensors")
+    loaded = Gate.load(tmp_path / "g.safetensors")
+    right = [np.argmax(loaded.probabilities(tuple(h))) == y for h, y in zip(hidden, labels, strict=True)]
+    assert np.mean(right) > 0.97 and sum(loaded.probabilities(tuple(hidden[0]))) == pytest.approx(1)
+
+
+def test_the_gate_s_training_runs_from_pictures_to_a_gate_that_the_policy_opens(tmp_path):
+    from awares_bench.training import nano
+
+    nano.save(tiny_vlm().model, tiny_vlm().processor, tmp_path / "tiny")
+    out = tmp_path / "gate.safetensors"
+    for _ in range(2):  # the second call takes the labels from the first
+        training.main(["--out", str(out), "--documents", "12", "--pretrained", str(tmp_path / "tiny"), "--max-new-tokens", "3"])
+    assert len((tmp_path / "gate.labels.jsonl").read_text().splitlines()) == 12
+    ((_, t),) = Engine(tiny_vlm(), method("cares", gate=str(out)), 1).run([Job(Sample((picture(224, 224),), "q?", "k"), 3)])
+    assert max(t.turns[1].images[0].size) in range(112, 225, 28)
+    with pytest.raises(SystemExit, match="holds labels of another run"):
+        training.main(["--out", str(out), "--documents", "12", "--pretrained", str(tmp_path / "tiny"), "--sizes", "56", "224"])
