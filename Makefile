@@ -1,4 +1,4 @@
-# Two targets a newcomer needs. PYTHON chooses the interpreter (3.10 or newer).
+# Two targets a newcomer needs, and one that draws the README's figures again, without a model. PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
 
 .venv/installed: pyproject.toml
@@ -6,9 +6,12 @@ PYTHON ?= python3
 	.venv/bin/pip install --quiet -e ".[dev]"
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test figures
 demo: .venv/installed
 	.venv/bin/awares-bench demo
 
 test: .venv/installed
 	.venv/bin/python -m pytest
+
+figures: .venv/installed
+	.venv/bin/awares-bench report reports/records/nano --out reports/figures/nano --formats png --logs training/logs/*.jsonl

@@ -34,8 +34,42 @@ def main(argv: list[str] | None = None) -> int:
     sweep.add_argument("--pretrained", help="checkpoint of every cell, in place of the recipe's")
     sweep.add_argument("--batch-size", type=int, help="conversations in flight, in place of the recipe's")
 
-    report = commands.add_parser("report", help="table, figure, gallery and summary.json of the runs in a demo folder")
-    report.add_argument("out", type=Path, help="a folder written by demo")
+    report = commands.add_parser(
+        "report", help="tables, figures and index.html of runs, with the paper's numbers beside ours; no model needed"
+    )
+    report.add_argument(
+        "runs", nargs="*", help="folders of demo or run, run folders, lmms-eval outputs, compact records; NAME=PATH renames one"
+    )
+    report.add_argument("--out", type=Path, default=Path("awares-report"), help="output folder")
+    report.add_argument(
+        "--allow", action="append", default=[], metavar="NAME", help="let an exception through and print it; a refusal names it"
+    )
+    report.add_argument(
+        "--no-times", action="store_true", help="leave seconds out, so that runs of different machines can stand together"
+    )
+    report.add_argument(
+        "--metric", action="append", default=[], metavar="TASK=METRIC", help="the accuracy of a task that is not known"
+    )
+    report.add_argument("--gap", type=float, default=1.0, help="points of accuracy whose price in documents is told (default: 1)")
+    report.add_argument("--formats", default="pdf,svg,png", help="of figures (default: pdf,svg,png)")
+    report.add_argument(
+        "--records", type=Path, metavar="FOLDER", help="also write compact records there, which report reads again"
+    )
+    report.add_argument(
+        "--logs", type=Path, nargs="+", default=[], metavar="LOG", help="training logs (log.jsonl), for learning curves"
+    )
+
+    show = commands.add_parser("show", help="an HTML gallery of a run's documents: what the model saw, asked for, said and cost")
+    show.add_argument("run", help="a run folder, OUT/runs/NAME")
+    show.add_argument("--where", metavar="EXPR", help="such as \"task=='nano_doc' and not correct\"")
+    show.add_argument(
+        "--compare", metavar="RUN2", help="a second run beside it; without --where, the documents on which they differ"
+    )
+    show.add_argument("--count", type=int, default=60, help="documents at the most, tasks in turn (default: 60)")
+    show.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="folder with TASK.parquet, when the task's own data is not at hand"
+    )
+    show.add_argument("--out", type=Path, default=Path("gallery.html"))
 
     data = commands.add_parser("nano-data", help="render a fresh nano suite that no training seed touches")
     data.add_argument("--seed", type=int, required=True, help="suite number; 0 is the shipped suite")
@@ -104,9 +138,44 @@ def _run(args) -> int:
 
 
 def _report(args) -> int:
-    from .demo import report
+    if not args.runs and not args.logs:
+        raise ValueError("name at least one folder of runs: awares-bench report RUNS --out DIR")
+    report = import_module("awares_bench.reports.report")
+    metrics = dict(_pair(m) for m in args.metric)
+    formats = tuple(args.formats.split(","))
+    if not args.runs:
+        report.curves(args.logs, args.out, formats)
+    else:
+        _, _, said = report.write(
+            args.runs,
+            args.out,
+            tuple(args.allow),
+            metrics,
+            not args.no_times,
+            formats,
+            args.gap / 100,
+            args.records,
+            tuple(args.logs),
+        )
+        print((args.out / "table.md").read_text(encoding="utf-8"))
+        for sentence in said:
+            print(f"note: {sentence}", file=sys.stderr)
+        print(args.out / "index.html")
+    return 0
 
-    report(args.out)
+
+def _pair(text: str) -> tuple[str, str]:
+    task, equals, metric = text.partition("=")
+    if not (task and equals and metric):
+        raise ValueError(f"--metric {text!r}: expected TASK=METRIC, such as textvqa_val=exact_match")
+    return task, metric
+
+
+def _show(args) -> int:
+    shown = import_module("awares_bench.reports.show").write(
+        args.run, args.out, args.where, args.compare, args.images, args.count
+    )
+    print(f"{shown} documents in {args.out}")
     return 0
 
 
@@ -155,6 +224,7 @@ _COMMANDS = {
     "demo": _demo,
     "run": _run,
     "report": _report,
+    "show": _show,
     "nano-data": _nano_data,
     "bench": _bench,
     "methods": _methods,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -24,7 +23,7 @@ def run(
     pretrained: str = "nano",
     batch_size: int = 8,
 ) -> None:
-    """Evaluate ``methods`` on a suite and write ``out``: runs/, lmms/, documents.csv, table.md, table.csv, accuracy_rtr.*, gallery.html, summary.json.
+    """Evaluate ``methods`` on a suite and write ``out``: runs/, lmms/, documents.csv, gallery.html, and what ``report`` writes.
 
     Raises RuntimeError when lmms-eval leaves no results (it exits 0 on failure, so the results file is what counts).
     """
@@ -68,46 +67,18 @@ def _evaluate(name: str, out: Path, suite: Path, limit: int | None, pretrained: 
 
 
 def report(out: Path) -> None:
-    """Rebuild table, figure, gallery and ``summary.json`` of a demo folder from its runs, without a model."""
-    import pandas as pd
-
-    if not (out / "demo.json").exists():
-        raise ValueError(f"{out} was not written by awares-bench demo (no demo.json)")
+    """Rebuild tables, figures, gallery and ``summary.json`` of a demo folder from its runs, without a model."""
     settings = json.loads((out / "demo.json").read_text())
-    load, tables = import_module("awares_bench.reports.load"), import_module("awares_bench.reports.tables")
-    figure, gallery = import_module("awares_bench.reports.accuracy_rtr"), import_module("awares_bench.reports.gallery")
-    frame = pd.concat([load.load(m, out / "runs" / m, out / "lmms" / m) for m in settings["methods"]], ignore_index=True)
-
-    frame.drop(columns=["replies", "question", "usage", "events"]).to_csv(out / "documents.csv", index=False)
-    summaries = tables.summary(frame)
-    (out / "summary.json").write_text(json.dumps(summaries, indent=1))
-    table = tables.main_table(summaries)
-    table.to_csv(out / "table.csv", index=False)
-    said = tables.markdown(table)
-    (out / "table.md").write_text(said)
-
-    documents = frame.groupby("task").size().max() // frame["method"].nunique()
-    points = figure.data(frame)
-    points.to_csv(out / "accuracy_rtr.csv", index=False)
-    drawn = figure.draw(points, f"nano suite, {documents} documents a task")
-    for kind in ("png", "svg", "pdf"):
-        figure.save(drawn, out / f"accuracy_rtr.{kind}")
-
+    runs = [out / "runs" / name for name in settings["methods"]]
+    report, show, gallery = (import_module(f"awares_bench.reports.{m}") for m in ("report", "show", "gallery"))
     shown = "awares" if "awares" in settings["methods"] else settings["methods"][0]
-    chosen = gallery.choose(frame[frame["method"] == shown])
-    page = gallery.page(chosen, _images(Path(settings["suite"])), f"{shown} on the nano suite: {len(chosen)} trajectories")
-    (out / "gallery.html").write_text(page, encoding="utf-8")
-    print(said)
-    for name in ("table.md", "accuracy_rtr.png", "gallery.html", "summary.json"):
+    suite = Path(settings["suite"])
+    count = show.write(str(out / "runs" / shown), out / "gallery.html", images=suite, chosen=gallery.choose)
+    _, frame, said = report.write(runs, out)
+    frame.to_csv(out / "documents.csv", index=False, float_format="%.9g")
+    print((out / "table.md").read_text(encoding="utf-8"))
+    for sentence in said:
+        print(f"note: {sentence}", file=sys.stderr)
+    print(f"{'gallery.html':<18} {out / 'gallery.html'} ({count} trajectories of {shown})")
+    for name in ("index.html", "accuracy_rtr.png", "summary.json"):
         print(f"{name:<18} {out / name}")
-
-
-def _images(suite: Path):
-    """(task, doc_id) -> the document's picture, read from the suite's parquet."""
-    from functools import lru_cache
-
-    import pandas as pd
-    from PIL import Image
-
-    columns = lru_cache(maxsize=None)(lambda task: pd.read_parquet(suite / f"{task}.parquet", columns=["image"])["image"])
-    return lambda task, doc_id: Image.open(io.BytesIO(columns(task)[doc_id]["bytes"])).convert("RGB")

@@ -1,11 +1,11 @@
-"""A page of trajectories: the question, the half-size view, what the model asked for, what it got, what it said, what it cost."""
+"""A page of trajectories: the question, what the model saw in each turn, what it asked for and said, what it cost. Works from disk."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import pandas as pd
 from PIL import Image, ImageDraw
@@ -14,17 +14,40 @@ from awares_bench.crops import PAPER_GRID
 from awares_bench.images import half
 
 STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#1b1f24;background:#fff}
-h1{font-size:1.4rem} article{border:1px solid #d8dee4;border-radius:8px;margin:1.2rem 0;padding:1rem}
-header{display:flex;gap:.6rem;align-items:baseline;flex-wrap:wrap} header b{font-size:1.02rem}
+body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#1b1f24;background:#fff}
+h1{font-size:1.3rem} article{border:1px solid #d8dee4;border-radius:8px;margin:1.2rem 0;padding:1rem}
+form{position:sticky;top:0;background:#fff;padding:.6rem 0;border-bottom:1px solid #d8dee4;display:flex;gap:1rem;align-items:center;flex-wrap:wrap;z-index:1}
+select{font:inherit} [hidden]{display:none!important}
+header{display:flex;gap:.6rem;align-items:baseline;flex-wrap:wrap} section{border-top:1px solid #eef1f4;margin-top:.8rem;padding-top:.6rem}
 .tag{font-size:.8rem;border-radius:4px;padding:.05rem .45rem;background:#eef1f4}
-.right{background:#d9f2e3;color:#0b5a2e}.wrong{background:#fde2e1;color:#8c1d18}
+.right{background:#d9f2e3;color:#0b5a2e}.wrong{background:#fde2e1;color:#8c1d18}.event{background:#fff1d6;color:#7a4b00}
 .turns{display:flex;gap:1.4rem;flex-wrap:wrap;margin-top:.8rem} .turn{max-width:31rem}
-img{image-rendering:pixelated;border:1px solid #d8dee4;vertical-align:top;margin:0 .3rem .3rem 0}
-code{background:#f3f4f6;padding:.1rem .35rem;border-radius:4px;white-space:pre-wrap} small{color:#57606a}
-pre{white-space:pre-wrap;background:#f6f8fa;padding:.5rem;border-radius:6px;margin:.4rem 0}
+img{image-rendering:pixelated;border:1px solid #d8dee4;vertical-align:top;margin:0 .3rem .3rem 0;max-width:100%;height:auto}
+code{background:#f3f4f6;padding:.1rem .35rem;border-radius:4px;white-space:pre-wrap;overflow-wrap:anywhere} small{color:#57606a}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f8fa;padding:.5rem;border-radius:6px;margin:.4rem 0;max-height:16rem;overflow:auto}
+"""
+SCRIPT = """
+const form = document.forms[0], cards = [...document.querySelectorAll('article')];
+function show() {
+  let n = 0;
+  for (const c of cards) {
+    const keep = ['task', 'right', 'called'].every(k => !form[k].value || c.dataset[k] === form[k].value);
+    c.hidden = !keep; n += keep;
+  }
+  document.getElementById('count').textContent = n + ' of ' + cards.length + ' shown';
+}
+form.addEventListener('change', show); show();
 """
 COLOURS = ("#d6336c", "#1971c2", "#e8590c", "#2f9e44")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One method's exchange on a document. row: the columns of ``load.load``. texts: question, target, replies, usage, image_sizes, events."""
+
+    name: str
+    row: dict
+    texts: dict
 
 
 def choose(frame: pd.DataFrame, count: int = 12) -> pd.DataFrame:
@@ -39,65 +62,137 @@ def choose(frame: pd.DataFrame, count: int = 12) -> pd.DataFrame:
     picked: list[int] = []
     for chosen, share in [*kinds, (right | ~right, 12)]:
         pool = frame[chosen].drop(index=[i for i in picked if chosen[i]])
-        in_turn = pool.assign(turn=pool.groupby("task").cumcount()).sort_values("turn", kind="stable").index
+        in_turn = pool.assign(turn=pool.groupby("task", observed=True).cumcount()).sort_values("turn", kind="stable").index
         picked += list(in_turn[: min(round(share * count / 12), count - len(picked))])
     return frame.loc[picked]
 
 
-def page(frame: pd.DataFrame, image_of: Callable[[str, int], Image.Image], title: str) -> str:
-    """Rows of ``load`` -> a self-contained HTML page. image_of: (task, doc_id) -> the document's full-size image."""
-    articles = "\n".join(_article(row, image_of(row["task"], row["doc_id"])) for row in frame.to_dict("records"))
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-    return f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{articles}</body></html>"
+def page(cards: list[str], title: str) -> str:
+    """``card``s -> a self-contained HTML page with filters by task, correctness and calls."""
+    tasks = sorted({c.split('data-task="', 1)[1].split('"', 1)[0] for c in cards})
+    choices = {"task": tasks, "right": ["right", "wrong", "differs"], "called": ["called", "direct"]}
+    selects = "".join(
+        f'<label>{name} <select name="{name}"><option value="">all</option>{"".join(f"<option>{v}</option>" for v in values)}</select></label>'
+        for name, values in choices.items()
+    )
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    body = (
+        f'<h1>{html.escape(title)}</h1><form>{selects}<small id="count"></small></form>{"".join(cards)}<script>{SCRIPT}</script>'
+    )
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>\n"
 
 
-def _article(row: dict, image: Image.Image) -> str:
-    names = tuple(n for n in row["crops"].split(",") if n)
-    right = row["score"] > 0.5
-    turns = []
-    for i, (reply, usage) in enumerate(zip(row["replies"], row["usage"], strict=True)):
-        if i:
-            shown, caption = [_scaled(c, 0.9) for c in PAPER_GRID.cut(image, names)], f"crops: {', '.join(names)}"
-        elif usage["encoded"] < row["full_tokens"] or len(row["replies"]) > 1:
-            shown, caption = [_scaled(half(image), 2)], "half-size view, enlarged twice"
-        else:
-            shown, caption = [image], "full resolution"
-        seconds = sum(v for k, v in usage.items() if k.endswith("_seconds"))
-        turns.append(
-            f'<div class="turn"><small>turn {i + 1}: {caption}</small><br>{"".join(map(_img, shown))}'
-            f"<br>model: <code>{html.escape(reply) or '&nbsp;'}</code><br>"
-            f"<small>{usage['prefill']:g} visual, {usage['text']} text, {usage['output']} output tokens; {1000 * seconds:.0f} ms</small></div>"
-        )
-    if names:
-        turns.insert(
-            1, f'<div class="turn"><small>where it looked, on the full image</small><br>{_img(_outlined(image, names))}</div>'
-        )
-    events = "".join(f"<br><small>event: {html.escape(e['kind'])} — {html.escape(e['detail'])}</small>" for e in row["events"])
-    ratio = "no image" if row["rtr"] is None else f"RTR {row['rtr']:.2f}"
+def card(image: Image.Image, sides: list[Side]) -> str:
+    """A document and what one or two methods did with it -> an HTML article."""
+    row, texts = sides[0].row, sides[0].texts
+    verdicts = {s.row["score"] > 0.5 for s in sides}
+    right = "differs" if len(verdicts) > 1 else ("right" if True in verdicts else "wrong")
+    called = "called" if any(s.row["called"] for s in sides) else "direct"
+    target = texts["target"] if isinstance(texts["target"], str) else str(texts["target"])
     return (
-        f"<article><header><b>{html.escape(row['task'])} · document {row['doc_id']}</b>"
-        f'<span class="tag {"right" if right else "wrong"}">{"right" if right else "wrong"}</span>'
-        f'<span class="tag">{ratio}</span><span class="tag">{"called" if names else "answered directly"}</span></header>'
-        f"<pre>{html.escape(row['question'])}</pre>answer: <code>{html.escape(row['answer'])}</code>{events}"
-        f'<div class="turns">{"".join(turns)}</div></article>'
+        f'<article data-task="{html.escape(row["task"])}" data-right="{right}" data-called="{called}">'
+        f"<header><b>{html.escape(row['task'])} · document {row['doc_id']}</b><small>{image.width}×{image.height} pixels</small></header>"
+        f"<pre>{html.escape(texts['question'])}</pre>expected: <code>{html.escape(target)}</code>"
+        f"{''.join(_side(image, s, named=len(sides) > 1) for s in sides)}</article>\n"
     )
 
 
-def _outlined(image: Image.Image, names: tuple[str, ...]) -> Image.Image:
-    copy = image.convert("RGB")
+def _side(image: Image.Image, side: Side, named: bool) -> str:
+    row, texts = side.row, side.texts
+    names = tuple(n for n in row["crops"].split(",") if n)
+    right = row["score"] > 0.5
+    ratio = "tokens not known" if row["rtr"] is None or row["rtr"] != row["rtr"] else f"RTR {row['rtr']:.2f}"
+    tags = [f'<span class="tag {"right" if right else "wrong"}">{"right" if right else "wrong"} ({row["score"]:g})</span>']
+    tags += [
+        f'<span class="tag">{ratio}</span>',
+        f'<span class="tag">{"called" if row["called"] else "answered directly"}</span>',
+    ]
+    tags += [f'<span class="tag event">{html.escape(e["kind"])}: {html.escape(e["detail"])}</span>' for e in texts["events"]]
+    turns = [_turn(image, i, side, names) for i in range(len(texts["replies"]))]
+    boxes = _boxes(image, names)
+    if boxes:
+        turns.insert(
+            1, f'<div class="turn"><small>where it looked, on the full image</small><br>{_img(_outlined(image, boxes))}</div>'
+        )
+    answer = f"answer: <code>{html.escape(str(row['answer']))}</code>"
+    name = f"<b>{html.escape(side.name)}</b>" if named else ""
+    return f'<section><header>{name}{"".join(tags)}</header>{answer}<div class="turns">{"".join(turns)}</div></section>'
+
+
+def _turn(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> str:
+    texts = side.texts
+    usage = texts["usage"][i] if i < len(texts["usage"]) else None
+    answers = texts.get("models") or []
+    who = f", {html.escape(answers[i])}" if i < len(answers) and answers[i] else ""
+    shown, caption = _seen(image, i, side, names)
+    if usage is None:
+        spent = "tokens not known"
+    else:
+        seconds = sum(v for k, v in usage.items() if k.endswith("_seconds") and isinstance(v, (int, float)))
+        spent = f"{usage.get('prefill', 0):g} visual, {usage.get('text', 0)} text, {usage.get('output', 0)} output tokens; {1000 * seconds:.0f} ms"
+    return (
+        f'<div class="turn"><small>turn {i + 1}{who}: {html.escape(caption)}</small><br>{"".join(map(_img, shown))}'
+        f"<br>model: <code>{html.escape(texts['replies'][i]) or '&nbsp;'}</code><br><small>{spent}</small></div>"
+    )
+
+
+def _seen(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> tuple[list[Image.Image], str]:
+    """What a turn showed, put together again from the recorded sizes; a picture that cannot be is left out and the caption says so."""
+    sizes = (side.texts["image_sizes"] or [])[i : i + 1]
+    if not sizes:
+        return (
+            ([image], "the document's picture; what was shown is not recorded")
+            if i == 0
+            else ([], "what was shown is not recorded")
+        )
+    crops = PAPER_GRID.cut(image, names) if _boxes(image, names) else []
+    shown, words = [], []
+    for j, size in enumerate(tuple(s) for s in sizes[0]):
+        if i and j < len(crops) and crops[j].size == size:
+            blank = side.row.get("family") == "blank_crop"
+            shown.append(Image.new("RGB", size, (127, 127, 127)) if blank else crops[j])
+            words.append(f"{names[j]}{' replaced by grey' if blank else ''}")
+        elif size == image.size:
+            shown.append(image)
+            words.append("the full image")
+        elif size == half(image).size:
+            shown.append(_scaled(half(image), 2))
+            words.append("half-size view, enlarged")
+        elif i == 0 and abs(size[0] / size[1] - image.width / image.height) < 0.03:
+            shown.append(image.resize(size, Image.Resampling.LANCZOS))
+            words.append(f"the image at {size[0]}×{size[1]}")
+        else:
+            words.append(f"a picture of {size[0]}×{size[1]} whose place is not recorded")
+    return shown, ", ".join(words) or "no picture"
+
+
+def _boxes(image: Image.Image, names: tuple[str, ...]) -> list[tuple[int, int, int, int]]:
+    known = {*PAPER_GRID.names, "all"}
+    return PAPER_GRID.boxes(*image.size, names) if names and set(names) <= known else []
+
+
+def _outlined(image: Image.Image, boxes: list[tuple[int, int, int, int]]) -> Image.Image:
+    copy = _scaled(image, max(1.0, 224 / max(image.size)), 672)
+    factor = copy.width / image.width
     draw = ImageDraw.Draw(copy)
-    for i, (left, top, right, bottom) in enumerate(PAPER_GRID.boxes(*image.size, names)):
-        draw.rectangle((left, top, right - 1, bottom - 1), outline=COLOURS[i % len(COLOURS)], width=max(3, image.width // 120))
+    for i, box in enumerate(boxes):
+        left, top, right, bottom = (round(v * factor) for v in box)
+        draw.rectangle(
+            (left, top, max(left, right - 1), max(top, bottom - 1)),
+            outline=COLOURS[i % len(COLOURS)],
+            width=max(3, copy.width // 120),
+        )
     return copy
 
 
 def _scaled(image: Image.Image, factor: float, limit: int = 448) -> Image.Image:
     factor = min(factor, limit / max(image.size))
-    return image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))), Image.Resampling.NEAREST)
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
 
 
 def _img(image: Image.Image) -> str:
-    image = _scaled(image, 1) if max(image.size) > 448 else image
+    image = _scaled(image, 1, 672) if max(image.size) > 672 else image
     data = io.BytesIO()
     image.save(data, "WEBP", quality=90)
     encoded = base64.b64encode(data.getvalue()).decode()

@@ -77,6 +77,8 @@ WORDS = tuple(
 CHARACTERS = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 SMALL_TEXT, LARGE_TEXT = 12, 24  # font pixels; large at half size is as tall as small at full size
 SMALL_MARK, LARGE_MARK = (3.8, 4.4), (9.0, 10.0)  # symbol and arrow radius in pixels
+FADE = 0.25  # of the red light from left to right and of the blue light from top to bottom
+BAND = 14  # pixels
 SNAP = 7  # panels are centred on this grid, half a vision patch: a small tower need not learn every sub-pixel shift
 REAL_INSTRUCTION = "Please answer directly with a single word or number."  # RealWorldQA's own closing sentence
 SEEDS = {"train": range(0, 2**40), "validation": range(2**40, 2**41), "suite": range(2**41, 2**42)}
@@ -289,7 +291,16 @@ def scene(
     noise = (
         14 * np.random.default_rng(rng.getrandbits(32)).integers(0, 2, (h, w, 1), dtype=np.int16) - 7
     )  # two levels compress well
-    return Image.fromarray((np.asarray(image).astype(np.int16) + noise).clip(0, 255).astype(np.uint8)), panels
+    return Image.fromarray((np.asarray(image) * _light(w, h) + noise).clip(0, 255).astype(np.uint8)), panels
+
+
+def _light(w: int, h: int) -> np.ndarray:
+    """(h, w, 3) factors of a slanted light: red fades to the right, blue towards the bottom, in bands (they compress).
+
+    It shows a token where it is in the picture: M-RoPE's slow frequencies hardly turn over 4 to 8 tokens.
+    """
+    x, y = np.arange(w)[None] // BAND * BAND / w, np.arange(h)[:, None] // BAND * BAND / h
+    return np.stack([1 - FADE * x + 0 * y, np.ones((h, w)), 1 - FADE * y + 0 * x], -1)
 
 
 SUFFIX = {

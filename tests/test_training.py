@@ -121,12 +121,31 @@ def test_an_awares_row_answers_directly_exactly_where_the_base_model_is_right_at
 def test_tower_targets_point_at_what_is_drawn():
     vocabulary = tower.Vocabulary()
     panel = world.Panel("chart", "red", "47", True, (28, 28, 84, 84))
-    t = tower.targets([panel], (0, 0, 112, 112), 1, vocabulary)
+    t = tower.targets([panel], (0, 0, 112, 112), 1, vocabulary, (112, 112))
     on = t[:, 0] == vocabulary.keys["red"]
     assert set(on.nonzero()[0]) == {5, 6, 9, 10}  # tokens of 28 pixels, four a row
     assert t[5, 1] == 2 and t[5, 2] == vocabulary.contents["4"] and t[5, 3] == vocabulary.contents["7"]
-    left_half = tower.targets([panel], (0, 0, 56, 112), 1, vocabulary)
+    assert t[:, -3].tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 and t[:, -2].tolist() == [0, 1, 2, 3] * 4
+    assert set(t[on, -1]) == {vocabulary.regions[("center",)]} and set(t[~on, -1]) == {-100}
+    left_half = tower.targets([panel], (0, 0, 56, 112), 1, vocabulary, (112, 112))
     assert set(left_half[:, 0]) == {0, -100}  # cut by the view's edge: no lesson
+    right_half = tower.targets([panel], (56, 0, 112, 112), 1, vocabulary, (112, 112))
+    assert right_half[:, -2].tolist() == [2, 3] * 4  # places are the whole picture's
+
+
+def test_where_lists_name_the_cheapest_region_of_each_panel():
+    writer = Writer(tiny_vlm().tokenizer)
+    panels = [
+        world.Panel("chart", "red", "47", True, (0, 0, 48, 60)),
+        world.Panel("chart", "blue", "12", False, (120, 30, 160, 200)),
+        world.Panel("chart", "black", "33", False, (90, 60, 140, 130)),
+    ]
+    regions = [language.region_id(p, (224, 224)) for p in panels]
+    assert [PAPER_GRID.ids.get(r, r) for r in regions] == ["top-left", "right", "center"]
+    row = language.list_row(writer, picture(112, 112), panels, regions)
+    assert writer.tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w]) == "".join(regions)
+    assert writer.tokenizer.decode(row.ids).endswith("red{}, blue{}, black{},".format(*regions))
+    assert [writer.tokenizer.decode(row.ids[s:e]) for s, e in row.replies] == regions
 
 
 def test_grouped_attention_equals_the_windows_one_by_one_with_and_without_gradients():

@@ -1,17 +1,22 @@
-"""Stages 2 and 3 of nano: the whole model learns to answer, then to ask for crops.
+"""The language stages of nano: the whole model learns to answer, then where things are, then to ask for crops.
 
-``base``  lists and questions on growing canvases at full size, at half size, and at half size with a crop already fetched.
-          A list names keys in random order and is scored on the contents only: a look-up in one attention hop, the key being
-          the token just read. Questions alone do not form the look-up in 1,000 steps (measured); lists first, they do.
-``sft``   two-turn trajectories: answer from half size where the base model already answers right there, else call; loss
-          weight 5 on the call (paper Sec. 3.2, 3.3). A share of single-turn full and half-size questions is replayed, so
-          that the controls keep their weights' worth.
-
-A decoder of this size learns *when* from such trajectories and not *where*: asked for the cheapest regions it names them at
-chance after 500 steps (``--where cheapest``), so the committed checkpoint is trained to ask for the whole image.
+``base``   lists and questions on growing canvases at full size, at half size, and at half size with a crop already fetched.
+           A list names keys in random order and is scored on the contents only: a look-up in one attention hop, the key being
+           the token just read. Questions alone do not form the look-up in 1,000 steps (measured); lists first, they do.
+``light``  the base gets used to a tower that went on learning (``tower --start``: the slanted light, places and regions).
+``where``  lists of regions in place of contents, from pictures of one panel to whole ones, then calls for the cheapest crops.
+           Growing is what makes it learn: with one panel a region is read off within 50 steps and carries over to five panels
+           at once; on whole pictures from the start it stayed at chance for 600 (both measured).
+``sft``    two-turn trajectories: answer from half size where the model of the stage before already answers right there, else
+           call; loss weight 5 on the call (paper Sec. 3.2, 3.3). A share of single-turn full and half-size questions is
+           replayed, so that the controls keep their weights' worth.
 
     python -m awares_bench.training.nano_language --stage base --tower runs/tower --out runs/base --steps 3000 --stop 2000
-    python -m awares_bench.training.nano_language --stage sft --start runs/base --out runs/sft --steps 420
+    python -m awares_bench.training.tower --start runs/base/checkpoint --walls 0 --steps 800 --lr 1e-3 --out runs/place
+    python -m awares_bench.training.nano_language --stage light --start runs/base/checkpoint --tower runs/place \
+        --steps 600 --lr 1e-3 --out runs/light
+    python -m awares_bench.training.nano_language --stage where --start runs/light/checkpoint --steps 500 --out runs/where
+    python -m awares_bench.training.nano_language --stage sft --start runs/where/checkpoint --steps 700 --lr 1e-3 --out runs/sft
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from pathlib import Path
 import torch
 from awares_bench.training import nano
 from awares_bench.training.conversation import Row, Writer, collate
-from awares_bench.training.loop import Group, train
+from awares_bench.training.loop import Group, autocast, train
 from awares_bench.training.pixels import half, normalise
 from awares_bench.training.world import world
 from torch.nn.functional import cross_entropy
@@ -34,8 +39,8 @@ from awares_bench.crops import PAPER_GRID
 from awares_bench.vision_attention import windowed_attention
 
 CALL_WEIGHT = 5.0  # paper Sec. 4.3, ablation in Table 3
-STAGES = {"base": 0, "sft": 1}
-KINDS = ("list", "full", "low", "crop", "awares")
+STAGES = {"base": 0, "sft": 1, "light": 2, "where": 3}
+KINDS = ("list", "where", "ask where", "full", "low", "crop", "awares")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Phase:
     """A stretch of training: until (share of the steps), picture size, panels per picture, share of each kind of row.
 
     families: how often each comes up. varied: see ``ask`` of the world.
+    call: loss weight of the call in ``crop`` rows, which always call.
     """
 
     until: float
@@ -51,6 +57,7 @@ class Phase:
     mix: dict[str, float]
     families: tuple[float, ...] = (1, 1, 1, 1, 1, 1)
     varied: bool = True
+    call: float = 0.0
 
 
 PHASES = {
@@ -62,7 +69,40 @@ PHASES = {
             1.00, (224, 224), (3, 5), {"list": 0.1, "full": 0.4, "low": 0.15, "crop": 0.35}, (1, 2, 0.7, 2, 0.5, 2), varied=False
         ),
     ),
-    "sft": (Phase(1.00, (224, 224), (3, 5), {"awares": 0.6, "full": 0.25, "low": 0.15}, (1, 2, 0.8, 1, 0.6, 1), varied=False),),
+    "light": (
+        Phase(
+            1.00,
+            (224, 224),
+            (3, 5),
+            {"list": 0.05, "where": 0.17, "ask where": 0.18, "full": 0.2, "low": 0.1, "crop": 0.3},
+            (1, 2, 0.7, 2, 0.5, 2),
+            varied=False,
+            call=1.0,
+        ),
+    ),
+    "where": (
+        Phase(0.12, (224, 224), (1, 1), {"where": 1.0}),
+        Phase(0.24, (224, 224), (1, 3), {"where": 0.7, "ask where": 0.3}),
+        Phase(
+            1.00,
+            (224, 224),
+            (3, 5),
+            {"list": 0.05, "where": 0.1, "ask where": 0.1, "full": 0.25, "low": 0.1, "crop": 0.4},
+            (1, 3, 0.8, 1.2, 0.5, 1.2),
+            varied=False,
+            call=1.0,
+        ),
+    ),
+    "sft": (
+        Phase(
+            1.00,
+            (224, 224),
+            (3, 5),
+            {"awares": 0.5, "crop": 0.1, "where": 0.05, "full": 0.25, "low": 0.1},
+            (1, 3, 0.8, 1.2, 0.5, 1.2),
+            varied=False,
+        ),
+    ),
 }
 
 
@@ -73,17 +113,37 @@ def train_seed(stage: str, step: int, i: int) -> int:
     return seed
 
 
-def list_row(writer: Writer, view, panels: list) -> Row:
-    """ "List everything." and the panels as ``key content,`` with loss on the contents; panels that share a key are left out."""
+def list_row(writer: Writer, view, panels: list, regions: list[str] | None = None) -> Row:
+    """ "List everything." and the panels as ``key content,`` with loss on the contents; panels that share a key are left out.
+
+    regions: crop ids of the panels, to be listed in place of their contents.
+    """
     keys = [p.key for p in panels]
-    row = writer.row([([view], "List everything.", "", 0.0)])
-    del row.ids[-1], row.weights[-1]
-    for panel in (p for p in panels if keys.count(p.key) == 1):
-        content = panel.content if panel.family in ("chart", "doc", "ocr") else f" {panel.content}"
-        for text, weight in ((f" {panel.key}", 0.0), (content, 1.0), (",", 0.0)):
+    row = writer.row([([view], "Where is everything?" if regions else "List everything.", "", 0.0)])
+    del row.ids[-1], row.weights[-1], row.replies[-1]
+    for i, panel in enumerate(panels):
+        if keys.count(panel.key) > 1:
+            continue
+        if regions:
+            said = ((f" {panel.key}", 0.0), (regions[i], 1.0), (",", 0.0))
+        else:
+            content = panel.content if panel.family in ("chart", "doc", "ocr") else f" {panel.content}"
+            said = ((f" {panel.key}", 0.0), (content, 1.0), (",", 0.0))
+        for text, weight in said:
+            if weight:
+                row.replies.append((len(row.ids), len(row.ids) + len(writer.encode(text))))
             row.ids += writer.encode(text)
             row.weights += [weight] * len(writer.encode(text))
     return row
+
+
+def region_id(panel, size: tuple[int, int]) -> str:
+    """The id, as a call writes it, of the cheapest region that holds a panel."""
+    return _id(*PAPER_GRID.cheapest_cover([panel.box], *size))
+
+
+def _id(name: str) -> str:
+    return next((i for i, known in PAPER_GRID.ids.items() if known == name), name)
 
 
 def make_row(
@@ -93,14 +153,20 @@ def make_row(
     w = world()
     rng = w.stream(family, seed)
     image, panels = w.family_scene(rng, family, phase.count, phase.size)
-    if mode == "list":
-        return list_row(writer, half(image) if rng.random() < 0.3 else image, rng.sample(panels, len(panels)))
+    if mode in ("list", "where"):
+        panels = rng.sample(panels, len(panels))
+        regions = [region_id(p, image.size) for p in panels] if mode == "where" else None
+        return list_row(writer, half(image) if rng.random() < (0.8 if regions else 0.3) else image, panels, regions)
     order = rng.sample(panels, len(panels)) if questions > 1 else [rng.choice(panels)]
     asked = []
-    for panel in order[: questions if mode in ("full", "low") else 1]:
+    for panel in order[: questions if mode in ("full", "low", "ask where") else 1]:
         question, answer, options, evidence = w.ask(rng, panels, panel, phase.varied)
+        if mode == "ask where":
+            names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size)
+            asked.append((f"{question} Where?", ", ".join(map(_id, names)), evidence))
+            continue
         asked.append((w.prompt(family, question, options), answer, evidence))
-    if mode in ("full", "low"):
+    if mode in ("full", "low", "ask where"):
         view = image if mode == "full" else half(image)
         return writer.row([([view] if i == 0 else [], text, answer, 1.0) for i, (text, answer, _) in enumerate(asked)])
     text, answer, evidence = asked[0]
@@ -110,7 +176,7 @@ def make_row(
     names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size)
     if mode == "awares" and curator.where == "all":
         names = ("all",)
-    call_weight = CALL_WEIGHT if mode == "awares" else 0.0
+    call_weight = CALL_WEIGHT if mode == "awares" else phase.call
     turns = [([half(image)], text, PAPER_GRID.format(names), call_weight), (PAPER_GRID.cut(image, names), "", answer, 1.0)]
     return writer.row(turns, PAPER_GRID.prompt)
 
@@ -175,7 +241,7 @@ class Learner:
     def right(self, rows: list[Row], writer: Writer, device: str) -> list[bool]:
         """Whether the last reply of each row is the greedy one, given what precedes it."""
         b = {k: v.to(device) for k, v in collate(rows, writer).items()}
-        with torch.autocast(device.split(":")[0], dtype=torch.bfloat16):
+        with autocast(device):
             hidden = self.hidden(b)
             out = []
             for i, row in enumerate(rows):
@@ -206,12 +272,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=list(STAGES), required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tower", type=Path, help="run folder of the tower stage (base)")
-    parser.add_argument("--start", type=Path, help="run folder of the base stage (sft)")
+    parser.add_argument("--tower", type=Path, help="run folder of the tower stage (base, light)")
+    parser.add_argument("--start", type=Path, help="checkpoint folder to go on from (light, where, sft)")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--stop", type=int, help="stop after this step of the schedule (default: --steps)")
     parser.add_argument(
-        "--where", choices=("all", "cheapest"), default="all", help="crops that a call of a trajectory names (sft)"
+        "--where", choices=("all", "cheapest"), default="cheapest", help="crops that a call of a trajectory names (sft)"
     )
     parser.add_argument("--rows", type=int, default=36, help="conversations per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
@@ -223,13 +289,14 @@ def main(argv: list[str] | None = None) -> None:
     curator = None
     tok = nano.nano_tokenizer()
     writer, model = Writer(tok), nano.build(tok).to(a.device)
-    if a.stage == "base":
+    if a.start:
+        model.load_state_dict(type(model).from_pretrained(a.start, dtype=torch.float32).state_dict())
+    if a.tower:
         state = torch.load(a.tower / "checkpoint.pt", map_location=a.device, weights_only=True)
         model.model.visual.load_state_dict(state["tower"])
-        calibrate(model, writer)
-    else:
-        state = torch.load(a.start / "checkpoint.pt", map_location=a.device, weights_only=True)
-        model.load_state_dict(state["model"])
+        if not a.start:
+            calibrate(model, writer)
+    if a.stage == "sft":
         curator = Curator(copy.deepcopy(model), writer, a.where)
     learner = Learner(model)
     tower = list(model.model.visual.parameters())
@@ -248,11 +315,11 @@ def main(argv: list[str] | None = None) -> None:
         w, found = world(), {}
         first = w.SEEDS["validation"].start
         phase = PHASES[a.stage][-1]
-        for mode in ("full", "low", "crop"):
+        for mode in ("where", "ask where", "full", "low", "crop"):
             found[mode] = {}
             for family in w.FAMILIES:
                 rows = [make_row(writer, family, first + i, mode, phase, questions=1) for i in range(48)]
-                right = learner.right(rows, writer, a.device)
+                right = learner.right([r for r in rows if r.replies], writer, a.device)
                 found[mode][family] = round(sum(right) / len(right), 3)
             found[mode]["mean"] = round(sum(found[mode].values()) / len(w.FAMILIES), 3)
         return found

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from awares_bench.training import nano
-from awares_bench.training.loop import Group, train
+from awares_bench.training.loop import Group, autocast, train
 from awares_bench.training.pixels import half, normalise, patches
 from awares_bench.training.world import world
 from PIL import Image
@@ -29,6 +29,8 @@ from awares_bench.vision_attention import windowed_attention
 
 SLOTS = 3  # of a panel's content
 GLYPHS = 4  # that a token can hold
+PLACE = 3  # row and column of the token in quarters of the picture; the cheapest region that holds its panel
+COLUMNS = 2 + SLOTS + GLYPHS + PLACE
 
 
 class Vocabulary:
@@ -38,20 +40,25 @@ class Vocabulary:
         w = world()
         self.keys = {k: i for i, k in enumerate([*w.COLOURS, *w.LETTERS, *w.SILHOUETTES], 1)}
         self.contents = {c: i for i, c in enumerate([*w.CHARACTERS, *w.SYMBOLS, *w.DIRECTIONS], 1)}
+        self.regions = {names: i for i, names in enumerate([*((n,) for n in PAPER_GRID.names), ("all",)])}
 
 
-def targets(panels: list, view: Box, scale: int, vocabulary: Vocabulary) -> np.ndarray:
-    """What each merged token of a view should say: (T, 2 + SLOTS + GLYPHS) of key, size (0 none, 1 small, 2 large),
-    contents of its panel, and its own glyphs in reading order.
+def targets(panels: list, view: Box, scale: int, vocabulary: Vocabulary, size: tuple[int, int]) -> np.ndarray:
+    """What each merged token of a view should say: (T, COLUMNS) of key, size (0 none, 1 small, 2 large), contents of its
+    panel, its own glyphs in reading order, its row and column in quarters of the picture, its panel's cheapest region.
 
     view: region of the picture in pixels; scale: 2 for the half-size view. -100 where a panel is cut by the view's edge.
     A token belongs to the panel whose centre it holds, else to the one that covers most of it (at least a fifth).
     """
     step = 28 * scale
     columns, rows = (view[2] - view[0]) // step, (view[3] - view[1]) // step
-    out = np.zeros((rows * columns, 2 + SLOTS + GLYPHS), dtype=np.int64)
+    out = np.zeros((rows * columns, COLUMNS), dtype=np.int64)
+    out[:, -3] = np.repeat((view[1] + (np.arange(rows) + 0.5) * step) * 4 // size[1], columns)
+    out[:, -2] = np.tile((view[0] + (np.arange(columns) + 0.5) * step) * 4 // size[0], rows)
+    out[:, -1] = -100
     if not panels:
         return out
+    cheapest = [vocabulary.regions[PAPER_GRID.cheapest_cover([p.box], *size)] for p in panels]
     boxes = np.array([p.box for p in panels]) - np.array([view[0], view[1], view[0], view[1]])
     x, y = np.arange(columns) * step, np.arange(rows) * step
     across = (np.minimum(boxes[:, 2, None], x + step) - np.maximum(boxes[:, 0, None], x)).clip(0)  # (P, columns)
@@ -69,7 +76,7 @@ def targets(panels: list, view: Box, scale: int, vocabulary: Vocabulary) -> np.n
         if whole[owner[token]] < 0.95:
             out[token, : 2 + SLOTS] = -100
             continue
-        out[token, 0], out[token, 1] = vocabulary.keys[panel.key], 1 + panel.large
+        out[token, 0], out[token, 1], out[token, -1] = vocabulary.keys[panel.key], 1 + panel.large, cheapest[owner[token]]
         for slot, what in enumerate(panel.slots):
             out[token, 2 + slot] = vocabulary.contents[what]
     glyphs = [(x - view[0], y - view[1], what) for panel in panels for x, y, what in panel.glyphs]
@@ -119,8 +126,8 @@ def wall(rng: random.Random, scale: int, vocabulary: Vocabulary) -> tuple[Image.
                 x += advance * len(what) / 2 + rng.uniform(4, 14)
     noise = np.random.default_rng(rng.getrandbits(32)).integers(-12, 13, (side, side, 1), dtype=np.int16)
     image = Image.fromarray((np.asarray(image).astype(np.int16) + noise).clip(0, 255).astype(np.uint8))
-    out = np.zeros((16, 2 + SLOTS + GLYPHS), dtype=np.int64)
-    out[:, : 2 + SLOTS] = -100
+    out = np.zeros((16, COLUMNS), dtype=np.int64)
+    out[:, : 2 + SLOTS] = out[:, -PLACE:] = -100
     _own_glyphs(out, glyphs, 28 * scale, 4, 4, vocabulary)
     return (half(image) if scale == 2 else image), out
 
@@ -154,7 +161,7 @@ def batch(step: int, seed: int, scenes: int, vocabulary: Vocabulary) -> dict:
         image, panels = w.scene(rng, w.FAMILIES[i % len(w.FAMILIES)], rng.randint(4, 10), shared_keys=True)
         for kind, (view, box, scale) in enumerate(views(rng, image)):
             pixels, grid = patches(view)
-            t = targets(panels, box, scale, vocabulary)
+            t = targets(panels, box, scale, vocabulary, image.size)
             out["pixel_values"].append(pixels)
             out["grid"].append(grid)
             out["targets"].append(torch.from_numpy(t))
@@ -169,7 +176,8 @@ def batch(step: int, seed: int, scenes: int, vocabulary: Vocabulary) -> dict:
 
 
 class Heads(torch.nn.Module):
-    """Linear read-outs of a merged token: (T, D) -> key (T, K), size (T, 3), contents (T, SLOTS, C), glyphs (T, GLYPHS, C)."""
+    """Linear read-outs of a merged token (T, D): key (T, K), size (T, 3), contents (T, SLOTS, C), glyphs (T, GLYPHS, C),
+    row and column (T, 2, 4), cheapest region (T, R)."""
 
     def __init__(self, width: int, vocabulary: Vocabulary):
         super().__init__()
@@ -177,14 +185,20 @@ class Heads(torch.nn.Module):
         self.size = torch.nn.Linear(width, 3)
         self.content = torch.nn.Linear(width, SLOTS * (len(vocabulary.contents) + 1))
         self.glyph = torch.nn.Linear(width, GLYPHS * (len(vocabulary.contents) + 1))
+        self.place = torch.nn.Linear(width, 8)
+        self.region = torch.nn.Linear(width, len(vocabulary.regions))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.key(x), self.size(x), self.content(x).unflatten(-1, (SLOTS, -1)), self.glyph(x).unflatten(-1, (GLYPHS, -1))
+        content, glyph = self.content(x).unflatten(-1, (SLOTS, -1)), self.glyph(x).unflatten(-1, (GLYPHS, -1))
+        return self.key(x), self.size(x), content, glyph, self.place(x).unflatten(-1, (2, 4)), self.region(x)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--start", type=Path, help="checkpoint folder whose tower goes on learning (its first 50 steps: new heads only)"
+    )
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--scenes", type=int, default=18, help="pictures per step; each gives three views")
     parser.add_argument("--walls", type=int, default=700, help="first steps, on walls of glyphs instead of pictures")
@@ -195,6 +209,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(a.seed)
     vocabulary, tok = Vocabulary(), nano.nano_tokenizer()
     model = nano.build(tok).to(a.device)
+    if a.start:
+        model.load_state_dict(type(model).from_pretrained(a.start, dtype=torch.float32).state_dict())
     tower, heads = model.model.visual, Heads(nano.Geometry().width, vocabulary).to(a.device)
     thin = torch.ones(len(vocabulary.keys) + 1, device=a.device)
     thin_glyph = torch.ones(len(vocabulary.contents) + 1, device=a.device)
@@ -205,42 +221,46 @@ def main(argv: list[str] | None = None) -> None:
         return heads(features)
 
     def loss_of(b: dict) -> tuple[torch.Tensor, dict[str, float]]:
-        key, size, content, glyph = (x.float() for x in read(b))
+        key, size, content, glyph, place, region = (x.float() for x in read(b))
         t = b["targets"]
         on = t[:, 0] > 0
-        l_glyph = cross_entropy(glyph.flatten(0, 1), t[:, 2 + SLOTS :].flatten(), weight=thin_glyph)
+        l_glyph = cross_entropy(glyph.flatten(0, 1), t[:, 2 + SLOTS : -PLACE].flatten(), weight=thin_glyph)
         if not on.any():
             return l_glyph, {"wall": l_glyph.item()}
         l_key = cross_entropy(key, t[:, 0], weight=thin)
         l_size = cross_entropy(size[on], t[on, 1])
         l_content = cross_entropy(content[on].flatten(0, 1), t[on, 2 : 2 + SLOTS].flatten())
+        l_place, l_region = cross_entropy(place.flatten(0, 1), t[:, -3:-1].flatten()), cross_entropy(region[on], t[on, -1])
         parts = {"key": l_key.item(), "size": l_size.item(), "content": l_content.item(), "glyph": l_glyph.item()}
-        return 0.5 * l_key + 0.2 * l_size + l_content + l_glyph, parts
+        parts |= {"place": l_place.item(), "region": l_region.item()}
+        return 0.5 * l_key + 0.2 * l_size + l_content + l_glyph + 0.2 * l_place + 0.5 * l_region, parts
 
     @torch.no_grad()
     def evaluate(step: int) -> dict:
         b = batch(0, seed=-1, scenes=96, vocabulary=vocabulary)
         b = {k: v.to(a.device) for k, v in b.items()}
-        with torch.autocast(a.device.split(":")[0], dtype=torch.bfloat16):
-            key, size, content, glyph = read(b)
+        with autocast(a.device):
+            key, size, content, glyph, place, region = read(b)
         t, found = b["targets"], {}
         for kind, name in enumerate(("full", "half", "crop")):
             for large in (0, 1):
                 on = (t[:, 1] == 1 + large) & (b["view"] == kind)
                 right = (content[on].argmax(-1) == t[on, 2 : 2 + SLOTS]).all(-1)
-                held = (t[:, 2 + SLOTS :] > 0) & on[:, None]
+                held = (t[:, 2 + SLOTS : -PLACE] > 0) & on[:, None]
                 found[f"{name} {'large' if large else 'small'}"] = {
                     "key": round((key[on].argmax(-1) == t[on, 0]).float().mean().item(), 3),
                     "content": round(right.float().mean().item(), 3),
-                    "glyph": round((glyph.argmax(-1) == t[:, 2 + SLOTS :])[held].float().mean().item(), 3),
+                    "glyph": round((glyph.argmax(-1) == t[:, 2 + SLOTS : -PLACE])[held].float().mean().item(), 3),
                     "size": round((size[on].argmax(-1) == 1 + large).float().mean().item(), 3),
+                    "place": round((place[on].argmax(-1) == t[on, -3:-1]).all(-1).float().mean().item(), 3),
+                    "region": round((region[on].argmax(-1) == t[on, -1]).float().mean().item(), 3),
                 }
         return found
 
     with windowed_attention(model):
         train(
             {"tower": tower, "heads": heads},
-            [Group([*tower.parameters(), *heads.parameters()], a.lr)],
+            [Group([*tower.parameters()], a.lr, 50 if a.start else 0), Group([*heads.parameters()], a.lr)],
             lambda step: (
                 walls(step, a.seed, a.scenes * 6, vocabulary) if step < a.walls else batch(step, a.seed, a.scenes, vocabulary)
             ),

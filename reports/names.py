@@ -1,0 +1,110 @@
+"""Names, colours and markers of methods and tasks: the same in every table and figure."""
+
+from __future__ import annotations
+
+import zlib
+
+import pandas as pd
+
+METHODS = {
+    # family: (name in print, colour, marker); the colours are seaborn's colour-blind palette and greys
+    "full": ("full resolution", "#222222", "s"),
+    "low": ("half size", "#6f6f6f", "v"),
+    "awares": ("AwaRes", "#0173b2", "D"),
+    "visionthink": ("VisionThink", "#d55e00", "P"),
+    "cropvlm": ("CropVLM", "#029e73", "p"),
+    "cares": ("CARES", "#cc78bc", "h"),
+    "visionzip": ("VisionZip", "#de8f05", "o"),
+    "sparsevlm": ("SparseVLM", "#029e73", "^"),
+    "holov": ("HoloV", "#d55e00", "<"),
+    "fastv": ("FastV", "#cc78bc", ">"),
+    "divprune": ("DivPrune", "#ca6161", "X"),
+    "pooling": ("pooling", "#949494", "d"),
+    "random_tokens": ("random tokens", "#56b4e9", "*"),
+    "random_crop": ("random crop", "#56b4e9", "8"),
+    "all_crops": ("all crops", "#56b4e9", "H"),
+    "oracle_crop": ("oracle crop", "#0173b2", "*"),
+    "blank_crop": ("blank crop", "#0173b2", "X"),
+}
+
+TASKS = {
+    "chartqa": "ChartQA",
+    "docvqa_val": "DocVQA",
+    "ocrbench": "OCRBench",
+    "pope": "POPE",
+    "realworldqa": "RealWorldQA",
+    "vstar_bench": "V*",
+}
+
+NANO = "nano: a 3-million-parameter Qwen2.5-VL of this repository on rendered pictures; it says nothing about a 7B checkpoint"
+"""Stands under every table and figure with a nano task in it."""
+
+SPARE_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#949494", "#56b4e9")
+SPARE_MARKERS = ("o", "s", "^", "v", "<", ">", "P", "X", "p", "h")
+
+
+def family(method: str, identity: dict | None = None) -> str:
+    """A run's name and identity -> the word that its colour and marker hang on: the method without its settings.
+
+    A composition is named by both parts (``awares+visionzip``); full resolution with a pruner is that pruner; a method of a file
+    (``mine.py:Mine``) is its class.
+    """
+    identity = identity or {}
+    policy, pruner = identity.get("policy"), identity.get("pruner")
+    if pruner:
+        parts = [pruner] if policy in (None, "full") else [policy, pruner]
+    else:
+        word = str(policy or identity.get("method") or method)
+        parts = [word.removeprefix("awares_") if word.removeprefix("awares_") in METHODS else word]
+    return "+".join(str(part).rsplit(":", 1)[-1] for part in parts)
+
+
+def label(method: str, identity: dict | None = None, told: str | None = None) -> str:
+    """A run's name in print, with the share of tokens kept where that is a setting.
+
+    told: ``label`` of run.json. The one that awares-bench makes (``awares+visionzip retention=0.5``) is put in print form, with the
+    other options that it names; one that a user gave stands as it is.
+    """
+    own = family(method, identity)
+    word = " + ".join(METHODS[part][0] if part in METHODS else part for part in own.split("+"))
+    retention = ((identity or {}).get("fields") or {}).get("retention")
+    first, *options = (told or own).split(" ")
+    if told and (first.rsplit(":", 1)[-1] != own or not all("=" in o for o in options)):
+        return told
+    kept = [] if retention is None else [f"{100 * float(retention):g} %"]
+    return " ".join([word, *(o for o in options if not o.startswith("retention=")), *kept])
+
+
+def colour(family: str) -> str:
+    """The colour of a method; of an unknown one by its name, the same in every figure and run."""
+    return METHODS[family][1] if family in METHODS else SPARE_COLOURS[zlib.crc32(family.encode()) % len(SPARE_COLOURS)]
+
+
+def marker(family: str) -> str:
+    """The marker of a method; of an unknown one by its name."""
+    spare = zlib.crc32(family.encode()) // len(SPARE_COLOURS) % len(SPARE_MARKERS)
+    return METHODS[family][2] if family in METHODS else SPARE_MARKERS[spare]
+
+
+def task(name: str) -> str:
+    """A task's name in print: ``nano_doc`` -> ``nano doc``."""
+    return TASKS.get(name, name.replace("nano_", "nano ").replace("_", " "))
+
+
+def short(text: str, most: int = 26) -> str:
+    """A name that fits beside a mark: the middle of a long one gives way, since names differ at their ends."""
+    text = str(text)
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most - most // 2 - 1) :]}"
+
+
+def is_nano(frame: pd.DataFrame) -> bool:
+    """Whether any of the documents is of the nano suite."""
+    return any(str(t).startswith("nano") for t in frame["task"].unique())
+
+
+def suite(frame: pd.DataFrame) -> str:
+    """What was measured, for a figure's title: ``nano suite, 200 documents a task``."""
+    counts = frame.groupby(["method", "task"], observed=True).size()
+    kind, tasks = ("nano suite" if is_nano(frame) else "Qwen2.5-VL"), frame["task"].nunique()
+    each = f"{counts.max():,}" if counts.nunique() == 1 else f"{counts.min():,} to {counts.max():,}"
+    return f"{kind}, {tasks} task{'s' * (tasks > 1)}, {each} documents each"

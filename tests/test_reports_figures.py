@@ -1,0 +1,194 @@
+"""The axes of every figure hold the data; methods keep colour and marker; labels do not cover one another."""
+
+import json
+from importlib import import_module
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+
+from .runs import DOCUMENTS, full, low, write_run
+
+find, names, drawing, load = (import_module(f"awares_bench.reports.{m}") for m in ("find", "names", "draw", "load"))
+accuracy_rtr, accuracy_seconds, latency, crop_selection, rtr_distribution, low_wrong, calibration, learning_curves = (
+    import_module(f"awares_bench.reports.{m}")
+    for m in (
+        "accuracy_rtr",
+        "accuracy_seconds",
+        "latency",
+        "crop_selection",
+        "rtr_distribution",
+        "low_wrong",
+        "calibration",
+        "learning_curves",
+    )
+)
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def frame(tmp_path):
+    write_run(tmp_path, "awares_full", {"nano_doc": full(), "nano_chart": full()}, {"method": "full"})
+    write_run(tmp_path, "awares_low", {"nano_doc": low(), "nano_chart": low()}, {"method": "low"})
+    write_run(tmp_path, "awares", {"nano_doc": DOCUMENTS, "nano_chart": DOCUMENTS})
+    for keep in (0.25, 0.5):
+        documents = [(float(i > 0), [int(64 * keep)], []) for i in range(4)]
+        write_run(
+            tmp_path,
+            f"visionzip-{keep}",
+            {"nano_doc": documents, "nano_chart": documents},
+            {"method": "visionzip", "fields": {"retention": keep}},
+        )
+    return find.together(find.runs([tmp_path]))
+
+
+def test_accuracy_and_ratio_are_on_the_axes(frame):
+    points = accuracy_rtr.data(frame).set_index("method")
+    assert points.loc["awares", ["rtr", "accuracy"]].tolist() == [0.5625, 0.625]
+    assert points["front"].to_dict() == {
+        "awares_full": True, "awares_low": False, "awares": False, "visionzip-0.25": True, "visionzip-0.5": False,
+    }  # fmt: skip
+    figure = accuracy_rtr.draw(points.reset_index(), "nano", notes=("a caveat",))
+    axes = figure.axes[0]
+    drawn = {c.get_label(): c.lines[0] for c in axes.containers}
+    assert [v.tolist() for v in drawn["awares"].get_data()] == [[0.5625], [62.5]]
+    assert [v.tolist() for v in drawn["visionzip"].get_data()] == [[0.25, 0.5], [75, 75]]
+    assert to_hex(drawn["awares"].get_color()) == names.colour("awares") and drawn["awares"].get_marker() == names.marker(
+        "awares"
+    )
+    assert "ratio" in axes.get_xlabel() and "%" in axes.get_ylabel()
+    assert {t.get_text() for t in axes.texts} == {"full resolution", "half size", "AwaRes", "VisionZip"}
+    assert any("a caveat" in t.get_text() for t in figure.texts)
+
+
+def test_the_papers_points_are_hollow(frame):
+    hollow = pd.DataFrame([{"label": "x", "family": "awares", "rtr": 0.36, "accuracy": 0.803}])
+    axes = accuracy_rtr.draw(accuracy_rtr.data(frame), "t", hollow).axes[0]
+    (line,) = [x for x in axes.lines if x.get_markerfacecolor() == "none"]
+    assert (line.get_xdata()[0], line.get_ydata()[0]) == (0.36, pytest.approx(80.3))
+
+
+def test_seconds_are_on_the_axis_and_unknown_ones_leave_the_run_out(frame):
+    points = accuracy_seconds.data(frame).set_index("method")
+    assert points.at["awares", "seconds"] == pytest.approx(0.045) and len(points) == 5
+    frame.loc[frame["method"] == "awares", "seconds"] = None
+    assert "awares" not in set(accuracy_seconds.data(frame)["method"])
+
+
+def test_latency_is_split_by_phase_and_turn(frame):
+    table = latency.data(frame).set_index(["method", "phase", "turn"])["seconds"]
+    assert table["awares", "encode", "first"] == pytest.approx(0.01) and table["awares", "encode", "later"] == pytest.approx(
+        0.005
+    )
+    axes = latency.draw(latency.data(frame), "t", "a machine").axes[0]
+    assert max(p.get_x() + p.get_width() for p in axes.patches) == pytest.approx(45)
+    assert sum(p.get_hatch() is not None for p in axes.patches) == 5 * 4
+
+
+def test_crop_shares_add_up(frame):
+    table = crop_selection.data(frame)
+    shares = table[table["method"] == "awares"].set_index("crop")["share"]
+    assert (shares["direct"], shares["top-left"], shares["all"], shares.sum()) == (0.5, 0.25, 0.25, 1)
+    assert set(table["method"]) == {"awares"}
+    axes = crop_selection.draw(table, "t").axes[0]
+    assert max(p.get_x() + p.get_width() for p in axes.patches) == pytest.approx(100)
+
+
+def test_the_distribution_of_ratios_ends_at_one(frame):
+    table = rtr_distribution.data(frame)
+    own = table[(table["method"] == "awares") & (table["task"] == "nano_doc")]
+    assert own["rtr"].tolist() == [0.25, 0.5, 1.25] and own["share"].tolist() == [0.5, 0.75, 1.0]
+    assert set(table["method"]) == {"awares"}
+    rtr_distribution.draw(table, "t")
+
+
+def test_where_half_size_is_wrong_only_those_documents_count(frame):
+    table = low_wrong.data(frame).set_index("method")
+    assert table.loc["awares", ["accuracy", "documents"]].tolist() == [0.5, 4]  # documents 0 and 2 of each task: 1.0 and 0.0
+    assert table.at["awares_full", "accuracy"] == 1 and "awares_low" not in table.index
+    axes = low_wrong.draw(table.reset_index(), "t").axes[0]
+    assert axes.get_yticklabels()[0].get_text() == "full resolution"
+    assert low_wrong.data(frame[frame["method"] != "awares_low"]).empty
+
+
+def test_calls_stand_against_need(frame):
+    row = calibration.data(frame).set_index(["method", "task"]).loc["awares", "nano_doc"]
+    assert row[["needed", "called", "called_needed", "called_not_needed"]].tolist() == [0.5, 0.5, 0.5, 0.5]
+    lines = calibration.draw(calibration.data(frame), "t").axes[0].lines
+    assert any(list(x.get_xdata()) == [50.0, 50.0] for x in lines)
+    assert calibration.data(frame[frame["method"] != "awares_full"]).empty
+
+
+def test_learning_curves_read_losses_means_and_groups(tmp_path):
+    lines = [
+        {"step": 10, "seconds": 1, "loss": 2.0, "part": 1.0},
+        {"step": 10, "evaluation": {"full": {"a": 0.2, "mean": 0.4}, "low": {"a": 0.1, "b": 0.3}}},
+    ]
+    path = tmp_path / "sft" / "log.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 20, "lo')
+    table = learning_curves.data(learning_curves.read([path]))
+    found = table.set_index(["kind", "series"])["value"].to_dict()
+    assert found == {("loss", "loss"): 2.0, ("evaluation", "full"): 0.4, ("evaluation", "low"): pytest.approx(0.2)}
+    assert set(table["run"]) == {"sft"}
+    figure = learning_curves.draw(table, "t")
+    assert len(figure.axes) == 2 and figure.axes[0].lines[0].get_ydata().tolist() == [2.0]
+    path.write_text("nonsense\n" + json.dumps(lines[0]))
+    with pytest.raises(load.ReportError, match="line 1 is not JSON"):
+        learning_curves.read([path])
+
+
+def test_labels_cover_neither_one_another_nor_a_mark():
+    figure, axes = drawing.canvas(3)
+    points = [(x, y, f"label {x} {y}", "black") for x in range(3) for y in range(3)]
+    axes.plot([p[0] for p in points], [p[1] for p in points], "o")
+    axes.margins(0.3)
+    assert drawing.place(axes, points) == []
+    renderer = figure.canvas.get_renderer()
+    boxes = [drawing._text_box(t, renderer) for t in axes.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert drawing.place(axes, [(1, 1, "x" * 200, "black")]) == ["x" * 200]
+
+
+def test_two_hundred_methods_and_long_names_fit(tmp_path):
+    rows = []
+    for i in range(200):
+        same = {
+            "method": f"m{i}",
+            "label": f"a method with a very long name, number {i}",
+            "family": f"m{i}",
+            "rtr": 0.1 + i / 200,
+        }
+        rows.append(same | {"accuracy": 0.5 + i / 500, "low": 0.4, "high": 1.0, "front": i % 40 == 0})
+    figure = accuracy_rtr.draw(pd.DataFrame(rows), "nano")
+    drawing.save(figure, tmp_path / "x.png")
+    assert len(figure.axes[0].containers) == 200 and "200 runs" in figure._suptitle.get_text()
+    assert names.short("a method with a very long name, number 7").endswith("number 7") and len(names.short("x" * 99)) == 26
+
+
+def test_known_methods_look_different_and_unknown_ones_look_the_same_twice():
+    looks = [(names.colour(f), names.marker(f)) for f in names.METHODS]
+    assert len(set(looks)) == len(looks)
+    assert (names.colour("mine"), names.marker("mine")) == (names.colour("mine"), names.marker("mine"))
+    assert names.family("x", {"method": "visionzip", "policy": "awares", "pruner": "visionzip"}) == "awares+visionzip"
+    both = {"method": "awares", "policy": "awares", "pruner": "visionzip", "fields": {"retention": 0.5}}
+    assert names.label("x", both, "awares+visionzip retention=0.5 prompt=adapter") == "AwaRes + VisionZip prompt=adapter 50 %"
+    assert names.label("x", both, "my own words") == "my own words"
+    assert names.family("x", {"method": "mine.py:Mine", "policy": "mine.py:Mine", "pruner": None}) == "Mine"
+    assert names.label("visionzip-0.5", {"method": "visionzip", "fields": {"retention": 0.5}}) == "VisionZip 50 %"
+
+
+@pytest.mark.parametrize("kind", ["svg", "pdf", "png"])
+def test_a_figure_is_saved_twice_to_the_same_bytes_and_embeds_its_fonts(frame, tmp_path, kind):
+    for name in ("a", "b"):
+        drawing.save(accuracy_rtr.draw(accuracy_rtr.data(frame), "nano"), tmp_path / f"{name}.{kind}")
+    saved = (tmp_path / f"a.{kind}").read_bytes()
+    assert saved == (tmp_path / f"b.{kind}").read_bytes()
+    if kind == "pdf":
+        assert b"FontFile2" in saved and b"/Type3" not in saved

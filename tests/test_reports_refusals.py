@@ -1,0 +1,194 @@
+"""What must not be reported is refused with the run, the reason and the remedy; what is allowed is printed."""
+
+import json
+from importlib import import_module
+
+import pytest
+
+from .runs import DOCUMENTS, full, low, write_run
+
+load, find, refusals, report, records = (
+    import_module(f"awares_bench.reports.{m}") for m in ("load", "find", "refusals", "report", "records")
+)
+ReportError = load.ReportError
+
+
+def check(path, allow=(), times=True):
+    runs = find.runs([path])
+    return refusals.check(runs, find.together(runs), allow, times)
+
+
+DIFFERENT = {
+    "pixels": ({"identity": {"max_pixels": 1605632}}, r"a and b differ in processor limits .*12845056.*1605632"),
+    "weights": ({"identity": {"weights": "w2"}}, r"a and b name the checkpoint nano and hold different weights \(w1, w2\)"),
+    "versions": ({"lmms_eval": "0.7.1"}, r"a and b differ in versions of lmms-eval.*0\.7\.3.*0\.7\.1"),
+    "prompts": ({"question": "please: {}?"}, r"a and b asked nano_doc document 0 with different words"),
+    "hardware": ({"machine": "cpu B"}, r"a and b differ in machine.*cpu A.*cpu B.*--no-times.*--allow hardware"),
+    "partial": ({"status": "partial"}, r"b is a partial run .*finish it"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_runs_that_differ_are_refused_and_allowed_by_name(tmp_path, name):
+    settings, message = DIFFERENT[name]
+    write_run(tmp_path, "a", {"nano_doc": full()})
+    write_run(tmp_path, "b", {"nano_doc": low()}, **settings)
+    with pytest.raises(ReportError, match=message) as refused:
+        check(tmp_path)
+    assert f"--allow {name}" in str(refused.value)
+    (said,) = check(tmp_path, (name,))
+    assert said.startswith(f"allowed ({name})")
+
+
+def test_batch_sizes_are_hardware_and_matter_only_to_times(tmp_path):
+    write_run(tmp_path, "a", {"nano_doc": full()}, batch_size=1)
+    write_run(tmp_path, "b", {"nano_doc": low()}, batch_size=8)
+    with pytest.raises(ReportError, match=r"batch 1.*batch 8"):
+        check(tmp_path)
+    assert check(tmp_path, times=False) == []
+
+
+def test_runs_of_different_documents_are_refused_with_the_limit(tmp_path):
+    write_run(tmp_path, "a", {"nano_doc": full()})
+    write_run(tmp_path, "b", {"nano_doc": low(2)}, limit=2)
+    with pytest.raises(
+        ReportError, match=r"b, nano_doc: 2 documents, a has 4 \(b ran with --limit 2\); document 2 is in one only"
+    ):
+        check(tmp_path)
+    assert check(tmp_path, ("documents",))
+
+
+def test_an_equal_limit_is_no_refusal_but_a_note(tmp_path):
+    write_run(tmp_path, "a", {"nano_doc": full()}, limit=4)
+    write_run(tmp_path, "b", {"nano_doc": low()}, limit=4)
+    assert check(tmp_path) == []
+    assert refusals.notes(find.runs([tmp_path])) == ["--limit 4: only the first documents of each task"]
+
+
+def test_a_run_without_a_task_is_refused(tmp_path):
+    write_run(tmp_path, "a", {"nano_doc": full(), "nano_chart": full()})
+    write_run(tmp_path, "b", {"nano_doc": low()})
+    with pytest.raises(ReportError, match=r"b has no scores for nano_chart; its mean would be over other tasks"):
+        check(tmp_path)
+    _, _, said = report.write([tmp_path], tmp_path / "out", allow=("tasks",), formats=("png",))
+    assert any(s.startswith("allowed (tasks)") for s in said)
+    assert "allowed (tasks)" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_every_reason_is_named_at_once(tmp_path):
+    write_run(tmp_path, "a", {"nano_doc": full()})
+    write_run(tmp_path, "b", {"nano_doc": low()}, {"max_pixels": 1}, machine="cpu B", status="partial")
+    with pytest.raises(ReportError) as refused:
+        check(tmp_path)
+    assert len(str(refused.value).splitlines()) == 3
+
+
+def test_an_unscored_partial_run_is_refused_or_left_out_by_name(tmp_path):
+    write_run(tmp_path, "a", {"nano_doc": full()})
+    write_run(tmp_path, "b", {"nano_doc": low()}, status="partial")
+    for path in (tmp_path / "lmms" / "b").rglob("*samples*"):
+        path.unlink()
+    with pytest.raises(ReportError, match=r"b is a partial run .* has no scores.*--allow partial to leave it out"):
+        find.runs([tmp_path])
+    _, frame, said = report.write([tmp_path], tmp_path / "out", allow=("partial",), formats=("png",))
+    assert set(frame["method"]) == {"a"} and any("b is left out" in s for s in said)
+
+
+def test_unknown_exceptions_formats_and_folders_are_named(tmp_path):
+    write_run(tmp_path, "a", {"nano_doc": full()})
+    with pytest.raises(ReportError, match=r"--allow limits: unknown; allowed: pixels"):
+        check(tmp_path, ("limits",))
+    with pytest.raises(ReportError, match=r"--formats jpg: unknown"):
+        report.write([tmp_path], tmp_path / "out", formats=("jpg",))
+    (tmp_path / "empty" / "runs").mkdir(parents=True)
+    with pytest.raises(ReportError, match=r"holds no runs; expected"):
+        find.runs([tmp_path / "empty"])
+    with pytest.raises(ReportError, match=r"two runs are named a .*NAME=PATH"):
+        find.runs([tmp_path, tmp_path / "runs" / "a"])
+    assert [r.name for r in find.runs([tmp_path, f"again={tmp_path / 'runs' / 'a'}"])] == ["a", "again"]
+
+
+def samples(path):
+    (found,) = path.rglob("*_samples_*.jsonl")
+    return found
+
+
+def test_a_score_without_a_record_is_refused(tmp_path):
+    write_run(tmp_path, "a", {"nano_doc": DOCUMENTS})
+    path = tmp_path / "runs" / "a" / "records.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(ReportError, match=r"no record for 2 of them.*--use_cache"):
+        find.runs([tmp_path])
+    path.write_text("")
+    with pytest.raises(ReportError, match=r"holds no records"):
+        find.runs([tmp_path])
+
+
+@pytest.mark.parametrize("score", [None, float("nan")])
+def test_a_missing_score_is_refused_not_counted_as_wrong(tmp_path, score):
+    write_run(tmp_path, "a", {"nano_doc": [(score, [16], [])]})
+    with pytest.raises(ReportError, match=r"document 0 has no anls score"):
+        find.runs([tmp_path])
+
+
+def test_a_score_out_of_range_is_refused(tmp_path):
+    write_run(tmp_path, "a", {"nano_doc": [(71.2, [16], [])]})
+    with pytest.raises(ReportError, match=r"scores 71.2 in anls"):
+        find.runs([tmp_path])
+
+
+def test_duplicates_truncated_lines_unknown_tasks_and_lost_outputs_are_refused(tmp_path):
+    write_run(tmp_path, "a", {"nano_doc": DOCUMENTS})
+    path = samples(tmp_path)
+    whole = path.read_text()
+    path.write_text(whole * 2)
+    with pytest.raises(ReportError, match=r"document 0 appears twice"):
+        find.runs([tmp_path])
+    path.write_text(whole[:-30])
+    with pytest.raises(ReportError, match=r"line 4 is not JSON.*rerun lmms-eval for nano_doc"):
+        find.runs([tmp_path])
+    path.write_text(whole)
+    other = path.rename(path.with_name("1_samples_other.jsonl"))
+    with pytest.raises(ReportError, match=r"no accuracy is defined for task 'other'.*--metric other=METRIC"):
+        find.runs([tmp_path])
+    other.unlink()
+    with pytest.raises(ReportError, match=r"no samples file of lmms-eval in .*--log_samples"):
+        find.runs([tmp_path])
+
+
+def test_a_named_metric_scores_an_unknown_task(tmp_path):
+    write_run(tmp_path, "a", {"nano_doc": DOCUMENTS})
+    path = samples(tmp_path)
+    path.rename(path.with_name("1_samples_other.jsonl"))
+    records_path = tmp_path / "runs" / "a" / "records.jsonl"
+    records_path.write_text(records_path.read_text().replace("nano_doc", "other"))
+    (run,) = find.runs([tmp_path], {"other": "anls"})
+    assert run.documents["score"].mean() == 0.625
+
+
+def test_records_of_another_version_and_broken_lines_are_refused(tmp_path):
+    write_run(tmp_path, "a", {"nano_doc": DOCUMENTS})
+    path = tmp_path / "runs" / "a" / "records.jsonl"
+    whole = path.read_text()
+    path.write_text(whole.replace('"version": 1', '"version": 99', 1))
+    with pytest.raises(ReportError, match=r"a: .*version 99; this release reads version 1"):
+        find.runs([tmp_path])
+    path.write_text('{"task": "na\n' + whole)
+    with pytest.raises(ReportError, match=r"a: .*line 1 is not JSON"):
+        find.runs([tmp_path])
+
+
+def test_damaged_compact_records_are_refused(tmp_path):
+    write_run(tmp_path / "sweep", "a", {"nano_doc": DOCUMENTS})
+    records.write(find.runs([tmp_path / "sweep"]), tmp_path / "small")
+    path = tmp_path / "small" / records.DOCUMENTS
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ReportError, match=r"is damaged"):
+        find.runs([tmp_path / "small"])
+    path.unlink()
+    with pytest.raises(ReportError, match=r"no documents.csv.gz"):
+        find.runs([tmp_path / "small"])
+    told = json.loads((tmp_path / "small" / records.RUNS).read_text())
+    (tmp_path / "small" / records.RUNS).write_text(json.dumps(told | {"version": 9}))
+    with pytest.raises(ReportError, match=r"is of version 9; this release reads version 1"):
+        find.runs([tmp_path / "small"])
