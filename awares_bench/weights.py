@@ -8,11 +8,16 @@ NANO = "nano"
 """The AwaRes checkpoint that ``pretrained`` defaults to: a small Qwen2.5-VL trained by this repository's own code."""
 
 
+def gate(name: str) -> str:
+    """``nano`` -> the CARES gate in this package, trained for the nano weights; anything else -> itself."""
+    return str(Path(__file__).parent / "weights" / "nano-cares" / "gate.safetensors") if name == NANO else name
+
+
 def resolve(pretrained: str) -> str:
     """``nano`` or ``nano-base`` -> the folder in this package; anything else (a path, a hub name) -> itself."""
     folder = Path(__file__).parent / "weights" / pretrained
     if pretrained.startswith(NANO) and "/" not in pretrained and not Path(pretrained).is_dir():
-        known = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+        known = sorted(p.name for p in folder.parent.iterdir() if (p / "config.json").exists()) if folder.parent.is_dir() else []
         if pretrained not in known:
             raise ValueError(
                 f"no weights named {pretrained!r} in the package; known: {', '.join(known) or 'none'}, or pass a folder or a hub name"

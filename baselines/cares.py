@@ -18,6 +18,7 @@ from awares_bench.gate import Gate
 from awares_bench.images import within
 from awares_bench.method import UNDER_TEST, Look, Policy
 from awares_bench.trajectory import Event, Sample, Turn
+from awares_bench.weights import gate as packaged
 
 STEP = 28
 """Sizes that Qwen2.5-VL tells apart: one merged token."""
@@ -29,7 +30,8 @@ _gate = lru_cache(maxsize=4)(Gate.load)
 class Cares(Policy):
     """Choose a size for each image, then ask.
 
-    gate:  file written by the gate's training: weights, the sizes it chooses from, the thumbnail and the depth it reads
+    gate:  file written by the gate's training: weights, the sizes it chooses from, the thumbnail and the depth it reads;
+           ``nano``: the one in the package
     proxy: checkpoint the gate was trained on; ``pretrained``: the model under test, whose tokens then count as its own
     mode:  ``continuous``: the expected size, rounded up to a whole token; ``discrete``: the most probable size
     """
@@ -47,7 +49,7 @@ class Cares(Policy):
         """The gate. Raises ValueError when there is none."""
         if not self.gate:
             raise ValueError("cares needs gate=FILE; train one with: python -m awares_bench.training.cares_gate --out FILE")
-        return _gate(self.gate)
+        return _gate(packaged(self.gate))
 
     def look(self, sample: Sample) -> Look:
         gate, views = self.opened(), []

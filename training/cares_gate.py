@@ -127,7 +127,8 @@ def documents(data: Path | None, count: int) -> list[tuple[Sample, list[str]]]:
     if data is None:
         families = world().FAMILIES
         made = [world().document(families[i % len(families)], NANO_SEEDS + i) for i in range(count)]
-        return [(Sample((d.image,), d.question, str(d.seed)), [d.answer]) for d in made]
+        asked = [world().prompt(d.family, d.question, d.options) for d in made]
+        return [(Sample((d.image,), text, str(d.seed)), [d.answer]) for d, text in zip(made, asked, strict=True)]
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()[:count] if line.strip()]
     opened = lambda row: Image.open(data.parent / row["image"]).convert("RGB")  # noqa: E731
     return [(Sample((opened(r),), r["question"], str(i)), list(r["answers"])) for i, r in enumerate(rows)]
