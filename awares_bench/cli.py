@@ -69,6 +69,12 @@ def main(argv: list[str] | None = None) -> int:
     data.add_argument("--documents", type=int, default=200, help="documents per task")
     data.add_argument("--out", type=Path, required=True)
 
+    train = commands.add_parser("train", help="train an AwaRes checkpoint: sft, then grpo")
+    train.add_argument("stage", choices=("sft", "grpo"))
+    train.add_argument("recipe", type=Path, help="YAML file, or the name of one that ships, such as nano_sft")
+    train.add_argument("set", nargs="*", metavar="KEY=VALUE", help="keys that win over the recipe's")
+    train.add_argument("--dry-run", action="store_true", help="render and score one batch, print masks and counts, take no step")
+
     commands.add_parser("methods", help="the known methods, what they need and what they cost")
     commands.add_parser("tasks", help="print the task folder, for lmms-eval --include_path")
 
@@ -147,6 +153,13 @@ def _nano_data(args) -> int:
     return 0
 
 
+def _train(args) -> int:
+    stage = import_module(f"awares_bench.training.{args.stage}")
+    recipe = import_module("awares_bench.training.recipe").load(stage.RECIPE, args.recipe, args.set)
+    (stage.dry_run if args.dry_run else stage.run)(recipe)
+    return 0
+
+
 def _methods(args) -> int:
     from . import registry
 
@@ -162,7 +175,15 @@ def _tasks(args) -> int:
     return 0
 
 
-_COMMANDS = {"demo": _demo, "report": _report, "show": _show, "nano-data": _nano_data, "methods": _methods, "tasks": _tasks}
+_COMMANDS = {
+    "demo": _demo,
+    "report": _report,
+    "show": _show,
+    "nano-data": _nano_data,
+    "train": _train,
+    "methods": _methods,
+    "tasks": _tasks,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
