@@ -62,7 +62,7 @@ def test_the_loss_is_the_weighted_mean_and_the_same_for_every_micro_batch(place,
     for step in whole:
         assert whole[step] == pytest.approx(parts[step], rel=1e-5)
     trainer = sft.build(recipe.check(sft.SFT, settings(place, f"whole-{tuning}", tuning=tuning)))
-    order = list(trainer.get_train_dataloader())[0]
+    order = next(iter(trainer.get_train_dataloader()))
     total = weight = 0.0
     for c in order:
         ids = torch.tensor([c.ids])
@@ -100,7 +100,9 @@ def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_digits(place, tunin
 
 def test_two_processes_have_the_loss_of_one(place):
     one = train(place, "one", tuning="full", micro_batch=2)
-    code = "import sys, json; from awares_bench.training import recipe, sft; sft.run(recipe.check(sft.SFT, json.loads(sys.argv[1])))"
+    code = (
+        "import sys, json; from awares_bench.training import recipe, sft; sft.run(recipe.check(sft.SFT, json.loads(sys.argv[1])))"
+    )
     said = settings(place, "two", tuning="full", micro_batch=2)
     ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": "2"}
     ranks = [
@@ -117,6 +119,7 @@ def test_the_result_loads_in_evaluation_and_says_what_the_adapters_say(place):
     train(place, "merged", steps=2, lr=0.02)
     vlm = VLM.load(str(place / "merged" / "checkpoint"), device="cpu")
     from awares_bench.training.scoring import Features, Scorer, pack
+
     from awares_bench.trajectory import Sample
 
     trainer = sft.build(recipe.check(sft.SFT, settings(place, "merged", steps=2, lr=0.02)))

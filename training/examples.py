@@ -63,7 +63,9 @@ def rows(data: str, needs: tuple[str, ...], columns: dict[str, str] | None = Non
         name = pictures if name == "image" else name
         bad = [i for i, value in enumerate(table[name]) if value is None or value == [] or value == ""]
         if bad:
-            raise DataError(f"{data!r}: {len(bad)} of {len(table)} rows have no {name}, the first at {bad[:5]}; fill or drop them")
+            raise DataError(
+                f"{data!r}: {len(bad)} of {len(table)} rows have no {name}, the first at {bad[:5]}; fill or drop them"
+            )
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -74,7 +75,7 @@ class Tuning(Run):
     """
 
     policy: str = key("awares")
-    policy_options: dict = key({})
+    policy_options: dict = key({})  # noqa: RUF009
     tuning: str = key("lora", one_of=("lora", "full"))
     lora_rank: int = key(8, low=1, high=1024)
     lora_alpha: int = key(16, low=1)
@@ -149,10 +150,8 @@ def _checked(f: Field, hint: Any, value: Any, where: str) -> Any:
         getattr(hint, "__name__", str(hint)).split("[")[0]
     ]
     if kind == (int, float) and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
+        with suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         hint_name = getattr(hint, "__name__", hint)
         raise RecipeError(f"{where}: {f.name} is {value!r}; it must be of type {hint_name}")

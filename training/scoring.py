@@ -84,7 +84,9 @@ def render(vlm: VLM, policy, sample: Sample, replies: list[str], call_weight: fl
         session.turns.append(turn)
         session.replies.append(reply)
     if max_length and len(out.ids) > max_length:
-        raise ValueError(f"sample {sample.key!r} has {len(out.ids)} tokens, max_length allows {max_length}; raise it, or drop the row")
+        raise ValueError(
+            f"sample {sample.key!r} has {len(out.ids)} tokens, max_length allows {max_length}; raise it, or drop the row"
+        )
     return out
 
 
