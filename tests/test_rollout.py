@@ -92,7 +92,7 @@ def test_a_forced_call_leads_to_the_answer_of_the_conversation_that_holds_it():
     policy = AwaRes()
     look = policy.look(sample)
     one = next(look)
-    (said,) = sampler.reply([Request(session, one, 6)], [call])
+    (said,) = sampler.reply([Request(session, one, 6)], forced=[call])
     step = look.send(said)
     two = step if isinstance(step, Turn) else next(look)
     (answer,) = sampler.reply([Request(session, two, 5)])

@@ -83,7 +83,7 @@ def answers_with(
     looks = [policy.look(sample) for _ in tried]
     turns = [_next_turn(look, None) for look in looks]
     calls = [PAPER_GRID.format(names) for names in tried]
-    said = sampler.reply([Request(s, t, 1) for s, t in zip(sessions, turns, strict=True)], calls)
+    said = sampler.reply([Request(s, t, 1) for s, t in zip(sessions, turns, strict=True)], forced=calls)
     turns = [_next_turn(look, reply) for look, reply in zip(looks, said, strict=True)]
     return sampler.reply([Request(s, t, max_new_tokens) for s, t in zip(sessions, turns, strict=True)])
 

@@ -67,9 +67,11 @@ class Sampler:
         return self.vlm.text(tokens, until)
 
     @torch.no_grad()
-    def reply(self, requests: list[Request], forced: list[str | None] | None = None) -> list[Reply]:
+    def reply(self, requests: list[Request], pruner=None, *, forced: list[str | None] | None = None) -> list[Reply]:
         """Answer one turn of each conversation. forced: a reply to put in the model's mouth instead; it is not scored."""
         vlm = self.vlm
+        if pruner is not None:
+            raise ValueError("rollouts see every visual token: train without a pruner")
         views = [tuple(View.of(vlm, image) for image in r.turn.images) for r in requests]
         ids = [vlm.chunk(r.session, r.turn, [v.grid for v in vs]) for r, vs in zip(requests, views, strict=True)]
         new = all(not r.session.replies for r in requests)
