@@ -66,7 +66,8 @@ def place(tmp_path_factory):
     nano.save(tiny_vlm().model, tiny_vlm().processor, folder / "random")
     write_rows(folder / "rows.parquet", label=lambda i: ("LR", "HR")[i % 2])
     said = {"start": str(folder / "random"), "data": str(folder / "rows.parquet"), "out": str(folder / "sft"), "device": "cpu"}
-    said |= {"batch": 8, "micro_batch": 8, "steps": 40, "lr": 3e-3, "tuning": "full", "log_every": 10, "save_every": 40}
+    said |= {"batch": 8, "micro_batch": 8, "steps": 10, "lr": 3e-3, "tuning": "full", "log_every": 10, "save_every": 10}
+    said |= {"schedule": "constant", "warmup": 0.0}
     sft.run(recipe.check(sft.SFT, said))
     return folder
 
@@ -79,7 +80,7 @@ def settings(place, out, **more):
         "device": "cpu",
     }
     said |= {"prompts": 4, "group": 4, "micro_batch": 2, "steps": 4, "lr": 1e-3, "log_every": 1, "save_every": 2}
-    said |= {"max_new_tokens": 8, "answer": "anls", "temperature": 1.3}
+    said |= {"max_new_tokens": 8, "answer": "exact"}
     return said | more
 
 
@@ -107,12 +108,12 @@ def test_the_loss_is_the_one_written_out_by_hand(place, scaling):
     parameters = [p for p in trainer.scorer.parameters() if p.requires_grad]
     mine = sum(trainer.compute_loss(trainer.scorer, groups, num_items_in_batch=count) for groups in micro)
     gradients = torch.cat([g.flatten() for g in torch.autograd.grad(mine, parameters)])
-    total, tokens = 0.0, [0, 0]
+    total, tokens, varied = 0.0, [0, 0], []
     for groups in micro:
         tokens[0] += pack([[r.conversation for r in g.rollouts] for g in groups], trainer.vlm).tokens
         for g in groups:
             worth = torch.tensor([p["reward"] for p in g.parts])
-            assert worth.std() > 0
+            varied.append(bool(worth.std() > 0))
             for r, a in zip(g.rollouts, worth - worth.mean(), strict=True):
                 alone = pack([[r.conversation]], trainer.vlm)
                 tokens[1] += alone.tokens
@@ -127,21 +128,23 @@ def test_the_loss_is_the_one_written_out_by_hand(place, scaling):
     reference = torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)])
     assert mine.item() == pytest.approx(total.item(), rel=1e-4, abs=1e-6)
     assert (gradients - reference).norm() / reference.norm() < 1e-4
-    assert tokens[0] < 0.6 * tokens[1]
+    assert tokens[0] < 0.6 * tokens[1] and sum(varied) > 1
 
 
 def test_a_run_learns_and_its_table_adds_up(place):
-    train(place, "learns", steps=20, tuning="full", answer="exact", log_every=2, save_every=20)
+    write_rows(place / "hard.parquet", label=lambda i: "HR")  # not to call costs 2
+    train(place, "learns", data=str(place / "hard.parquet"), steps=12, tuning="full", log_every=2, save_every=12)
     lines = [json.loads(x) for x in (place / "learns" / "log.jsonl").read_text().splitlines()]
-    assert sum(x["reward"] for x in lines[-3:]) > sum(x["reward"] for x in lines[:3]) + 0.3
-    assert lines[0]["sampler_dlogp"] < 1e-3 and abs(lines[0]["kl"]) < 0.05 < lines[-1]["kl"]
+    assert sum(x["reward"] for x in lines[-2:]) > sum(x["reward"] for x in lines[:2]) + 0.3
+    assert all(x["sampler_dlogp"] < 1e-3 for x in lines) and 0 <= lines[0]["kl"] < lines[-1]["kl"]
     import pandas
 
-    table = pandas.read_parquet(place / "learns" / "completions" / "000020.parquet")
+    table = pandas.read_parquet(place / "learns" / "completions" / "000012.parquet")
     assert len(table) == 16
     assert (table.reward - (table.answer - table.miss - table.use - table.area)).abs().max() < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_digits(place, tuning):
     whole = train(place, f"uncut-{tuning}", tuning=tuning)
@@ -155,6 +158,7 @@ def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_digits(place, tunin
     assert train(place, f"cut-{tuning}", tuning=tuning) == whole
 
 
+@pytest.mark.slow
 def test_micro_batches_and_processes_change_nothing(place):
     one = train(place, "one", steps=2)
     finer = train(place, "finer", steps=2, micro_batch=1)

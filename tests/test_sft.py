@@ -80,6 +80,7 @@ def test_the_loss_is_the_weighted_mean_and_the_same_for_every_micro_batch(place,
     assert whole[4][0] < whole[1][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_digits(place, tuning):
     whole = train(place, f"uncut-{tuning}", tuning=tuning, lora_dropout=0.1)
@@ -98,6 +99,7 @@ def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_digits(place, tunin
     assert train(place, out.name, tuning=tuning, lora_dropout=0.1) == whole
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_of_one(place):
     one = train(place, "one", tuning="full", micro_batch=2)
     code = (

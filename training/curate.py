@@ -15,6 +15,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Curate(Run):
     second_judge: a rule whose labels are compared with the judge's, as paper Table 2 does; none by default
     ties:       ``split``: both right is LR, both wrong is dropped; ``paper``: both are LR
     oracle:     ``boxes`` of the dataset, ``search`` on the base model, ``endpoint`` of a grounding model (paper)
+    parallel:   questions put to an endpoint at once; a local judge takes them one by one
     mapping:    ``coverage``, ``iou_argmax`` or ``iou_literal`` (paper Eq. 3), see ``oracles.crops_for``
     """
 
@@ -64,6 +66,7 @@ class Curate(Run):
     oracle_url: str = key("")
     mapping: str = key("coverage", one_of=("coverage", "iou_argmax", "iou_literal"))
     chunk: int = key(256, low=1)
+    parallel: int = key(8, low=1, high=256, log_only=True)
 
 
 RECIPE = Curate
@@ -71,7 +74,8 @@ RECIPE = Curate
 
 def staged(out: Path, name: str, rows: list[dict], chunk: int, work: Callable[[list[dict]], list[dict]]) -> list[dict]:
     """Apply ``work`` to chunks of rows, keeping each result as parquet; chunks that are there are read."""
-    import pandas
+    import pyarrow
+    from pyarrow import parquet
 
     made: list[dict] = []
     folder = out / name
@@ -79,10 +83,9 @@ def staged(out: Path, name: str, rows: list[dict], chunk: int, work: Callable[[l
     for start in tqdm(range(0, len(rows), chunk), desc=name, disable=None):
         path = folder / f"{start:07d}.parquet"
         if not path.exists():
-            table = pandas.DataFrame(work(rows[start : start + chunk]))
-            table.to_parquet(path.with_suffix(".tmp"))
+            parquet.write_table(pyarrow.Table.from_pylist(work(rows[start : start + chunk])), path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
-        made += pandas.read_parquet(path).to_dict("records")
+        made += parquet.read_table(path).to_pylist()
     return made
 
 
@@ -168,7 +171,16 @@ def answer(recipe: Curate, table, some: list[dict], vlm: VLM) -> list[dict]:
 
 def label(recipe: Curate, table, some: list[dict], grader) -> list[dict]:
     """Stages b and c: verdict (0 no difference, 1 low better, 2 full better), then the label, null where none is deserved."""
-    out, rule = [], judges.judge(recipe.judge) if recipe.judge in judges.RULES else judges.anls
+    out, rule, verdicts = [], judges.judge(recipe.judge) if recipe.judge in judges.RULES else judges.anls, {}
+    compare = getattr(grader, "compare", None)
+    if compare:
+        with ThreadPoolExecutor(recipe.parallel if recipe.judge == "endpoint" else 1) as pool:
+            asked = {
+                r["index"]: (_question(recipe, row), examples.answers(row), r["low"], r["full"])
+                for r in some
+                if r["error"] is None and (row := table[r["index"]])
+            }
+            verdicts = dict(zip(asked, pool.map(lambda a: compare(*a), asked.values()), strict=True))
     for r in some:
         row = table[r["index"]]
         accepted, made = examples.answers(row), dict(r, verdict=None, right_low=None, right_full=None, label=None, second=None)
@@ -177,8 +189,7 @@ def label(recipe: Curate, table, some: list[dict], grader) -> list[dict]:
             made["right_low"], made["right_full"] = (rule(question, accepted, r[x]) >= 0.5 for x in ("low", "full"))
             by_rule = 2 * made["right_full"] if made["right_full"] != made["right_low"] else 0
             by_rule = 1 if made["right_low"] and not made["right_full"] else by_rule
-            compare = getattr(grader, "compare", None)
-            made["verdict"] = compare(question, accepted, r["low"], r["full"]) if compare else by_rule
+            made["verdict"] = verdicts[r["index"]] if compare else by_rule
             made["label"] = _label(made["verdict"], made["right_low"] or made["right_full"], recipe.ties)
             if recipe.second_judge:
                 other = judges.judge(recipe.second_judge)
@@ -222,8 +233,8 @@ def crop(recipe: Curate, table, some: list[dict], model: Callable[[], VLM]) -> l
 
 def _write(recipe: Curate, table, labelled: list[dict], crops: dict[int, tuple[str, ...]], out: Path) -> None:
     """Stage f: the two files that the trainers read."""
+    from datasets import Dataset, Image, Sequence, Value, concatenate_datasets
     from datasets import Features as Schema
-    from datasets import Image, Sequence, Value, concatenate_datasets
 
     keep = [r for r in labelled if r["label"] == "LR" or crops.get(r["index"])]
     if not keep:
@@ -248,8 +259,6 @@ def _write(recipe: Curate, table, labelled: list[dict], crops: dict[int, tuple[s
         "crops": texts,
         "replies": texts,
     }
-    from datasets import Dataset
-
     pictures = "image" if "image" in picked.column_names else "images"
     whole = concatenate_datasets([picked.select_columns([pictures]), Dataset.from_dict(extra, Schema(schema))], axis=1)
     whole = whole.cast_column(pictures, Image() if pictures == "image" else Sequence(Image()))

@@ -55,6 +55,7 @@ class Sampler:
         self.prefilled = self.shared = self.passes = 0
         """Tokens prefilled, tokens that a shared prefill saved, decoding steps."""
         self._rows: list[int] = []  # id of the session in each row of the cache
+        self._views: dict[str, View] = {}
         self._numbers: dict[int, int] = {}  # session -> number of its conversation, in order of first appearance
 
     def visual_tokens(self, image) -> int:
@@ -72,7 +73,7 @@ class Sampler:
         vlm = self.vlm
         if pruner is not None:
             raise ValueError("rollouts see every visual token: train without a pruner")
-        views = [tuple(View.of(vlm, image) for image in r.turn.images) for r in requests]
+        views = [tuple(View.of(vlm, image, self._views) for image in r.turn.images) for r in requests]
         ids = [vlm.chunk(r.session, r.turn, [v.grid for v in vs]) for r, vs in zip(requests, views, strict=True)]
         new = all(not r.session.replies for r in requests)
         if not new and any(not r.session.replies for r in requests):

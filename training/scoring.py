@@ -31,10 +31,17 @@ class View:
     grid: Grid
 
     @classmethod
-    def of(cls, vlm: VLM, image: Image.Image) -> View:
+    def of(cls, vlm: VLM, image: Image.Image, known: dict[str, View] | None = None) -> View:
+        """known: views made before, by key; a picture among them is not processed again."""
+        settings = repr((image.size, vlm.limits)).encode()[:64]
+        key = hashlib.blake2b(image.tobytes(), digest_size=16, key=settings).hexdigest()
+        if known is not None and key in known:
+            return known[key]
         pixels, grid, _ = vlm.pixels(image)
-        digest = hashlib.blake2b(image.tobytes(), digest_size=16, key=repr((image.size, vlm.limits)).encode()[:64])
-        return cls(digest.hexdigest(), pixels, grid)
+        view = cls(key, pixels, grid)
+        if known is not None:
+            known[key] = view
+        return view
 
 
 @dataclass

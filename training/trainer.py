@@ -117,6 +117,10 @@ class ExactTrainer(Trainer):
 
     def __init__(self, scorer: Scorer, vlm: VLM, recipe: Tuning, **more):
         super().__init__(model=scorer, data_collator=list, callbacks=[_Log(Path(recipe.out).expanduser())], **more)
+        if self.is_fsdp_enabled or self.accelerator.distributed_type == "FSDP" or _zero3(self.accelerator):
+            raise RecipeError(
+                "weights sharded over processes (FSDP, ZeRO-3) are not supported: launch with DDP or ZeRO-1/2, or use lora"
+            )
         self.scorer, self.vlm, self.recipe = scorer, vlm, recipe
         self.features = Features(vlm, recipe.feature_mb)
         self.model_accepts_loss_kwargs = True  # our losses are normalised already: Trainer must not divide once more
@@ -192,6 +196,11 @@ class ExactTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         found = whole_checkpoints(out)
         self.train(resume_from_checkpoint=str(found[-1]) if found else None)
+
+
+def _zero3(accelerator) -> bool:
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
 
 
 def whole_checkpoints(out: Path) -> list[Path]:
