@@ -15,7 +15,7 @@ from awares_bench.training import examples
 from awares_bench.training.judges import judge
 from awares_bench.training.oracles import answers_with, hull, iou
 from awares_bench.training.rewards import union_area
-from awares_bench.training.rollout import Sampler
+from awares_bench.training.rollout import InStep, Sampler
 from awares_bench.training.scoring import Features
 from tqdm import tqdm
 
@@ -145,7 +145,7 @@ def direct(vlm: VLM, sample: Sample, features: Features, max_new_tokens: int) ->
     sampler = Sampler(vlm, features, 0.0)
     starts = {vlm.tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in ("GET_CROPS:", " GET_CROPS:")}
     sampler.never_first = sorted(starts)
-    ((_, outcome),) = Engine(sampler, AwaRes(on_malformed="answer"), 1).run([Job(sample, max_new_tokens)])
+    ((_, outcome),) = InStep(sampler, AwaRes(on_malformed="answer")).run([Job(sample, max_new_tokens)])
     return outcome.answer
 
 

@@ -16,7 +16,7 @@ from awares_bench.training.scoring import Conversation, Features, View
 from torch import Tensor
 from transformers import DynamicCache
 
-from awares_bench.engine import Engine, Failure, Job
+from awares_bench.engine import Engine, Failure, Job, _Run
 from awares_bench.method import Policy
 from awares_bench.session import Request
 from awares_bench.trajectory import Reply, Sample, Trajectory
@@ -32,6 +32,7 @@ class Sampled(Reply):
     written: tuple[int, ...] = ()
     logps: tuple[float, ...] = ()
     views: tuple[View, ...] = ()
+    forced: bool = False
 
 
 def banned(vlm: VLM) -> tuple[int, ...]:
@@ -40,7 +41,7 @@ def banned(vlm: VLM) -> tuple[int, ...]:
 
 
 class Sampler:
-    """An answering machine for ``Engine``: as ``VLM``, but samples, remembers log-probabilities and shares prefills.
+    """An answering machine for ``InStep``: as ``VLM``, but samples, remembers log-probabilities and shares prefills.
 
     All conversations must move together: the first call holds every first turn, a later one those that go on.
     temperature 0 takes the likeliest token. name_of: conversation number -> what seeds its random numbers.
@@ -73,28 +74,34 @@ class Sampler:
         vlm = self.vlm
         if pruner is not None:
             raise ValueError("rollouts see every visual token: train without a pruner")
+        if forced is None:  # a policy may put a reply into the model's mouth
+            forced = [getattr(r.turn, "said", None) for r in requests]
         views = [tuple(View.of(vlm, image, self._views) for image in r.turn.images) for r in requests]
         ids = [vlm.chunk(r.session, r.turn, [v.grid for v in vs]) for r, vs in zip(requests, views, strict=True)]
         new = all(not r.session.replies for r in requests)
         if not new and any(not r.session.replies for r in requests):
             raise ValueError("conversations must move together: some requests begin one, others continue one")
         logits = (self._first if new else self._next)(requests, ids, views)
-        said = [None] * len(requests) if forced is None else forced
-        fixed = [None if s is None else vlm.tokenizer(s, add_special_tokens=False)["input_ids"] for s in said]
+        fixed = [None if s is None else vlm.tokenizer(s, add_special_tokens=False)["input_ids"] for s in forced]
         written, logps = self._write(logits, requests, fixed)
         out = []
         for b, (r, tokens) in enumerate(zip(requests, written, strict=True)):
+            put = fixed[b] is not None
             ended = bool(tokens) and tokens[-1] == vlm.tokenizer.eos_token_id
             kept = tokens[:-1] if ended else tokens
             text = vlm.text(kept, r.until)
             visual = sum(v.grid[1] * v.grid[2] for v in views[b]) // vlm.processor.image_processor.merge_size**2
             usage = Usage(visual, float(visual), len(ids[b]) - visual, len(kept))
             shown = ids[b][self._carried[b] :]
-            out.append(Sampled(text, tuple(kept), usage, ended, tuple(shown), tuple(tokens), tuple(logps[b]), views[b]))
+            out.append(
+                Sampled(
+                    text, tuple(kept), usage, ended, tuple(shown), tuple(tokens), tuple(logps[b]), views[b], fixed[b] is not None
+                )
+            )
             r.session.turns.append(r.turn)
             r.session.replies.append(text)
             # the last token said was never fed; the template's own end stands for a sampled end
-            r.session.pending = list(fixed[b]) if fixed[b] is not None else ([] if ended else tokens[-1:])
+            r.session.pending = list(fixed[b]) if put else ([] if ended else tokens[-1:])
         return out
 
     # ------------------------------------------------------------------ prefill
@@ -203,6 +210,31 @@ class Sampler:
         return out.to(self.vlm.device)
 
 
+class InStep(Engine):
+    """Evaluation's engine, all conversations moving together: every first turn in one batch, then every second."""
+
+    def run(self, jobs):
+        waiting: list[_Run] = []
+        for index, job in enumerate(jobs):
+            started = self._start(index, job)
+            if isinstance(started, _Run):
+                waiting.append(started)
+            else:
+                yield index, started
+        while waiting:
+            requests = [Request(r.session, r.turn, max(r.job.max_new_tokens, r.turn.budget or 0), r.job.until) for r in waiting]
+            still = []
+            for run, reply in zip(waiting, self.vlm.reply(requests), strict=True):
+                run.turns.append(run.turn)
+                run.replies.append(reply)
+                outcome = self._advance(run, reply)
+                if outcome is None:
+                    still.append(run)
+                else:
+                    yield run.index, outcome
+            waiting = still
+
+
 @dataclass(frozen=True)
 class Rollout:
     """A sampled exchange: the trajectory as evaluation reports it, the conversation as training scores it, its sampled logps."""
@@ -234,7 +266,7 @@ def rollouts(
     """``size`` sampled exchanges for each sample, and the sampler with its counts. Raises ValueError for a sample that fails."""
     sampler = Sampler(vlm, features, temperature, seed, lambda n: f"{samples[n // size].key}/{n % size}")
     jobs = [Job(s, max_new_tokens) for s in samples for _ in range(size)]
-    outcomes: dict[int, Trajectory | Failure] = dict(Engine(sampler, policy, len(jobs)).run(jobs))
+    outcomes: dict[int, Trajectory | Failure] = dict(InStep(sampler, policy).run(jobs))
     made = []
     for i in range(len(jobs)):
         outcome = outcomes[i]
@@ -245,12 +277,12 @@ def rollouts(
 
 
 def _conversation(trajectory: Trajectory, vlm: VLM) -> tuple[Conversation, tuple[float, ...]]:
-    out, logps, end = Conversation(), [], vlm.tokenizer.eos_token_id
+    out, logps = Conversation(), []
     for i, reply in enumerate(trajectory.replies):
         # a sampled end is the end that opens the next turn
-        shown = list(reply.shown)[1:] if i and trajectory.replies[i - 1].complete else list(reply.shown)
+        before = trajectory.replies[i - 1] if i else None
+        shown = list(reply.shown)[1 if before and before.complete and not before.forced else 0 :]
         out.shown(shown, list(reply.views))
-        out.wrote(list(reply.written))
-        logps += reply.logps
-        assert reply.complete == (reply.written[-1] == end)
+        out.wrote(list(reply.written), 0.0 if reply.forced else 1.0)
+        logps += () if reply.forced else reply.logps
     return out, tuple(logps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from awares_bench.session import Session
-from awares_bench.trajectory import Sample, Turn
+from awares_bench.trajectory import Reply, Sample, Turn
 from awares_bench.vlm import VLM, mrope_positions
 
 Grid = tuple[int, int, int]
@@ -77,17 +78,12 @@ def render(vlm: VLM, policy, sample: Sample, replies: list[str], call_weight: fl
     call_weight: loss weight of every reply but the last (paper Sec. 3.3: 5). Raises ValueError when the policy wants more or
     fewer turns than there are replies, or when the conversation is longer than ``max_length`` tokens.
     """
-    out, session, look = Conversation(), Session(), policy.look(sample)
-    reply, end = None, vlm.tokenizer.eos_token_id
-    for turn in _turns(look, replies):
+    out, session, end = Conversation(), Session(), vlm.tokenizer.eos_token_id
+    for turn, reply, weight in _turns(policy.look(sample), replies, call_weight):
         views = [View.of(vlm, image) for image in turn.images]
         ids = vlm.chunk(session, turn, [v.grid for v in views])
-        if session.replies:  # the template's own end of the reply before
-            ids = ids[1:]
-        out.shown(ids, views)
-        reply = replies[len(session.replies)]
-        last = len(session.replies) + 1 == len(replies)
-        out.wrote([*vlm.tokenizer(reply, add_special_tokens=False)["input_ids"], end], 1.0 if last else call_weight)
+        out.shown(ids[1:] if session.replies else ids, views)  # the end of the reply before is written already
+        out.wrote([*vlm.tokenizer(reply, add_special_tokens=False)["input_ids"], end], weight)
         session.turns.append(turn)
         session.replies.append(reply)
     if max_length and len(out.ids) > max_length:
@@ -97,10 +93,8 @@ def render(vlm: VLM, policy, sample: Sample, replies: list[str], call_weight: fl
     return out
 
 
-def _turns(look, replies: list[str]):
-    """The turns a policy takes when it is told ``replies``."""
-    from awares_bench.trajectory import Reply
-
+def _turns(look, replies: list[str], call_weight: float) -> Iterator[tuple[Turn, str, float]]:
+    """The turns a policy takes when it is told ``replies``, each with its reply and the reply's weight."""
     told, sent = None, 0
     while True:
         try:
@@ -111,10 +105,16 @@ def _turns(look, replies: list[str]):
             if sent < len(replies):
                 raise ValueError(f"the row has {len(replies)} replies, the policy ends after {sent}: {replies!r}") from None
             return
-        if sent == len(replies):
-            raise ValueError(f"the row has {len(replies)} replies, the policy asks for more: {replies!r}")
-        yield step
-        told, sent = Reply(replies[sent]), sent + 1
+        put = getattr(step, "said", None)  # a reply that the policy puts into the model's mouth
+        if put is None:
+            if sent == len(replies):
+                raise ValueError(f"the row has {len(replies)} replies, the policy asks for more: {replies!r}")
+            sent += 1
+            yield step, replies[sent - 1], 1.0 if sent == len(replies) else call_weight
+            told = Reply(replies[sent - 1])
+        else:
+            yield step, put, 0.0
+            told = Reply(put)
 
 
 class Features:
