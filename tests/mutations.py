@@ -23,6 +23,10 @@ MUTATIONS = [
     ("ratio inverted", "awares_bench/usage.py", "self.prefill / full_tokens", "full_tokens / self.prefill", "test_awares"),
     ("second turn not counted", "awares_bench/trajectory.py", "(r.usage for r in self.replies)", "(r.usage for r in self.replies[:1])", "test_awares"),
     ("loss on the question", "training/conversation.py", "say(self.encode(f\"{text}<|im_end|>\\n<|im_start|>assistant\\n\"))", "say(self.encode(f\"{text}<|im_end|>\\n<|im_start|>assistant\\n\"), 1.0)", "test_training"),
+    ("continuations of a group see each other", "training/scoring.py", "(segment[:, None] == segment[..., None])", "(segment[:, None] > 0)", "test_scoring"),
+    ("first token predicted from another continuation", "training/scoring.py", "before = shared - 1 if at == shared else start + at - shared - 1", "before = start + at - shared - 1", "test_scoring"),
+    ("call weighted as the answer", "training/scoring.py", "1.0 if sent == len(replies) else call_weight", "1.0", "test_scoring"),
+    ("direct answers charged whatever the label", "training/rewards.py", 'if truth.label == "HR" and not called(r)', "if not called(r)", "test_grpo"),
     ("missing score counted as wrong", "reports/load.py", "if value is None or value != value:", "if False:", "test_reports"),
 ]  # fmt: skip
 

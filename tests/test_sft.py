@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,6 +176,9 @@ def test_rows_that_lack_something_are_named(tmp_path):
     write_rows(tmp_path / "rows.parquet", question=lambda i: "" if i == 3 else "q")
     with pytest.raises(examples.DataError, match=r"1 of 8 rows have no question, the first at \[3\]"):
         examples.rows(str(tmp_path / "rows.parquet"), ("image", "question"))
+    write_rows(tmp_path / "blind.parquet", image=lambda i: None if i == 2 else picture(56, 56))
+    with pytest.raises(examples.DataError, match=r"1 of 8 rows have no image, the first at \[2\]"):
+        examples.rows(str(tmp_path / "blind.parquet"), ("image", "question"))
     with pytest.raises(examples.DataError, match="no column 'quest'"):
         examples.rows(str(tmp_path / "rows.parquet"), ("question",), {"question": "quest"})
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "question": "q", "answer": "1"}) + "\n")
@@ -189,3 +193,19 @@ def test_a_dry_run_shows_masks_and_counts_and_takes_no_step(place, capsys):
     said = capsys.readouterr().out
     assert "weight 5: \"GET_CROPS: ['1', '6']<|im_end|>\"" in said and "weighted loss" in said
     assert not (place / "dry").exists()
+
+
+def test_the_recipes_that_ship_are_read_and_name_their_start():
+    from awares_bench.training import curate, grpo
+
+    folder = Path(recipe.__file__).parent / "recipes"
+    kinds = {"sft": sft.SFT, "grpo": grpo.GRPO, "curate": curate.Curate}
+    found = sorted(p.stem for p in folder.glob("*.yaml"))
+    assert len(found) >= 7
+    for name in found:
+        cls = next(c for word, c in kinds.items() if word in name)
+        made = recipe.load(cls, name, ["out=elsewhere"])
+        assert made.out == "elsewhere" and made.start
+    paper = recipe.load(grpo.GRPO, "paper_grpo_7b")
+    assert (paper.miss, paper.use, paper.area, paper.group, paper.beta, paper.lr) == (2, 0.25, 0.01, 8, 0.05, 1e-5)
+    assert recipe.load(sft.SFT, "paper_sft_7b").call_weight == 5

@@ -61,7 +61,10 @@ def rows(data: str, needs: tuple[str, ...], columns: dict[str, str] | None = Non
         table = _rooted(table, pictures, path.parent).cast_column(pictures, one if pictures == "image" else Sequence(one))
     for name in needs:
         name = pictures if name == "image" else name
-        bad = [i for i, value in enumerate(table[name]) if value is None or value == [] or value == ""]
+        if name == pictures:  # without reading the pictures themselves
+            bad = [i for i, null in enumerate(table.data.column(name).is_null().to_pylist()) if null]
+        else:
+            bad = [i for i, value in enumerate(table[name]) if value is None or value == [] or value == ""]
         if bad:
             raise DataError(
                 f"{data!r}: {len(bad)} of {len(table)} rows have no {name}, the first at {bad[:5]}; fill or drop them"

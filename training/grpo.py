@@ -116,7 +116,7 @@ class GRPOTrainer(ExactTrainer):
         batches = self.take(epoch_iterator, num_batches)
         prompts, r, step = [p for batch in batches for p in batch], self.recipe, self.state.global_step
         self.scorer.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.accelerator.autocast():
             seed = f"{r.seed}/{step}"
             samples = [p.sample for p in prompts]
             made, sampler = rollouts(
@@ -148,7 +148,7 @@ class GRPOTrainer(ExactTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         r, groups = self.recipe, inputs
         packed = pack([[x.conversation for x in g.rollouts] for g in groups], self.vlm, self.args.device)
-        scores, entropy = model(packed, self.features(packed.views))
+        scores, entropy = model(packed, self.seen(packed.views))
         some, device = [x for g in groups for x in g.rollouts], scores.device
         advantage = torch.tensor([a for g in groups for a in g.advantages], device=device)[packed.owner]  # (N,)
         length = torch.tensor([x.written for x in some], device=device, dtype=scores.dtype)[packed.owner]

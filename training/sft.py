@@ -66,7 +66,7 @@ class SFTTrainer(ExactTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         packed = pack([[c] for c in inputs], self.vlm, self.args.device)
-        scores, _ = model(packed, self.features(packed.views))
+        scores, _ = model(packed, self.seen(packed.views))
         called = packed.weight != 1
         for name, on in (("nll_call", called), ("nll_answer", ~called)):
             if on.any():

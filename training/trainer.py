@@ -126,6 +126,11 @@ class ExactTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # our losses are normalised already: Trainer must not divide once more
         self.figures: dict[str, list[float]] = {}
 
+    def seen(self, views) -> torch.Tensor | None:
+        """Vision features in the precision of training; the tower is outside of what Accelerate autocasts."""
+        with self.accelerator.autocast():
+            return self.features(views)
+
     # ------------------------------------------------------------------ sums over processes
 
     def total(self, value: float) -> float:
