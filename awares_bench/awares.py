@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from PIL import Image
+
 from .crops import PAPER_GRID, CropRequestError
 from .images import SMALLEST_SIDE, half
 from .method import Look, Policy
@@ -39,17 +41,21 @@ class AwaRes(Policy):
         if not isinstance(self.call_budget, int) or self.call_budget < CALL_BUDGET:
             raise ValueError(f"call_budget is {self.call_budget!r}; a call for several crops needs at least {CALL_BUDGET} tokens")
 
+    def choose(self, sample: Sample, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Regions that are fetched when ``names`` are asked for; a control may choose others."""
+        return names
+
+    def cut(self, image: Image.Image, names: tuple[str, ...]) -> list[Image.Image]:
+        """What is shown of the chosen regions; a control may show something else."""
+        return PAPER_GRID.cut(image, names)
+
     def look(self, sample: Sample) -> Look:
         if len(sample.images) != 1:
-            if sample.images:
-                yield Event("several_images", f"{len(sample.images)} images: a crop has no image id, so all are shown in full")
-            else:
-                yield Event("no_image", "answered from the text alone")
-            return (yield Turn(sample.images, sample.question))
+            return (yield from without_crops(sample))
 
         (image,) = sample.images
         system = PAPER_GRID.prompt_as(self.prompt)
-        reply = yield Turn((half(image),), sample.question, system=system, last=False, budget=self.call_budget)
+        reply = yield Turn((half(image),), sample.question, system=system, last=False, budget=self.call_budget, calls=PAPER_GRID)
         try:
             request = PAPER_GRID.parse(reply.text)
         except CropRequestError as error:
@@ -64,15 +70,43 @@ class AwaRes(Policy):
                 return reply
             names = request.names
 
-        if min(image.size) < SMALLEST_SIDE and names != ("all",):
-            detail = f"{image.width}x{image.height} is too small to cut, so the whole image is sent for {', '.join(names)}"
-            yield Event("crops_too_small", detail)
-            names = ("all",)
-        yield Event("crops", ",".join(names))
-        reply = yield Turn(tuple(PAPER_GRID.cut(image, names)))
+        names = yield from fit(image, self.choose(sample, names))
+        reply = yield Turn(tuple(self.cut(image, names)))
         if _is_call(reply.text):
             yield Event("call_in_answer", f"a second call counts as the answer text: {reply.text!r}")
         return reply
+
+
+def without_crops(sample: Sample) -> Look:
+    """Documents that crops cannot serve, answered and noted: several images, or none."""
+    if sample.images:
+        yield Event("several_images", f"{len(sample.images)} images: a crop has no image id, so all are shown in full")
+    else:
+        yield Event("no_image", "answered from the text alone")
+    return (yield Turn(sample.images, sample.question))
+
+
+def fit(image: Image.Image, names: tuple[str, ...]):
+    """Note the regions about to be shown -> the regions: the whole image where it is too small to cut."""
+    if min(image.size) < SMALLEST_SIDE and names != ("all",):
+        detail = f"{image.width}x{image.height} is too small to cut, so the whole image is sent for {', '.join(names)}"
+        yield Event("crops_too_small", detail)
+        names = ("all",)
+    yield Event("crops", ",".join(names))
+    return names
+
+
+def give(sample: Sample, names: tuple[str, ...], crops: list[Image.Image], form: str, prompt: str = "paper") -> Look:
+    """The half-size view and crops that the model did not ask for; the sample has one image.
+
+    form: ``call``: AwaRes' two turns, a call for ``names`` put into the model's mouth, for weights trained for AwaRes;
+          ``plain``: half-size view and crops in one message, for any weights
+    """
+    view = half(sample.images[0])
+    if form == "plain":
+        return (yield Turn((view, *crops), sample.question))
+    yield Turn((view,), sample.question, system=PAPER_GRID.prompt_as(prompt), last=False, said=PAPER_GRID.format(names))
+    return (yield Turn(tuple(crops)))
 
 
 def _is_call(text: str) -> bool:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .session import Request, Session
+from .pruning import Chunk
+from .session import Session
+from .writer import Writer
 
 if TYPE_CHECKING:
     from .vlm import VLM
@@ -21,88 +23,104 @@ class Batch:
     explicit, so that a row computes what it would alone.
     """
 
-    def __init__(self, vlm: VLM, sessions: list[Session], ids: list[list[int]], placed: list, features: Tensor | None):
+    def __init__(self, vlm: VLM, sessions: list[Session], chunks: list[Chunk]):
         self.vlm, device = vlm, vlm.device
-        rows, past, new = len(ids), max(s.length for s in sessions), max(map(len, ids))
-        self.ids = torch.full((rows, new), vlm.tokenizer.pad_token_id, device=device)
+        rows, past, new = len(chunks), max(s.length for s in sessions), max(len(c.embeds) for c in chunks)
+        self.embeds = chunks[0].embeds.new_zeros((rows, new, chunks[0].embeds.shape[1]))
         self.positions = torch.zeros((3, rows, new), dtype=torch.long, device=device)
         self.mask = torch.zeros((rows, past + new), dtype=torch.long, device=device)  # (B, L): 1 where there is a token
-        self.prompt_length = past + new
-        for b, (session, chunk, (positions, _)) in enumerate(zip(sessions, ids, placed, strict=True)):
-            self.ids[b, new - len(chunk) :] = torch.tensor(chunk, device=device)
-            self.positions[:, b, new - len(chunk) :] = positions.to(device)
+        for b, (session, chunk) in enumerate(zip(sessions, chunks, strict=True)):
+            self.embeds[b, new - len(chunk.embeds) :] = chunk.embeds
+            self.positions[:, b, new - len(chunk.embeds) :] = chunk.positions
             self.mask[b, past - session.length : past] = 1
-            self.mask[b, past + new - len(chunk) :] = 1
-        self.next = torch.tensor([after for _, after in placed], device=device)  # (B,)
+            self.mask[b, past + new - len(chunk.embeds) :] = 1
+        self.visual = [float(c.visual) for c in chunks]  # visual tokens entering a decoder layer, mean over the layers
+        self.after = [c.after for c in chunks]
+        self.next = torch.tensor(self.after, device=device)  # (B,), the position of the reply's first token
+        self.fed = [0] * rows  # tokens of the reply that are in the cache
+        self.rows = list(range(rows))  # of the request that each row of the batch belongs to
+        self.done: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # caches of rows that left the batch
         self.cache = DynamicCache(config=vlm.decoder.config)
         if past:
             for layer in range(vlm.decoder.config.num_hidden_layers):
                 self.cache.update(
                     *(
-                        self._stack([getattr(s, kind)[layer] if s.keys else None for s in sessions], past)
+                        self._stack([getattr(s, kind)[layer] if s.keys else None for s in sessions])
                         for kind in ("keys", "values")
                     ),
                     layer,
                 )
-        self.embeds = vlm.decoder.get_input_embeddings()(self.ids)
-        if features is not None:
-            where = (self.ids == vlm.image_token)[..., None].expand_as(self.embeds)
-            self.embeds = self.embeds.masked_scatter(where, features.to(self.embeds.dtype))
 
     @staticmethod
-    def _stack(rows: list[Tensor | None], length: int) -> Tensor:
-        """(H, L_b, D) per row -> (B, H, length, D), padded on the left."""
+    def _stack(rows: list[Tensor | None]) -> Tensor:
+        """(H, L_b, D) per row -> (B, H, longest, D), padded on the left."""
         like = next(r for r in rows if r is not None)
+        length = max(r.shape[1] for r in rows if r is not None)
         out = like.new_zeros((len(rows), like.shape[0], length, like.shape[2]))
         for b, row in enumerate(rows):
             if row is not None:
                 out[b, :, length - row.shape[1] :] = row
         return out
 
-    def _forward(self, embeds: Tensor, positions: Tensor) -> Tensor:
+    def _forward(self, embeds: Tensor, positions: Tensor, last: int) -> Tensor:
+        """-> scores after each of the ``last`` columns (B, last, vocabulary), in float32."""
         out = self.vlm.decoder(
             inputs_embeds=embeds, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
         )
-        logits = self.vlm.model.lm_head(out.last_hidden_state[:, -1]).float()  # (B, vocabulary)
-        if self.vlm.trace is not None:
-            self.vlm.trace.append(logits.clone())
-        return logits
+        return self.vlm.model.lm_head(out.last_hidden_state[:, -last:]).float()
 
     def prefill(self) -> Tensor:
-        return self._forward(self.embeds, self.positions)
+        """-> scores after the prompt (B, 1, vocabulary)."""
+        return self._forward(self.embeds, self.positions, 1)
 
-    def decode(self, logits: Tensor, requests: list[Request]) -> tuple[list[list[int]], list[bool]]:
-        """Greedy continuation of every row -> token ids (end token excluded), and whether the row ended by itself."""
-        vlm, rows = self.vlm, len(requests)
-        written: list[list[int]] = [[] for _ in range(rows)]
-        live, ended = [True] * rows, [False] * rows
-        for step in range(max(r.budget for r in requests)):
-            chosen = logits.argmax(-1).tolist()
-            for b, r in enumerate(requests):
-                if not live[b]:
-                    continue
-                if chosen[b] in vlm.stop:
-                    live[b], ended[b] = False, True
-                    continue
-                written[b].append(chosen[b])
-                if r.until and any(s in vlm.tokenizer.decode(written[b], skip_special_tokens=True) for s in r.until):
-                    live[b], ended[b] = False, True
-                elif len(written[b]) >= r.budget:
-                    live[b] = False
-            if not any(live):
-                break
-            on = torch.tensor(live, device=vlm.device, dtype=self.mask.dtype)[:, None]
-            self.mask = torch.cat([self.mask, on], 1)
-            tokens = torch.tensor(chosen, device=vlm.device)[:, None]
-            positions = (self.next + step)[None, :, None].expand(3, -1, -1)
-            logits = self._forward(vlm.decoder.get_input_embeddings()(tokens), positions)
-        return written, ended
+    def decode(self, logits: Tensor, writers: list[Writer]) -> None:
+        """Write every row's reply, greedily. Rows that are done leave the batch once they are half of it."""
+        for b, best in enumerate(logits.argmax(-1).tolist()):
+            if writers[b].live:
+                writers[b].take([0], best, logits[b])  # what was fed is the prompt
+        while live := [i for i, b in enumerate(self.rows) if writers[b].live]:
+            if len(live) <= len(self.rows) // 2:
+                self._drop_all_but(live, writers)
+            feeds = [writers[b].feed() if writers[b].live else [] for b in self.rows]
+            logits = self._step(feeds)
+            width, best = logits.shape[1], logits.argmax(-1).tolist()
+            stands = [0] * len(feeds)
+            for i, (b, fed) in enumerate(zip(self.rows, feeds, strict=True)):
+                if fed:
+                    writers[b].passes += 1
+                    stands[i] = writers[b].take(fed, best[i][width - len(fed) :], logits[i, width - len(fed) :])
+                    self.fed[b] += stands[i]
+            if any(n < len(fed) for n, fed in zip(stands, feeds, strict=True)):  # a draft that did not hold leaves a hole
+                on = [[0] * (width - len(f)) + [1] * n + [0] * (len(f) - n) for n, f in zip(stands, feeds, strict=True)]
+                self.mask[:, -width:] = torch.tensor(on, device=self.vlm.device)
 
-    def keep(self, b: int, session: Session, tokens: list[int]) -> None:
-        """Move row ``b`` of the cache into its session. A last token that the budget cut off was never fed: it opens the next chunk."""
-        held = self.mask[b].nonzero().squeeze(1)
-        fed = int(self.mask[b, self.prompt_length :].sum())
-        session.keys = [layer.keys[b][:, held] for layer in self.cache.layers]
-        session.values = [layer.values[b][:, held] for layer in self.cache.layers]
-        session.next_position = int(self.next[b]) + fed
-        session.pending = tokens[fed:]
+    def _step(self, feeds: list[list[int]]) -> Tensor:
+        """Feed each row its tokens, none where a row is done -> scores after each, padded on the left."""
+        width, device, pad = max(map(len, feeds)), self.vlm.device, self.vlm.tokenizer.pad_token_id
+        tokens = torch.tensor([[pad] * (width - len(f)) + f for f in feeds], device=device)
+        on = torch.tensor([[0] * (width - len(f)) + [1] * len(f) for f in feeds], device=device)
+        start = self.next + torch.tensor([self.fed[b] for b in self.rows], device=device)
+        positions = start[:, None] + (on.cumsum(1) - 1).clamp(min=0)  # (B, width)
+        self.mask = torch.cat([self.mask, on], 1)
+        return self._forward(self.vlm.decoder.get_input_embeddings()(tokens), positions.expand(3, -1, -1), width)
+
+    def _drop_all_but(self, live: list[int], writers: list[Writer]) -> None:
+        for i, b in enumerate(self.rows):
+            if i not in live and not writers[b].request.turn.last:
+                self.done[b] = self._row(i)
+        keep = torch.tensor(live, device=self.vlm.device)
+        self.cache.batch_select_indices(keep)
+        self.mask, self.next = self.mask[keep], self.next[keep]
+        self.rows = [self.rows[i] for i in live]
+
+    def _row(self, i: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of row ``i`` without padding and holes, (H, L, D) per layer."""
+        at = self.mask[i].nonzero().squeeze(1)
+        layers = self.cache.layers
+        return [x.keys[i][:, at] for x in layers], [x.values[i][:, at] for x in layers]
+
+    def keep(self, b: int, session: Session, written: list[int]) -> None:
+        """Move row ``b`` of the cache into its session. Tokens written but never fed open its next chunk."""
+        session.keys, session.values = self.done.pop(b) if b in self.done else self._row(self.rows.index(b))
+        session.next_position = self.after[b] + self.fed[b]
+        session.pending = written[self.fed[b] :]

@@ -27,6 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--pretrained", default="nano", help="checkpoint (default: the nano weights in the package)")
     demo.add_argument("--batch-size", type=int, default=8)
 
+    sweep = commands.add_parser("run", help="a recipe of methods, options and tasks: one command, one folder, resumable")
+    sweep.add_argument("recipe", help="a YAML file, or the name of a recipe in the package: nano, paper_table1")
+    sweep.add_argument("--out", type=Path, help="output folder (default: awares-runs/RECIPE); a second call resumes there")
+    sweep.add_argument("--limit", type=int, help="documents per task, for a trial (default: the recipe's)")
+    sweep.add_argument("--pretrained", help="checkpoint of every cell, in place of the recipe's")
+    sweep.add_argument("--batch-size", type=int, help="conversations in flight, in place of the recipe's")
+
     report = commands.add_parser(
         "report", help="tables, figures and index.html of runs, with the paper's numbers beside ours; no model needed"
     )
@@ -68,6 +75,26 @@ def main(argv: list[str] | None = None) -> int:
     data.add_argument("--seed", type=int, required=True, help="suite number; 0 is the shipped suite")
     data.add_argument("--documents", type=int, default=200, help="documents per task")
     data.add_argument("--out", type=Path, required=True)
+
+    bench = commands.add_parser("bench", help="measure the engine against what it replaces, on this machine")
+    bench.add_argument("what", choices=["engine", "pruners"], help="pruners: time and memory of every pruner's own work")
+    which = bench.add_mutually_exclusive_group()
+    which.add_argument("--pretrained", help="checkpoint folder, hub name, nano or nano-base (default: nano)")
+    which.add_argument(
+        "--geometry", choices=["nano", "3b", "7b"], help="published sizes with random weights, nothing to download"
+    )
+    bench.add_argument("--layers", type=int, help="cut decoder and tower to so many layers; printed with the result")
+    bench.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    bench.add_argument("--device", default="auto")
+    bench.add_argument("--tokens", type=int, default=1200, help="visual tokens of a page")
+    bench.add_argument("--batch", type=int, default=1, help="pages at a time")
+    bench.add_argument("--call-rate", type=float, default=1.0, help="share of the pages that call for one quadrant")
+    bench.add_argument("--answer", type=int, default=8, help="tokens of an answer")
+    bench.add_argument("--retention", type=float, default=0.5, help="of the pruners")
+    bench.add_argument("--repeats", type=int, default=5)
+    bench.add_argument("--documents", type=int, default=48, help="of the nano suite")
+    bench.add_argument("--parts", default="vision,turns,stock,suite", help="comma-separated; leave out what takes too long")
+    bench.add_argument("--json", type=Path, help="write the result there")
 
     train = commands.add_parser("train", help="train an AwaRes checkpoint: sft, then grpo")
     train.add_argument("stage", choices=("sft", "grpo"))
@@ -113,6 +140,19 @@ def _demo(args) -> int:
 
     run(args.out, args.methods.split(","), args.suite, args.limit, args.pretrained, args.batch_size)
     return 0
+
+
+def _run(args) -> int:
+    from . import sweep
+
+    recipe = sweep.read(args.recipe, args.limit, pretrained=args.pretrained, batch_size=args.batch_size)
+    out = args.out or Path("awares-runs") / Path(args.recipe).stem
+    ended = sweep.run(recipe, out)
+    failed = [c for c in ended if c["status"] == "failed"]
+    for cell in failed:
+        print(f"failed: {cell['label']}: {cell['error']} (more in {out / 'lmms' / cell['cell'] / 'error.txt'})", file=sys.stderr)
+    print(f"{len(ended) - len(failed)} of {len(ended)} cells are done in {out}; awares-bench report {out}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _report(args) -> int:
@@ -165,6 +205,24 @@ def _nano_data(args) -> int:
     return 0
 
 
+def _bench(args) -> int:
+    if args.what == "pruners":
+        from .bench_pruners import run as bench_pruners
+
+        more = (args.device, args.dtype, args.json)
+        bench_pruners(args.geometry or "nano", args.tokens, args.retention, args.repeats, *more)
+        return 0
+    from .bench import run
+
+    known, parts = ("vision", "turns", "stock", "suite"), tuple(args.parts.split(","))
+    if unknown := [p for p in parts if p not in known]:
+        raise ValueError(f"--parts holds {unknown[0]!r}; known: {', '.join(known)}")
+    pretrained = args.pretrained or (None if args.geometry else "nano")
+    more = (args.tokens, args.batch, args.call_rate, args.answer, args.repeats, parts, args.documents, args.json)
+    run(pretrained, args.geometry, args.layers, args.dtype, args.device, *more)
+    return 0
+
+
 def _train(args) -> int:
     stage = import_module(f"awares_bench.training.{args.stage}")
     recipe = import_module("awares_bench.training.recipe").load(stage.RECIPE, args.recipe, args.set)
@@ -201,8 +259,8 @@ def _methods(args) -> int:
 
     for name in registry.names():
         block = registry.describe(name)
-        print(f"{name:<12} {block['Title']}")
-        print("".join(f"{'':<13}{k:<8} {block[k]}\n" for k in ("Paper", "Needs", "Cost", "Differs") if k in block), end="")
+        print(f"{name:<14}{block['Title']}")
+        print("".join(f"{'':<14}{k:<8} {block[k]}\n" for k in ("Paper", "Needs", "Cost", "Trained", "Differs") if k in block))
     return 0
 
 
@@ -213,9 +271,11 @@ def _tasks(args) -> int:
 
 _COMMANDS = {
     "demo": _demo,
+    "run": _run,
     "report": _report,
     "show": _show,
     "nano-data": _nano_data,
+    "bench": _bench,
     "train": _train,
     "curate": _curate,
     "diagnose": _diagnose,

@@ -6,15 +6,22 @@ Batching, order, errors and counting live here; a policy sees one sample and its
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 from .crops import CropRequestError
-from .images import as_rgb
-from .method import Look, Policy
-from .session import Request, Session
+from .images import as_rgb, half_size
+from .method import Look, Policy, Pruner
+from .schedule import Budget, choose
+from .session import Prepared, Request, Session
 from .trajectory import Event, Reply, Sample, Trajectory, Turn
 from .usage import Usage
+
+AHEAD = 4
+"""Batches of conversations that are started at a time: their pictures are in memory, and batches are chosen among them."""
 
 LOW_RATIO = 0.35
 """Above this share of the full tokens, limits of the processor bend the half-size view away from a quarter."""
@@ -36,58 +43,137 @@ class Failure:
     error: str
 
 
-@dataclass
+@dataclass(eq=False)
 class _Run:
     index: int
     job: Job
     look: Look
     turn: Turn
     session: Session = field(default_factory=Session)
+    others: dict[str, Session] = field(default_factory=dict)  # conversations with auxiliary models, by name
     turns: list[Turn] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     full_tokens: int = 0
+    cost: int = 0  # tokens of the turn it waits for, its cache and its reply, about
+    asked: Request | None = None
+    ahead: Future | None = None
+
+    def request(self) -> Request:
+        """What answers the turn it waits for: a turn to another model, and every probe, is in a conversation of its own."""
+        turn, session = self.turn, self.session
+        if turn.model or turn.probe is not None:
+            session = self.others.setdefault(turn.model, Session())
+            if turn.last:
+                del self.others[turn.model]
+        until = self.job.until if turn.until is None else turn.until
+        return Request(session, turn, max(self.job.max_new_tokens, turn.budget or 0), until)
 
 
 class Engine:
-    """Runs a policy over jobs, ``batch_size`` conversations at a time, on one answering machine."""
+    """Runs a policy over jobs, ``batch_size`` conversations at a time.
 
-    def __init__(self, vlm, policy: Policy, batch_size: int = 1):
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    vlm: the model under test. pruner: cuts what the conversation with it shows. models: the auxiliary ones by the names of
+    ``Policy.models``; a turn to a name that is not among them goes to the model under test, at its own price.
+    max_batch_tokens: rows times the longest, beside ``batch_size`` rows. workers: threads that prepare pictures and text
+    (None: half the processors; none for one row a batch).
+    """
+
+    def __init__(
+        self,
+        vlm,
+        policy: Policy,
+        batch_size: int = 1,
+        pruner: Pruner | None = None,
+        models: dict | None = None,
+        max_batch_tokens: int | None = None,
+        workers: int | None = None,
+    ):
         self.vlm, self.policy, self.batch_size = vlm, policy, batch_size
+        self.pruner, self.models = pruner, models or {}
+        self.budget = Budget(batch_size, max_batch_tokens)
+        self.window = 1 if batch_size == 1 else AHEAD * batch_size
+        self.workers = 0 if batch_size == 1 else (os.cpu_count() or 2) // 2 if workers is None else workers
 
     def run(self, jobs: Iterable[Job | Failure]) -> Iterator[tuple[int, Trajectory | Failure]]:
         """Yield (index of the job, outcome) as conversations end; every job exactly once.
 
-        Jobs are taken one by one as places become free, so that a benchmark's pictures are never all in memory. A
-        conversation that waits for its second turn shares a batch with others' first turns.
+        Jobs are taken lazily, ``AHEAD`` batches of them, so that a benchmark's pictures are never all in memory and similar
+        lengths find each other. While the model answers one batch, worker threads prepare the next. With one row a batch
+        nothing overlaps and nothing is reordered: seconds are then latencies.
         """
-        waiting, todo = [], iter(enumerate(jobs))
-        while True:
-            while len(waiting) < self.batch_size:
-                try:
-                    index, job = next(todo)
-                except StopIteration:
-                    break
-                started = job if isinstance(job, Failure) else self._start(index, job)
-                if isinstance(started, _Run):
-                    waiting.append(started)
-                else:
-                    yield index, started
-            if not waiting:
+        waiting, todo, ready = [], iter(enumerate(jobs)), []
+        with ThreadPoolExecutor(self.workers, "prepare") if self.workers else nullcontext() as threads:
+            while True:
+                yield from self._fill(waiting, todo)
+                if not ready:
+                    ready = self._next(waiting, threads)
+                if not ready:
+                    return
+                batch, ready = ready, self._next(waiting, threads) if threads else []
+                for run, reply in self._answer(batch):
+                    if isinstance(reply, Failure):
+                        yield run.index, reply
+                        continue
+                    run.turns.append(run.turn)
+                    run.replies.append(reply)
+                    outcome = self._advance(run, reply)
+                    if outcome is None:
+                        waiting.append(run)
+                    else:
+                        yield run.index, outcome
+
+    def _fill(self, waiting: list[_Run], todo: Iterator) -> Iterator[tuple[int, Trajectory | Failure]]:
+        """Start jobs until enough wait; yield those that end at once."""
+        while len(waiting) < self.window and (self.window > 1 or not waiting):
+            index, job = next(todo, (0, None))
+            if job is None:
                 return
-            requests = [Request(r.session, r.turn, max(r.job.max_new_tokens, r.turn.budget or 0), r.job.until) for r in waiting]
-            replies, still = self.vlm.reply(requests), []
-            for run, reply in zip(waiting, replies, strict=True):
-                run.turns.append(run.turn)
-                run.replies.append(reply)
-                outcome = self._advance(run, reply)
-                if outcome is None:
-                    still.append(run)
-                else:
-                    yield run.index, outcome
-            waiting = still
+            started = job if isinstance(job, Failure) else self._start(index, job)
+            if isinstance(started, _Run):
+                waiting.append(started)
+            else:
+                yield index, started
+
+    def _next(self, waiting: list[_Run], threads: ThreadPoolExecutor | None) -> list[_Run]:
+        """Take the next batch out of those that wait, its requests made and being prepared."""
+        kinds = [(run.turn.model, run.turn.probe is not None) for run in waiting]
+        batch = [
+            waiting[i] for i in choose(kinds, [r.cost for r in waiting], [bool(r.session.turns) for r in waiting], self.budget)
+        ]
+        for run in batch:
+            waiting.remove(run)
+            run.asked = run.request()
+            if threads and run.turn.probe is None:
+                run.ahead = threads.submit(self.models.get(run.turn.model, self.vlm).prepare, run.asked)
+        return batch
+
+    def _answer(self, batch: list[_Run]) -> list[tuple[_Run, Reply | Failure]]:
+        """The reply to each turn of a batch of one kind. Out of memory, the batch goes on in halves."""
+        name, probing = batch[0].turn.model, batch[0].turn.probe is not None
+        vlm, costs = self.models.get(name, self.vlm), [run.cost for run in batch]
+        for run in batch:
+            if run.ahead is not None:
+                run.asked, run.ahead = replace(run.asked, prepared=run.ahead.result()), None
+        requests = [run.asked for run in batch]
+        try:
+            replies = vlm.probe(requests) if probing else vlm.reply(requests, None if name else self.pruner)
+        except MemoryError as error:
+            if len(batch) == 1:
+                detail = f"out of memory with this document alone, about {costs[0]} tokens ({error}); lower max_pixels"
+                return [(batch[0], Failure(detail))]
+            self.budget.halve(costs)
+            for run in batch:
+                detail = f"{len(batch)} rows of up to {max(costs)} tokens did not fit; went on with half"
+                run.events.append(Event("out_of_memory", detail))
+            middle = len(batch) // 2
+            return [*self._answer(batch[:middle]), *self._answer(batch[middle:])]
+        for run, request in zip(batch, requests, strict=True):
+            if request.session is not run.session and request.turn.last:
+                run.events += request.session.events
+        if name in self.models:
+            replies = [replace(reply, usage=reply.usage.as_auxiliary()) for reply in replies]
+        return list(zip(batch, replies, strict=True))
 
     def _start(self, index: int, job: Job) -> _Run | Trajectory | Failure:
         events: list[Event] = []
@@ -98,7 +184,7 @@ class Engine:
             return Failure(str(error))
         images = tuple(image for image, _ in converted)
         events += [e for _, some in converted for e in some]
-        sample = Sample(images, job.sample.question, job.sample.key)
+        sample = replace(job.sample, images=images)
         run = _Run(index, job, self.policy.look(sample), Turn(), events=events)
         run.full_tokens = sum(self.vlm.visual_tokens(image) for image in images)
         outcome = self._advance(run, None)
@@ -116,6 +202,9 @@ class Engine:
         except CropRequestError as error:
             return Failure(f"malformed crop request and on_malformed='error': {error}")
         run.turn = step
+        text = len(step.text) + len(step.system or "")
+        visual = sum(self.vlm.visual_tokens(image) for image in step.images)
+        run.cost = run.session.length + visual + text // 4 + max(run.job.max_new_tokens, step.budget or 0)
         return None
 
     def _finish(self, run: _Run, answer: Reply) -> Trajectory:
@@ -124,10 +213,10 @@ class Engine:
         if len(answer.tokens) > cap:
             text = self.vlm.text(answer.tokens[:cap], run.job.until)
             events.append(Event("answer_cut", f"the answer had {len(answer.tokens)} tokens, the task allows {cap}"))
-        first, images = run.replies[0].usage, run.turns[0].images
-        resized = bool(images) and images[0].size != run.job.sample.images[0].size
-        if resized and run.full_tokens and first.encoded / run.full_tokens > LOW_RATIO:
-            share = first.encoded / run.full_tokens
+        first = next(i for i, turn in enumerate(run.turns) if not turn.model and turn.probe is None)
+        images, share = run.turns[first].images, run.replies[first].usage.encoded / max(run.full_tokens, 1)
+        halved = [half_size(*image.size) for image in run.job.sample.images]
+        if images and [image.size for image in images] == halved and share > LOW_RATIO:
             events.append(
                 Event("low_view_not_a_quarter", f"the first view costs {share:.2f} of the full tokens: processor limits bite")
             )
@@ -137,10 +226,13 @@ class Engine:
 
 
 class Scripted:
-    """Answers from a script instead of a model: reply texts in order per question. For tests of policies and drivers."""
+    """Answers from a script instead of a model: reply texts in order per question. For tests of policies and drivers.
 
-    def __init__(self, script: dict[str, list[str]]):
-        self.script = script
+    hidden: what every probe finds.
+    """
+
+    def __init__(self, script: dict[str, list[str]], hidden: tuple[float, ...] = ()):
+        self.script, self.hidden = script, hidden
 
     def visual_tokens(self, image) -> int:
         return max(4, round(image.height / 28) * round(image.width / 28))
@@ -151,11 +243,25 @@ class Scripted:
     def text(self, tokens, until=()) -> str:
         return "".join(tokens)
 
-    def reply(self, requests: list[Request]) -> list[Reply]:
+    def prepare(self, request: Request) -> Prepared:
+        return Prepared([], [], [])
+
+    def reply(self, requests: list[Request], pruner: Pruner | None = None) -> list[Reply]:
         out = []
         for r in requests:
-            r.session.turns.append(r.turn)
-            text = self.script[r.session.turns[0].text][len(r.session.turns) - 1]
             visual = sum(self.visual_tokens(i) for i in r.turn.images)
-            out.append(Reply(text, tuple(text), Usage(encoded=visual, prefill=float(visual), output=len(text))))
+            text = r.turn.said
+            if text is None:
+                asked = [*(t for t in r.session.turns if t.said is None), r.turn]
+                text = self.script[(r.session.turns or asked)[0].text][len(asked) - 1]
+            tokens = tuple(text) if r.turn.said is None else ()
+            r.session.turns.append(r.turn)
+            out.append(Reply(text, tokens, Usage(encoded=visual, prefill=float(visual), output=len(tokens))))
         return out
+
+    def probe(self, requests: list[Request]) -> list[Reply]:
+        visual = [sum(self.visual_tokens(i) for i in r.turn.images) for r in requests]
+        return [
+            Reply("", usage=Usage(encoded=v, prefill=v * r.turn.probe), hidden=self.hidden)
+            for v, r in zip(visual, requests, strict=True)
+        ]

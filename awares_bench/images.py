@@ -59,7 +59,20 @@ def as_rgb(image: Image.Image) -> tuple[Image.Image, list[Event]]:
 
 def half(image: Image.Image) -> Image.Image:
     """The low-resolution view: both sides halved and truncated, Lanczos (paper Sec. 4.3; the released adapter's filter)."""
-    return image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.LANCZOS)
+    return image.resize(half_size(*image.size), Image.Resampling.LANCZOS)
+
+
+def half_size(width: int, height: int) -> tuple[int, int]:
+    """(width, height) of the half-size view."""
+    return max(1, width // 2), max(1, height // 2)
+
+
+def within(image: Image.Image, longest: int) -> Image.Image:
+    """``image`` with its longer side at most ``longest`` pixels, Lanczos, aspect kept; never enlarged."""
+    scale = longest / max(image.size)
+    if scale >= 1:
+        return image
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
 
 
 def within_aspect(image: Image.Image) -> tuple[Image.Image, list[Event]]:

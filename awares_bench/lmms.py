@@ -1,6 +1,10 @@
-"""The lmms-eval adapter: turns its requests into samples, runs a policy over them, returns answers with telemetry.
+"""The lmms-eval adapter: turns its requests into samples, runs a method over them, returns answers with telemetry.
 
     lmms-eval --model awares --model_args pretrained=DIR,output_dir=runs/a --tasks chartqa,docvqa_val --batch_size 8
+    lmms-eval --model visionzip --model_args pretrained=DIR,retention=0.5 --tasks chartqa
+    lmms-eval --model awares_bench --model_args method=mine.py:Mine,pretrained=DIR --tasks chartqa
+
+Every method is a model by its own name: the module makes the class when lmms-eval asks for it.
 
 Telemetry goes to two places: ``token_counts`` of lmms-eval's samples file (``--log_samples``) and our ``records.jsonl``,
 from which an interrupted run resumes.
@@ -11,24 +15,37 @@ from __future__ import annotations
 import os
 import random
 import sys
-from dataclasses import dataclass, field
+from argparse import Namespace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.loggers import EvaluationTracker
 from lmms_eval.protocol import ChatMessages
+from lmms_eval.tasks import TaskManager
+from lmms_eval.utils import get_datetime_str
 from tqdm import tqdm
 
 from . import registry
+from .crops import Box
 from .engine import Engine, Failure, Job
+from .features import FeatureStore
 from .images import whole_images
-from .method import options, unknown_option
+from .manifests import COMPOSED
+from .method import UNDER_TEST
 from .record import Record, RunFolder, fingerprint
 from .trajectory import Sample
 from .vlm import MAX_PIXELS, MIN_PIXELS, VLM
 from .weights import NANO, resolve
+
+if TYPE_CHECKING:
+    from .endpoint import Endpoint
 
 COMMON = {
     "pretrained": NANO,
@@ -37,11 +54,18 @@ COMMON = {
     "attn_implementation": "sdpa",
     "min_pixels": MIN_PIXELS,
     "max_pixels": MAX_PIXELS,
+    "constrained": True,
     "batch_size": 1,
+    "max_batch_tokens": None,
+    "reuse_features": 0,
+    "engine": "transformers",
+    "base_url": None,
+    "model": None,
     "output_dir": None,
+    "label": None,
     "seed": 0,
 }
-"""Options of every model beside its method's fields, with their defaults."""
+"""Options of every model beside its method's own, with their defaults."""
 
 
 @dataclass
@@ -55,52 +79,93 @@ class Telemetry(TokenCounts):
 
 
 class MethodModel(lmms):
-    """A method as an lmms-eval chat model. A subclass names the method."""
+    """A method as an lmms-eval chat model. A subclass names the method.
+
+    vlms: models that are loaded already, by what they were loaded with; a sweep hands the same dictionary to each cell.
+    """
 
     is_simple = False
     method: str
 
-    def __init__(self, max_batch_size=None, **given):
+    def __init__(self, max_batch_size=None, vlms: dict | None = None, **given):
         super().__init__()
-        cls = registry.method_class(self.method)
-        known = COMMON | options(cls)
-        for name in given:
-            if name not in known:
-                raise ValueError(f"--model {self.method}: {unknown_option(name, list(known))}")
-        chosen = known | {k: v for k, v in given.items() if v is not None}
-        self.policy = cls(**{k: chosen[k] for k in options(cls)})
+        given = {k: v for k, v in given.items() if v is not None}
+        name = self.method
+        if name == COMPOSED:  # the method itself is an option
+            name = str(given.pop("method", None) or given.pop("policy", None) or given.pop("pruner", "full"))
+        made = registry.build(name, {k: v for k, v in given.items() if k not in COMMON or k == "seed"}, tuple(COMMON))
+        chosen = COMMON | {k: v for k, v in given.items() if k in COMMON}
+        self.policy, self.pruner, self.label = made.policy, made.pruner, str(chosen["label"] or made.label)
         self.batch_size = _whole("batch_size", chosen["batch_size"])
+        tokens = chosen["max_batch_tokens"]
+        self.max_batch_tokens = None if tokens is None else _whole("max_batch_tokens", tokens)
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        device = chosen["device"] or "auto"
-        if self._world_size > 1 and torch.cuda.is_available() and not str(device).startswith("cpu"):
-            device = f"cuda:{local}"
         seed = _whole("seed", chosen["seed"], least=0)
         random.seed(seed)
         torch.manual_seed(seed)
-        folder = resolve(str(chosen["pretrained"]))
-        self.vlm = VLM.load(
-            folder,
-            str(chosen["dtype"]),
-            str(device),
-            chosen["attn_implementation"],
-            _whole("min_pixels", chosen["min_pixels"]),
-            _whole("max_pixels", chosen["max_pixels"]),
-        )
+        auxiliary = {role: checkpoint for role, checkpoint in self.policy.models.items() if checkpoint != UNDER_TEST}
+        self._vlms = {} if vlms is None else vlms
+        served = self._served(chosen)
+        self._store = _whole("reuse_features", chosen["reuse_features"], least=0) * 2**30
+        self.vlm, weights = served or self._load(chosen["pretrained"], chosen)
+        loaded = {role: self._load(checkpoint, chosen) for role, checkpoint in auxiliary.items()}
+        self.models = {role: vlm for role, (vlm, _) in loaded.items()}
         identity = {
-            "method": self.method,
-            "fields": {k: chosen[k] for k in options(cls)},
+            "method": name,
+            "policy": made.parts[0],
+            "pruner": made.parts[1],
+            "fields": made.fields,
             "pretrained": str(chosen["pretrained"]),
-            "weights": fingerprint(Path(folder)) if Path(folder).is_dir() else None,
-            "dtype": str(self.vlm.model.dtype).removeprefix("torch."),
+            "weights": weights,
+            "auxiliary": {role: found for role, (_, found) in loaded.items()},
+            "engine": chosen["engine"],
+            "served": chosen["model"],
+            "dtype": None if served else str(self.vlm.model.dtype).removeprefix("torch."),
             "attn_implementation": chosen["attn_implementation"],
             "min_pixels": self.vlm.limits["shortest_edge"],
             "max_pixels": self.vlm.limits["longest_edge"],
+            "constrained": None if served else self.vlm.constrained,
             "seed": seed,
         }
-        out = chosen["output_dir"] or Path("awares-runs") / f"{self.method}-{datetime.now():%Y%m%d-%H%M%S}"
-        self.run = RunFolder(Path(str(out)), identity, self._rank)
-        self._device = self.vlm.device
+        out = chosen["output_dir"] or Path("awares-runs") / f"{Path(name).name.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
+        self.run = RunFolder(Path(str(out)), identity, self._rank, label=self.label)
+        self._device = torch.device("cpu") if served else self.vlm.device
+
+    def _served(self, chosen: dict) -> tuple[Endpoint, None] | None:
+        """The endpoint that ``engine=openai`` asks for; its weights are the server's and have no fingerprint."""
+        if chosen["engine"] not in ("transformers", "openai"):
+            raise ValueError(f"engine is {chosen['engine']!r}; allowed: transformers, openai")
+        given = [name for name in ("base_url", "model") if chosen[name]]
+        if chosen["engine"] == "transformers":
+            if given:
+                raise ValueError(f"{given[0]} is an option of engine=openai; pass engine=openai, or leave it out")
+            return None
+        if len(given) < 2:
+            raise ValueError(
+                "engine=openai needs base_url and model, such as base_url=http://localhost:8000/v1,model=NAME, and pretrained "
+                "for the processor that counts tokens"
+            )
+        if self.pruner is not None:
+            raise ValueError(f"{type(self.pruner).__name__} cuts tokens inside the model; leave engine=openai out, or the pruner")
+        from .endpoint import Endpoint
+
+        limits = _whole("min_pixels", chosen["min_pixels"]), _whole("max_pixels", chosen["max_pixels"])
+        return Endpoint(chosen["base_url"], str(chosen["model"]), str(chosen["pretrained"]), self.batch_size, *limits), None
+
+    def _load(self, pretrained: object, chosen: dict) -> tuple[VLM, str | None]:
+        """A checkpoint under the chosen limits, dtype and device -> the model, and a fingerprint of its folder."""
+        device = str(chosen["device"] or "auto")
+        if self._world_size > 1 and torch.cuda.is_available() and not device.startswith("cpu"):
+            device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        folder = resolve(str(pretrained))
+        limits = _whole("min_pixels", chosen["min_pixels"]), _whole("max_pixels", chosen["max_pixels"])
+        constrained = _flag("constrained", chosen["constrained"])
+        key = (folder, str(chosen["dtype"]), device, chosen["attn_implementation"], *limits, constrained)
+        if key not in self._vlms:
+            self._vlms[key] = VLM.load(*key)
+        if self._store and self._vlms[key].features is None:
+            self._vlms[key].features = FeatureStore(self._store)
+        return self._vlms[key], fingerprint(Path(folder)) if Path(folder).is_dir() else None
 
     @property
     def device(self) -> torch.device:
@@ -120,12 +185,16 @@ class MethodModel(lmms):
         todo = {key: r.args for key, r in zip(keys, requests, strict=True) if key not in self.run.done}
         if self._rank == 0 and len(todo) < len(set(keys)):
             print(
-                f"{self.method}: {len(set(keys)) - len(todo)} of {len(set(keys))} answers are taken from {self.run.folder}",
+                f"{self.label}: {len(set(keys)) - len(todo)} of {len(set(keys))} answers are taken from {self.run.folder}",
                 file=sys.stderr,
             )
         order, failed = list(todo), {}
-        engine = Engine(self.vlm, self.policy, self.batch_size)
-        with tqdm(total=len(order), desc=self.method, disable=self._rank != 0) as bar:
+        more = {"pruner": self.pruner, "models": self.models, "max_batch_tokens": self.max_batch_tokens}
+        engine = Engine(self.vlm, self.policy, self.batch_size, **more)
+        local = [vlm for vlm in (self.vlm, *self.models.values()) if isinstance(vlm, VLM)]
+        for vlm in local if todo else []:
+            vlm.warm_up()
+        with tqdm(total=len(order), desc=self.label, disable=self._rank != 0) as bar:
             for i, outcome in engine.run(self._job(todo[key]) for key in order):
                 (task, doc_id, question), split = order[i], todo[order[i]][5]
                 if isinstance(outcome, Failure):
@@ -135,17 +204,22 @@ class MethodModel(lmms):
                     record = Record.of(outcome, task, doc_id, split, question, self.batch_size)
                 self.run.add(record)
                 bar.update()
+        counts = [len(failed)]
+        if torch.distributed.is_initialized():  # the run is whole when every rank is done, and fails on all when one fails
+            counts *= self._world_size
+            torch.distributed.all_gather_object(counts, len(failed))
+        if any(counts) and not failed:
+            raise RuntimeError(f"{sum(counts)} documents of other processes could not be answered; see their messages")
         if failed:
             some = "; ".join(f"{task} document {doc_id}: {error}" for (task, doc_id, _), error in list(failed.items())[:3])
             raise RuntimeError(
                 f"{len(failed)} of {len(keys)} documents could not be answered: {some}. The other answers are kept in {self.run.folder}; "
                 "repair or exclude these documents and run the same command with the same output_dir"
             )
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # the run is whole when every rank is done
         if self._rank == 0:
-            self.run.finish()
-            print(f"{self.method}: records are in {self.run.folder}", file=sys.stderr)
+            mode = "latency" if self.batch_size == 1 else "throughput"  # what the seconds of the records are
+            self.run.finish(mode=mode, peak_memory_bytes=max((vlm.peak_memory() for vlm in local), default=None))
+            print(f"{self.label}: records are in {self.run.folder}", file=sys.stderr)
         return [_result(self.run.done[key]) for key in keys]
 
     def _job(self, args: tuple) -> Job | Failure:
@@ -153,28 +227,71 @@ class MethodModel(lmms):
         _, to_messages, gen_kwargs, doc_id, task, split = args
         try:
             with whole_images():
-                messages = to_messages(self.task_dict[task][split][doc_id])
-            return _job(messages, dict(gen_kwargs), f"{task}/{doc_id}")
+                document = self.task_dict[task][split][doc_id]
+                messages = to_messages(document)
+            job = _job(messages, dict(gen_kwargs), f"{task}/{doc_id}")
+            marked = {"evidence": _evidence(document.get("evidence")), "low_is_enough": document.get("low_is_enough")}
+            return replace(job, sample=replace(job.sample, **marked))
         except Exception as error:  # foreign code and data: recorded here, raised again at the end of the run
             return Failure(f"{type(error).__name__}: {error}")
 
 
-class AwaResModel(MethodModel):
-    """``--model awares``"""
-
-    method = "awares"
-
-
-class FullModel(MethodModel):
-    """``--model awares_full``: the same weights, the whole image."""
-
-    method = "full"
+def __getattr__(name: str) -> type[MethodModel]:
+    """The model of a method, made when it is asked for: lmms-eval imports ``awares_bench.lmms.NAME``."""
+    if name != COMPOSED and name not in registry.names():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return type(name, (MethodModel,), {"method": name, "__doc__": f"``--model {name}``", "__module__": __name__})
 
 
-class LowModel(MethodModel):
-    """``--model awares_low``: the same weights, the half-size view."""
+REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
+"""What lmms-eval's command strips from answers before scoring, unless told otherwise."""
 
-    method = "low"
+
+def task_index(include_path: str | None = None) -> TaskManager:
+    """lmms-eval's tasks and this package's, and those of a folder. A task is loaded anew, its module's globals too, each time."""
+    folders = [str(files("awares_bench.tasks") / "."), *([include_path] if include_path else [])]
+    return TaskManager("WARNING", include_path=folders)
+
+
+def evaluate(model: MethodModel, tasks: tuple[str, ...], limit: int | None, index: TaskManager, output: Path) -> None:
+    """One model on tasks through lmms-eval's evaluator, with what its command does: results and samples files below ``output``.
+
+    Raises ValueError for a task that ``index`` does not have.
+    """
+    unknown = [task for task in tasks if not index.match_tasks([task])]
+    if unknown:
+        raise ValueError(
+            f"unknown task {unknown[0]!r}; lmms-eval tasks list shows its own, awares-bench tasks the folder of ours"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    told = f"pretrained={model.run.identity['pretrained']},label={model.label}"
+    command = Namespace(
+        output_path=str(output), process_with_media=False, reasoning_tags=REASONING_TAGS, log_samples=True, limit=limit
+    )
+    now = get_datetime_str()
+    results = simple_evaluate(
+        model=model,
+        model_args=told,
+        tasks=index.match_tasks(list(tasks)),
+        limit=limit,
+        batch_size=model.batch_size,
+        log_samples=True,
+        task_manager=index,
+        bootstrap_iters=0,  # reports draw their own intervals
+        cli_args=command,
+        datetime_str=now,
+        verbosity="WARNING",
+    )
+    if results is None:  # only the first process gets them
+        return
+    tracker = EvaluationTracker(output_path=str(output))
+    tracker.general_config_tracker.log_experiment_args(model.method, told, None, None, False)
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples, datetime_str=now)
+    for task in results["configs"]:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+    if not list(output.rglob(f"{now}_results.json")):  # the tracker only logs when it cannot write
+        raise OSError(f"lmms-eval could not save its results to {output}")
 
 
 def _whole(name: str, value, least: int = 1) -> int:
@@ -185,6 +302,12 @@ def _whole(name: str, value, least: int = 1) -> int:
     if number < least:
         raise ValueError(f"{name} is {number}; it must be at least {least}")
     return number
+
+
+def _flag(name: str, value) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; allowed: true, false")
+    return value
 
 
 def _job(messages: list[dict], gen_kwargs: dict, key: str) -> Job:
@@ -207,6 +330,13 @@ def _job(messages: list[dict], gen_kwargs: dict, key: str) -> Job:
     return Job(Sample(tuple(images), text, key), int(gen_kwargs.get("max_new_tokens", 128)), tuple(s for s in until if s))
 
 
+def _evidence(column: object) -> tuple[Box, ...] | None:
+    """A document's ``evidence`` column -> boxes; None when it is missing or is not a list of four numbers each."""
+    if not isinstance(column, (list, tuple)) or not all(isinstance(box, (list, tuple)) and len(box) == 4 for box in column):
+        return None
+    return tuple(tuple(int(v) for v in box) for box in column)
+
+
 def _result(record: Record) -> GenerationResult:
     spent = record.usage
     extra = {
@@ -214,6 +344,8 @@ def _result(record: Record) -> GenerationResult:
         "full_tokens": record.full_tokens,
         "visual_tokens": sum(u["prefill"] for u in spent),
         "encoded_tokens": sum(u["encoded"] for u in spent),
+        "aux_encoded_tokens": sum(u.get("aux_encoded", 0) for u in spent),
+        "aux_decoder_tokens": sum(u.get("aux_decoder", 0) for u in spent),
         "crops": record.crops,
         "turns": len(spent),
         "replies": record.replies,
@@ -227,3 +359,33 @@ def _result(record: Record) -> GenerationResult:
         extra=extra,
     )
     return GenerationResult(text=record.answer, token_counts=counts)
+
+
+def stock_answers(pretrained: str, vlm: VLM, batch_size: int):
+    """lmms-eval's own ``qwen2_5_vl`` on the same weights, limits and dtype -> (pictures and questions, tokens) -> answers.
+
+    For comparison (``awares-bench bench engine``). Raises ImportError when a package it needs is not installed.
+    """
+    from lmms_eval.models.chat.qwen2_5_vl import Qwen2_5_VL, _has_qwen_vl
+
+    if not _has_qwen_vl:
+        raise ImportError("No module named 'qwen_vl_utils'")
+    limits = {"min_pixels": vlm.limits["shortest_edge"], "max_pixels": vlm.limits["longest_edge"]}
+    device = {"device": str(vlm.device), "device_map": str(vlm.device)}
+    model = Qwen2_5_VL(resolve(pretrained), batch_size=batch_size, attn_implementation="sdpa", **device, **limits)
+    model._model = model._model.to(vlm.model.dtype)
+
+    def answers(documents: list[tuple], max_new_tokens: int) -> list[str]:
+        model.task_dict = {"bench": {"test": documents}}
+        requests = []
+        for i in range(len(documents)):
+            arguments = ("", _as_messages, {"max_new_tokens": max_new_tokens}, i, "bench", "test")
+            requests.append(Instance("generate_until", arguments, 0, {"task": "bench", "doc_id": i, "repeats": 1}))
+        return [r.text for r in model.generate_until(requests)]
+
+    return answers
+
+
+def _as_messages(document: tuple) -> list[dict]:
+    image, question = document
+    return [{"role": "user", "content": [{"type": "image", "url": image}, {"type": "text", "text": question}]}]

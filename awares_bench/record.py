@@ -28,6 +28,7 @@ class Record:
     """One document answered, or not. Missing is None, never 0.
 
     rtr: retained token ratio over all turns. usage: one entry per turn (see ``Usage``). crops: what was asked for.
+    models: who answered each turn, "" for the model under test; empty when no auxiliary model did.
     batch_size: conversations in flight; seconds of a batch above 1 are shares, not latencies.
     """
 
@@ -45,6 +46,7 @@ class Record:
     events: list[dict] = field(default_factory=list)
     error: str | None = None
     batch_size: int | None = None
+    models: list[str] = field(default_factory=list)
     version: int = VERSION
 
     @classmethod
@@ -63,18 +65,20 @@ class Record:
             image_sizes=[[list(image.size) for image in turn.images] for turn in trajectory.turns],
             events=[asdict(e) for e in trajectory.events],
             batch_size=batch_size,
+            models=[turn.model for turn in trajectory.turns] if any(turn.model for turn in trajectory.turns) else [],
         )
 
 
 class RunFolder:
     """Writes a run; resumes it when the folder already holds the same one.
 
+    label: how tables and figures name the run.
     identity: what must be equal for records to belong together (method and fields, weights, limits, dtype, seed).
     Raises ValueError when the folder holds another run, OSError with the folder's name when it cannot be written.
     """
 
-    def __init__(self, folder: Path, identity: dict, rank: int = 0):
-        self.folder, self.identity = Path(folder), identity
+    def __init__(self, folder: Path, identity: dict, rank: int = 0, label: str | None = None):
+        self.folder, self.identity, self.label = Path(folder), identity, label
         self.path = self.folder / ("records.jsonl" if rank == 0 else f"records-{rank}.jsonl")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +101,9 @@ class RunFolder:
             if changed:
                 said = "; ".join(f"{k} was {before['identity'].get(k)!r}, is {self.identity.get(k)!r}" for k in changed)
                 raise ValueError(f"{self.folder} holds another run ({said}). Pass another output_dir, or delete the folder")
-        self._replace(path, {"version": VERSION, "status": "partial", "identity": self.identity, **provenance()})
+        self._replace(
+            path, {"version": VERSION, "status": "partial", "label": self.label, "identity": self.identity, **provenance()}
+        )
 
     def _replace(self, path: Path, data: dict) -> None:
         draft = path.with_suffix(".tmp")

@@ -16,6 +16,7 @@ class Session:
     """One conversation and its key-value cache: what turn two continues from.
 
     keys, values: per layer (H, L, D) without padding, empty before the first turn and after the last.
+    shifts: per layer, what to add to positions; empty unless a pruner repacks them.
     pending: tokens sampled but not yet in the cache; they open the next chunk.
     """
 
@@ -24,6 +25,7 @@ class Session:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     next_position: int = 0
+    shifts: list[int] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
@@ -34,10 +36,32 @@ class Session:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What a turn adds to its session, on the CPU: token ids, the patches and grid of each image, and the seconds it took.
+
+    keys: of the images in a ``FeatureStore``, when there is one.
+    """
+
+    ids: list[int]
+    patches: list[Tensor]
+    grids: list[tuple[int, int, int]]
+    events: list[Event] = field(default_factory=list)
+    seconds: float = 0.0
+    keys: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Request:
-    """A turn to be answered in a session. budget: tokens the reply may have; until: stop strings, cut from the reply."""
+    """A turn to be answered in a session.
+
+    budget: tokens the reply may have. until: stop strings, cut from the reply.
+    prepared: the turn as the model takes it, when that was made ahead.
+    forced: token ids that the reply is made of instead of the model's own, for measuring speed with random weights.
+    """
 
     session: Session
     turn: Turn
     budget: int
     until: tuple[str, ...] = ()
+    prepared: Prepared | None = None
+    forced: tuple[int, ...] | None = None

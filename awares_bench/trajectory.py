@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from PIL import Image
 
+from .crops import Box, CropGrid
 from .usage import Usage
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about images. ``key`` names it uniquely and seeds whatever a policy draws at random."""
+    """A question about images. ``key`` names it uniquely and seeds whatever a policy draws at random.
+
+    evidence:      boxes that hold the answer, in pixels of the only image; None where the data does not say
+    low_is_enough: whether the half-size view shows the answer; None where the data does not say
+    """
 
     images: tuple[Image.Image, ...]
     question: str
     key: str = ""
+    evidence: tuple[Box, ...] | None = None
+    low_is_enough: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,13 @@ class Turn:
     system: the system message, first turn only; None keeps the chat template's default
     last:   no turn follows, so nothing need be kept of this one
     budget: tokens that the reply may have at the least, even where the task allows fewer (None: the task's)
+    before: text before each image, in their order, as far as given
+    until:  stop strings of this reply (None: the task's)
+    said:   the reply, put into the model's mouth: nothing is decoded, and the next turn reads it as its own
+    tight:  no line break between the model's last reply and this message, as some checkpoints were trained
+    model:  who answers: the model under test (""), or one that ``Policy.models`` names, in a conversation of its own
+    probe:  asks for the hidden state of the last token after this share of the decoder's layers, and for no text
+    calls:  regions the reply may call for; a model that can hold a call to the grammar does so (see ``CallGrammar``)
     """
 
     images: tuple[Image.Image, ...] = ()
@@ -32,6 +47,13 @@ class Turn:
     system: str | None = None
     last: bool = True
     budget: int | None = None
+    before: tuple[str, ...] = ()
+    until: tuple[str, ...] | None = None
+    said: str | None = None
+    tight: bool = False
+    model: str = ""
+    probe: float | None = None
+    calls: CropGrid | None = None
 
 
 @dataclass(frozen=True)
@@ -39,12 +61,14 @@ class Reply:
     """What the model said to a turn: text verbatim without special tokens, its token ids, and the cost of the turn.
 
     complete: the model ended the reply itself, or a stop string did; False when the token budget cut it.
+    hidden:   the hidden state (D,) that a probe asked for, else empty.
     """
 
     text: str
     tokens: tuple[int, ...] = ()
     usage: Usage = field(default_factory=Usage)
     complete: bool = True
+    hidden: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +106,10 @@ def messages(turns: list[Turn], replies: list[str]) -> list[dict]:
     if turns and turns[0].system is not None:
         out.append({"role": "system", "content": turns[0].system})
     for i, turn in enumerate(turns):
-        content: list[dict] = [{"type": "image", "image": image} for image in turn.images]
+        content: list[dict] = []
+        for image, before in zip_longest(turn.images, turn.before[: len(turn.images)], fillvalue=""):
+            content += [{"type": "text", "text": before}] if before else []
+            content.append({"type": "image", "image": image})
         if turn.text:
             content.append({"type": "text", "text": turn.text})
         out.append({"role": "user", "content": content})

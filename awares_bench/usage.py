@@ -13,7 +13,10 @@ class Usage:
     prefill: visual tokens entering each decoder layer, averaged over the layers
     text:    prompt tokens that are not visual
     output:  tokens the model wrote
+    passes:  forward passes of the decoder that wrote them, after the prefill; tokens fixed by a grammar share one
     *_seconds: wall-clock per phase; in a batch of several, the batch's time shared out by tokens
+    aux_*:   the same of an auxiliary model (a cropper, a proxy): visual tokens out of its tower, all tokens through its
+             decoder (averaged over its layers), and its seconds of every phase. Never part of the retained token ratio
     """
 
     encoded: int = 0
@@ -24,14 +27,22 @@ class Usage:
     encode_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    passes: int = 0
+    aux_encoded: int = 0
+    aux_decoder: float = 0.0
+    aux_seconds: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def seconds(self) -> float:
-        """Wall-clock of all phases."""
-        return self.preprocess_seconds + self.encode_seconds + self.prefill_seconds + self.decode_seconds
+        """Wall-clock of all phases, auxiliary models included."""
+        return sum(getattr(self, f.name) for f in fields(self) if f.name.endswith("_seconds"))
+
+    def as_auxiliary(self) -> Usage:
+        """The same cost in the columns of an auxiliary model."""
+        return Usage(aux_encoded=self.encoded, aux_decoder=self.prefill + self.text + self.output, aux_seconds=self.seconds)
 
     def rtr(self, full_tokens: int) -> float | None:
         """Retained token ratio: prefill tokens over the same images' full-resolution tokens (paper Eq. 9); None without images."""

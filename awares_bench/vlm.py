@@ -6,25 +6,38 @@ turns need it. Its logits equal those of ``generate`` and of a fresh prefill (te
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from .attention_scores import probed
 from .batch import Batch
+from .crops import CropGrid
+from .features import FeatureStore
+from .grammar import CallGrammar
 from .images import within_aspect
-from .session import Request, Session
+from .method import Pruner, Visual
+from .pruning import Chunk, Span, look
+from .session import Prepared, Request, Session
+from .staged import StagedBatch
 from .trajectory import Event, Reply, Turn, messages
 from .usage import Usage
 from .vision_attention import windowed_attention
+from .writer import Writer
 
 MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
 """Limits of the released Qwen2.5-VL processors: 4 to 16,384 visual tokens an image."""
 
+_END = "<|im_end|>"
 _HOLE = "\ufdd0reply\ufdd0"  # two noncharacters around a word: no question contains it
 
 
@@ -56,11 +69,26 @@ def mrope_positions(
     return torch.cat(out, 1), at
 
 
+def count_visual_tokens(processor, limits: dict[str, int], image: Image.Image) -> int:
+    """Merged visual tokens of an image under a processor's limits (shortest_edge, longest_edge in pixels), without encoding it."""
+    image, _ = within_aspect(image)
+    ip = processor.image_processor
+    return ip.get_number_of_image_patches(image.height, image.width, {"size": limits}) // ip.merge_size**2
+
+
 class VLM:
-    """A Qwen2.5-VL and its processor. Greedy decoding; every public method is deterministic."""
+    """A Qwen2.5-VL and its processor. Greedy decoding; every public method is deterministic.
+
+    constrained: hold replies that begin as a call to its grammar (``CallGrammar``); False is plain greedy decoding.
+    """
 
     def __init__(
-        self, model: Qwen2_5_VLForConditionalGeneration, processor, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        processor,
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+        constrained: bool = True,
     ):
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels; got {min_pixels} and {max_pixels}")
@@ -71,8 +99,13 @@ class VLM:
         self.image_token = model.config.image_token_id
         stop = model.generation_config.eos_token_id
         self.stop = set(stop if isinstance(stop, list) else [stop]) | {self.tokenizer.eos_token_id}
+        self.constrained = constrained
+        self._grammars: dict[CropGrid, CallGrammar] = {}
+        self._tokenizing = Lock()  # a fast tokenizer must not be configured while another thread uses it
+        self.features: FeatureStore | None = None
+        """Set to keep vision features of pictures that may be seen again."""
         self.trace: list[Tensor] | None = None
-        """Set to a list to collect the (B, vocabulary) logits of every step; for tests."""
+        """Set to a list to collect the (B, vocabulary) scores of every choice, NaN where a row has ended; for tests."""
 
     @classmethod
     def load(
@@ -83,6 +116,7 @@ class VLM:
         attn_implementation: str = "sdpa",
         min_pixels: int = MIN_PIXELS,
         max_pixels: int = MAX_PIXELS,
+        constrained: bool = True,
     ) -> VLM:
         """Load a checkpoint folder or hub name. dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. Raises CheckpointError."""
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -115,7 +149,7 @@ class VLM:
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot load {pretrained!r}: {_first_line(error)}") from error
-        return cls(model.to(device), processor, min_pixels, max_pixels)
+        return cls(model.to(device), processor, min_pixels, max_pixels, constrained)
 
     @property
     def device(self) -> torch.device:
@@ -131,9 +165,7 @@ class VLM:
 
     def visual_tokens(self, image: Image.Image) -> int:
         """Merged visual tokens that ``image`` costs under this processor's limits, without encoding it."""
-        image, _ = within_aspect(image)
-        ip = self.processor.image_processor
-        return ip.get_number_of_image_patches(image.height, image.width, {"size": self.limits}) // ip.merge_size**2
+        return count_visual_tokens(self.processor, self.limits, image)
 
     def check(self, question: str) -> None:
         """Raise ValueError when a question holds the text of an image mark, which the tokenizer would take for an image."""
@@ -148,6 +180,8 @@ class VLM:
         """
         history = messages([*session.turns, turn], [_HOLE] * len(session.replies))
         text = self.processor.apply_chat_template(history, tokenize=False, add_generation_prompt=True).split(_HOLE)[-1]
+        if turn.tight:  # the end of the model's reply, the line break to leave out, the new message
+            text = text.replace(f"{_END}\n", _END, 1)
         marker = self.tokenizer.convert_ids_to_tokens(self.image_token)
         pieces = text.split(marker)
         merge = self.processor.image_processor.merge_size**2
@@ -156,80 +190,207 @@ class VLM:
         )
         return session.pending + self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def prepare(self, request: Request) -> Prepared:
+        """The CPU's part of a turn. It may run in any thread, ahead of the device; its session must not change until the reply."""
+        start = time.perf_counter()
+        views = [self.pixels(image) for image in request.turn.images]
+        grids = [grid for _, grid, _ in views]
+        patches = [p.pin_memory() if self.device.type == "cuda" else p for p, _, _ in views]
+        keys = [FeatureStore.key(p, g) for p, g, _ in views] if self.features else []
+        events = [e for _, _, events in views for e in events]
+        with self._tokenizing:
+            ids = self.chunk(request.session, request.turn, grids)
+        return Prepared(ids, patches, grids, events, time.perf_counter() - start, keys)
+
     @torch.inference_mode()
     def encode(self, patches: list[Tensor], grids: list[tuple[int, int, int]]) -> Tensor:
         """Patches of several images -> merged features (V, D), images in order, raster order within each."""
-        pixel_values = torch.cat(patches).to(self.device, self.model.dtype)
-        with windowed_attention(self.model):
-            out = self.model.model.visual(pixel_values, grid_thw=torch.tensor(grids, device=self.device))
-        return out.pooler_output
+        return torch.cat([image.features for image in self.see(patches, grids)])
+
+    @torch.inference_mode()
+    def see(
+        self, patches: list[Tensor], grids: list[tuple[int, int, int]], pruner: Pruner | None = None, keys: list[bytes] = ()
+    ) -> list[Visual]:
+        """Patches of several images -> each image's merged features and what ``pruner`` needs beside them, in raster order.
+
+        keys: of the images in the feature store; what it holds is not encoded again, unless the pruner looks into the tower.
+        """
+        if not patches:
+            return []
+        vision, needs = self.model.config.vision_config, pruner.needs if pruner else ()
+        wanted = ["attention" in needs, "metric" in needs]
+        probing = probed(self.model, pruner.vision_block, *wanted) if any(wanted) else nullcontext()
+        with windowed_attention(self.model), probing as probe:
+            features = self._tower(patches, grids, () if any(wanted) else keys)
+        merge = vision.spatial_merge_size
+        return look(
+            features,
+            [(rows // merge, columns // merge) for _, rows, columns in grids],
+            probe,
+            patches if "seed" in needs else None,
+            vision.window_size // merge // vision.patch_size,
+        )
+
+    def _tower(self, patches: list[Tensor], grids: list[tuple[int, int, int]], keys: list[bytes]) -> Tensor:
+        """-> merged features (V, D), those with a key out of the store or into it."""
+        found = [self.features.get(key) for key in keys] or [None] * len(grids)
+        todo = [i for i, features in enumerate(found) if features is None]
+        if todo:
+            pixel_values = torch.cat([patches[i].to(self.device, non_blocking=True) for i in todo]).to(self.model.dtype)
+            grid_thw = torch.tensor([grids[i] for i in todo], device=self.device)
+            made = self.model.model.visual(pixel_values, grid_thw=grid_thw).pooler_output
+            merge = self.model.config.vision_config.spatial_merge_size**2
+            for i, features in zip(todo, made.split([grids[i][1] * grids[i][2] // merge for i in todo]), strict=True):
+                found[i] = features
+                if keys:
+                    self.features.put(keys[i], features)
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def embed(self, ids: list[int], placed: tuple[Tensor, int], images: list[Visual]) -> Chunk:
+        """Token ids, their positions and the images among them -> what the decoder gets."""
+        tokens = torch.tensor(ids, device=self.device)
+        embeds, spans = self.decoder.get_input_embeddings()(tokens), []
+        at = (tokens == self.image_token).nonzero().squeeze(1).tolist()
+        for image in images:
+            start, n = at[0], len(image.features)
+            embeds[start : start + n] = image.features.to(embeds.dtype)
+            spans.append(Span(start, image, n))
+            at = at[n:]
+        return Chunk(embeds, placed[0].to(self.device), placed[1], tuple(spans))
 
     # ------------------------------------------------------------------ answering
 
-    @torch.inference_mode()
-    def reply(self, requests: list[Request]) -> list[Reply]:
+    def reply(self, requests: list[Request], pruner: Pruner | None = None) -> list[Reply]:
         """Answer one turn of each session, all in one batch, whatever their sizes, turns and image counts.
 
-        A session keeps its cache when ``turn.last`` is false; its next turn then prefills only what is new.
-        """
-        clock, marks = time.perf_counter, [time.perf_counter()]
-        patches, grids = [], []
-        for r in requests:
-            views = [self.pixels(image) for image in r.turn.images]
-            patches.append([p for p, _, _ in views])
-            grids.append([g for _, g, _ in views])
-            r.session.events += [e for _, _, events in views for e in events]
-        ids = [self.chunk(r.session, r.turn, g) for r, g in zip(requests, grids, strict=True)]
-        marks.append(clock())
+        A session keeps its cache when ``turn.last`` is false; its next turn then prefills only what is new. A pruner cuts
+        the images of this turn; what a session already holds stays as it is.
 
-        flat = [p for row in patches for p in row]
-        features = self.encode(flat, [g for row in grids for g in row]) if flat else None
-        self._synchronise()
+        Raises MemoryError when the device has no room; the sessions are then as they were.
+        """
+        before = [vars(r.session).copy() for r in requests]
+        try:
+            return self._reply(requests, pruner)
+        except torch.cuda.OutOfMemoryError as error:
+            for r, fields in zip(requests, before, strict=True):
+                vars(r.session).update(fields)
+            reason = _first_line(error)
+        torch.cuda.empty_cache()  # here, where the traceback no longer holds the batch
+        raise MemoryError(reason)
+
+    @torch.inference_mode()
+    def _reply(self, requests: list[Request], pruner: Pruner | None) -> list[Reply]:
+        if pruner is not None and pruner.retention == 1:
+            pruner = None
+        stages = self.stages(pruner)
+        prepared = [r.prepared or self.prepare(r) for r in requests]
+        ids, grids = [p.ids for p in prepared], [p.grids for p in prepared]
+        clock, marks = time.perf_counter, [time.perf_counter()]
+        flat = [patches for p in prepared for patches in p.patches]
+        keys = [key for p in prepared for key in p.keys]
+        reused = [sum(key in self.features for key in p.keys) for p in prepared]
+        images = iter(self.see(flat, [g for row in grids for g in row], pruner, keys))
+        self.synchronise()
         marks.append(clock())
 
         merge = self.processor.image_processor.merge_size
-        placed = [
-            mrope_positions(i, g, self.image_token, merge, r.session.next_position)
-            for r, i, g in zip(requests, ids, grids, strict=True)
-        ]
-        batch = Batch(self, [r.session for r in requests], ids, placed, features)
+        chunks = []
+        for r, i, g in zip(requests, ids, grids, strict=True):
+            placed = mrope_positions(i, g, self.image_token, merge, r.session.next_position)
+            chunk = self.embed(i, placed, [next(images) for _ in g])
+            chunks.append(chunk.cut(pruner, pruner.retention) if pruner and not stages else chunk)
+        sessions = [r.session for r in requests]
+        batch = StagedBatch(self, sessions, chunks, pruner, stages) if stages else Batch(self, sessions, chunks)
         logits = batch.prefill()
-        self._synchronise()
+        self.synchronise()
         marks.append(clock())
 
-        written, complete = batch.decode(logits, requests)
-        self._synchronise()
+        writers = [Writer(r, self.tokenizer, self.stop, self._grammar(r), self.trace is not None) for r in requests]
+        batch.decode(logits, writers)
+        self.synchronise()
         marks.append(clock())
 
         visual = [sum(rows * columns // merge**2 for _, rows, columns in g) for g in grids]
-        costs = _shares(marks, visual, [len(i) for i in ids], [len(w) for w in written])
+        costs = _shares(marks, visual, [len(i) for i in ids], [0 if w.said else len(w.written) for w in writers])
+        costs = [(p.seconds, *shares) for p, shares in zip(prepared, costs, strict=True)]
+        if self.trace is not None:
+            scores = [torch.stack(w.scores or [logits.new_full(logits.shape[-1:], float("nan"))]) for w in writers]
+            self.trace += torch.nn.utils.rnn.pad_sequence(scores, padding_value=float("nan"))
         out = []
-        for b, (r, tokens) in enumerate(zip(requests, written, strict=True)):
-            text = self.text(tokens, r.until)
-            usage = Usage(visual[b], float(visual[b]), len(ids[b]) - visual[b], len(tokens), *costs[b])
-            out.append(Reply(text, tuple(tokens), usage, complete[b]))
-            r.session.turns.append(r.turn)
-            r.session.replies.append(text)
+        for b, (r, writer) in enumerate(zip(requests, writers, strict=True)):
+            text = r.turn.said if writer.said else self.text(writer.written, r.until)
+            output = () if writer.said else tuple(writer.written)
+            usage = Usage(visual[b], batch.visual[b], len(ids[b]) - visual[b], len(output), *costs[b], passes=writer.passes)
+            out.append(Reply(text, output, usage, writer.ended))
             if r.turn.last:
                 r.session.keys, r.session.values = [], []
             else:
-                batch.keep(b, r.session, tokens)
+                batch.keep(b, r.session, writer.written)
+        for r, made, reply, again in zip(requests, prepared, out, reused, strict=True):  # after all that may run out of memory
+            r.session.turns.append(r.turn)
+            r.session.replies.append(reply.text)
+            r.session.events += made.events
+            if again:
+                r.session.events.append(
+                    Event("features_reused", f"{again} pictures were encoded before; their encode time is not here")
+                )
         return out
+
+    def stages(self, pruner: Pruner | None) -> dict[int, float]:
+        """The pruner's decoder stages on this model. Raises ValueError for a layer that the decoder does not have."""
+        layers = len(self.decoder.layers)
+        stages = pruner.stages(layers) if pruner else {}
+        for layer in stages:
+            if not 0 <= layer < layers - 1:
+                raise ValueError(
+                    f"{type(pruner).__name__} cuts after decoder layer {layer}; this model has {layers} layers, so the last place is {layers - 2}"
+                )
+        return stages
+
+    def probe(self, requests: list[Request]) -> list[Reply]:
+        """The hidden state of the last token of each turn after ``turn.probe`` of the decoder's layers; nothing is kept."""
+        from .probe import last_hidden  # needs this file
+
+        return [last_hidden(self, r) for r in requests]
+
+    def _grammar(self, request: Request) -> CallGrammar | None:
+        grid = request.turn.calls
+        if grid is None or not self.constrained:
+            return None
+        if grid not in self._grammars:
+            self._grammars[grid] = CallGrammar(grid, self.tokenizer)
+        return self._grammars[grid]
 
     def text(self, tokens: list[int] | tuple[int, ...], until: tuple[str, ...] = ()) -> str:
         """Token ids -> text without special tokens, cut before the first stop string."""
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text[: min((text.find(s) for s in until if s in text), default=len(text))]
 
-    def _synchronise(self) -> None:
+    def warm_up(self) -> None:
+        """Answer once for nothing, so that no document pays for the first use of kernels and allocators."""
+        picture = Image.new("RGB", (224, 224))
+        self.reply([Request(Session(), Turn((picture,), "?"), 2)])
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_memory(self) -> int:
+        """Most bytes in use so far: on the GPU by tensors, on a CPU by the whole process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def synchronise(self) -> None:
+        """Wait until the device has done what it was given, so that a clock may be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def _shares(marks: list[float], visual: list[int], prompt: list[int], output: list[int]) -> list[tuple[float, ...]]:
-    """Seconds of (preprocess, encode, prefill, decode) for each row: the batch's phases shared out by tokens."""
+    """Seconds of (encode, prefill, decode) for each row: the batch's phases shared out by tokens."""
     spans = [b - a for a, b in pairwise(marks)]
-    weights = (visual, visual, prompt, output)
+    weights = (visual, prompt, output)
     out = []
     for b in range(len(prompt)):
         row = [span * (w[b] / sum(w) if sum(w) else 1 / len(prompt)) for span, w in zip(spans, weights, strict=True)]

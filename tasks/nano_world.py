@@ -297,8 +297,7 @@ def scene(
 def _light(w: int, h: int) -> np.ndarray:
     """(h, w, 3) factors of a slanted light: red fades to the right, blue towards the bottom, in bands (they compress).
 
-    It shows a token where it is in the picture. M-RoPE's slow frequencies hardly turn over the 4 to 8 tokens of such a
-    picture, and a decoder of this size did not learn to name a place from them in 500 steps (measured).
+    It shows a token where it is in the picture: M-RoPE's slow frequencies hardly turn over 4 to 8 tokens.
     """
     x, y = np.arange(w)[None] // BAND * BAND / w, np.arange(h)[:, None] // BAND * BAND / h
     return np.stack([1 - FADE * x + 0 * y, np.ones((h, w)), 1 - FADE * y + 0 * x], -1)

@@ -7,9 +7,11 @@ from awares_bench.training import nano
 
 from awares_bench.crops import PAPER_GRID
 from awares_bench.engine import Engine, Failure, Job
+from awares_bench.features import FeatureStore
 from awares_bench.images import half
 from awares_bench.session import Request, Session
 from awares_bench.trajectory import Sample, Trajectory, Turn, messages
+from awares_bench.vision_attention import grouped_windows, varlen_windows
 from awares_bench.vlm import VLM, CheckpointError, mrope_positions
 
 from .tiny import picture, tiny_vlm
@@ -18,7 +20,7 @@ TOLERANCE = 1e-4
 
 
 def ours(vlm, requests):
-    """-> (replies, logits of every step as (steps, B, vocabulary))."""
+    """-> (replies, logits of every choice as (steps, B, vocabulary), NaN after a row's last)."""
     vlm.trace = []
     try:
         replies = vlm.reply(requests)
@@ -165,6 +167,51 @@ def test_the_tower_is_left_as_it_was_also_after_an_exception():
     with pytest.raises(RuntimeError):
         vlm.encode([torch.zeros(3, 1176)], [(1, 2, 2)])
     assert vlm.model.model.visual.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("sizes", [[(224, 224)] * 3, [(300, 84), (112, 112), (140, 420)]], ids=["equal-windows", "mixed"])
+def test_the_tower_has_the_features_of_transformers_window_by_window(sizes):
+    vlm = tiny_vlm()
+    views = [vlm.pixels(picture(*size, seed=i))[:2] for i, size in enumerate(sizes)]
+    patches, grids = [p for p, _ in views], [g for _, g in views]
+    with torch.no_grad():
+        stock = vlm.model.model.visual(torch.cat(patches), grid_thw=torch.tensor(grids)).pooler_output
+    assert (vlm.encode(patches, grids) - stock).abs().max() < TOLERANCE
+
+
+def test_features_of_a_picture_seen_before_are_reused_and_change_nothing():
+    vlm, seen = tiny_vlm(), []
+    turns = [Turn((picture(112, 84),), "Which?"), Turn((picture(112, 84, 4), picture(112, 84)), "Same?")]
+    _, plain = ours(vlm, [first(turns[1])])
+    hook = vlm.model.model.visual.register_forward_hook(lambda _, args, out: seen.append(len(args[0]) // 4))
+    vlm.features = FeatureStore(2**20)
+    try:
+        requests = [first(t) for t in (turns[0], turns[1], turns[1])]
+        scores = [ours(vlm, [r])[1] for r in requests]
+        vlm.features.capacity = 1
+        vlm.features.put(b"x", torch.zeros(1))
+        assert vlm.features.used == 0
+    finally:
+        hook.remove()
+        vlm.features = None
+    assert seen == [12, 12]
+    assert (scores[1] - plain).abs().max() < TOLERANCE and torch.equal(scores[1], scores[2])
+    assert [[e.kind for e in r.session.events] for r in requests] == [[], ["features_reused"], ["features_reused"]]
+
+
+def test_one_call_for_segments_of_any_length_is_the_grouped_calls():
+    lengths = torch.tensor([5, 16, 16, 3])
+    ends = torch.cat([torch.zeros(1, dtype=int), lengths.cumsum(0)])
+    q, k, v = torch.randn(3, 1, 2, int(lengths.sum()), 8).unbind()
+
+    def kernel(q, k, v, starts, _, longest, __):  # what a variable-length kernel computes, one segment at a time
+        assert longest == 16 and starts.dtype == torch.int32
+        some = [slice(a, b) for a, b in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)]
+        weights = [(q[s].transpose(0, 1) @ k[s].permute(1, 2, 0) * q.shape[-1] ** -0.5).softmax(-1) for s in some]
+        return torch.cat([(w @ v[s].transpose(0, 1)).transpose(0, 1) for w, s in zip(weights, some, strict=True)])
+
+    grouped, _ = grouped_windows(None, q, k, v, scaling=8**-0.5, cu_seq_lens_q=ends)
+    assert (varlen_windows(kernel, q, k, v, ends, 16) - grouped).abs().max() < 1e-6
 
 
 def test_an_image_mark_in_a_question_fails_that_document_only():

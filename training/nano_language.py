@@ -1,17 +1,22 @@
-"""Stages 2 and 3 of nano: the whole model learns to answer, then to ask for crops.
+"""The language stages of nano: the whole model learns to answer, then where things are, then to ask for crops.
 
-``base``  lists and questions on growing canvases at full size, at half size, and at half size with a crop already fetched.
-          A list names keys in random order and is scored on the contents only: a look-up in one attention hop, the key being
-          the token just read. Questions alone do not form the look-up in 1,000 steps (measured); lists first, they do.
-``sft``   two-turn trajectories: answer from half size where the base model already answers right there, else call; loss
-          weight 5 on the call (paper Sec. 3.2, 3.3). A share of single-turn full and half-size questions is replayed, so
-          that the controls keep their weights' worth.
-
-A decoder of this size learns *when* from such trajectories and not *where*: asked for the cheapest regions it names them at
-chance after 500 steps (``--where cheapest``), so the committed checkpoint is trained to ask for the whole image.
+``base``   lists and questions on growing canvases at full size, at half size, and at half size with a crop already fetched.
+           A list names keys in random order and is scored on the contents only: a look-up in one attention hop, the key being
+           the token just read. Questions alone do not form the look-up in 1,000 steps (measured); lists first, they do.
+``light``  the base gets used to a tower that went on learning (``tower --start``: the slanted light, places and regions).
+``where``  lists of regions in place of contents, from pictures of one panel to whole ones, then calls for the cheapest crops.
+           Growing is what makes it learn: with one panel a region is read off within 50 steps and carries over to five panels
+           at once; on whole pictures from the start it stayed at chance for 600 (both measured).
+``sft``    two-turn trajectories: answer from half size where the model of the stage before already answers right there, else
+           call; loss weight 5 on the call (paper Sec. 3.2, 3.3). A share of single-turn full and half-size questions is
+           replayed, so that the controls keep their weights' worth.
 
     python -m awares_bench.training.nano_language --stage base --tower runs/tower --out runs/base --steps 3000 --stop 2000
-    python -m awares_bench.training.nano_language --stage sft --start runs/base --out runs/sft --steps 420
+    python -m awares_bench.training.tower --start runs/base/checkpoint --walls 0 --steps 800 --lr 1e-3 --out runs/place
+    python -m awares_bench.training.nano_language --stage light --start runs/base/checkpoint --tower runs/place \
+        --steps 600 --lr 1e-3 --out runs/light
+    python -m awares_bench.training.nano_language --stage where --start runs/light/checkpoint --steps 500 --out runs/where
+    python -m awares_bench.training.nano_language --stage sft --start runs/where/checkpoint --steps 700 --lr 1e-3 --out runs/sft
 """
 
 from __future__ import annotations
@@ -267,8 +272,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=list(STAGES), required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tower", type=Path, help="run folder of the tower stage (base)")
-    parser.add_argument("--start", type=Path, help="checkpoint folder to go on from; needed by sft")
+    parser.add_argument("--tower", type=Path, help="run folder of the tower stage (base, light)")
+    parser.add_argument("--start", type=Path, help="checkpoint folder to go on from (light, where, sft)")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--stop", type=int, help="stop after this step of the schedule (default: --steps)")
     parser.add_argument(

@@ -1,0 +1,121 @@
+"""Attention that pruners rank visual tokens by, in float32 and in blocks: no (H, N, N) matrix ever exists.
+
+The q and k are those of the forward pass, so the scores are the same whichever kernel the model attends with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 2 * 2**20
+"""Scores held at a time: 8 MiB, and as much again for their softmax."""
+
+
+def window_order(rows: int, columns: int, window: int = 4) -> Tensor:
+    """Raster places (V,) of an image's merged tokens in the order in which Qwen2.5-VL's vision blocks hold them.
+
+    Windows in raster order, raster order within each; 4 tokens are the 112 pixels of the released models.
+    """
+    places = torch.arange(rows * columns)
+    row, column = places // columns, places % columns
+    return (row // window * -(-columns // window) + column // window).argsort(stable=True)
+
+
+def column_attention(q: Tensor, k: Tensor, scaling: float, block: int = BLOCK) -> Tensor:
+    """Attention that each key receives, the mean over heads and queries: (S, H, N, d) twice -> (S, N), S segments of N."""
+    segments, heads, n, width = q.shape
+    q, k = q.reshape(-1, n, width), k.reshape(-1, n, width)  # (S * H, N, d)
+    together = max(1, block // (n * n))  # heads in one product
+    step = max(1, min(n, block // n)) if together == 1 else n  # queries in one product
+    out = torch.zeros(len(q), n, device=q.device)
+    for a in range(0, len(q), together):
+        keys = k[a : a + together].float().transpose(1, 2)
+        for i in range(0, n, step):
+            scores = (q[a : a + together, i : i + step].float() * scaling) @ keys
+            out[a : a + together] += scores.softmax(-1).sum(1)
+    return out.view(segments, heads, n).mean(1) / n
+
+
+@dataclass
+class Probe:
+    """What one vision block leaves behind: ``attention`` (P,) and, when asked for, ``metric`` (P, d), in window order."""
+
+    metric_wanted: bool = False
+    attention_wanted: bool = True
+    attention: Tensor | None = None
+    metric: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, scaling: float, boundaries: Tensor) -> None:
+        """q, k: (1, H, P, d) after RoPE; boundaries (segments + 1,): images never attend to one another."""
+        if self.metric_wanted:
+            self.metric = k[0].mean(0, dtype=torch.float32)
+        if not self.attention_wanted:
+            return
+        if len(boundaries) == 2:
+            self.attention = column_attention(q, k, scaling)[0]
+            return
+        starts, lengths = boundaries[:-1].long(), boundaries.diff().long()
+        self.attention = torch.empty(q.shape[2], device=q.device)
+        for n in lengths.unique().tolist():
+            place = (starts[lengths == n, None] + torch.arange(n, device=q.device)).reshape(-1)
+            parts = [t[0][:, place].unflatten(1, (-1, n)).transpose(0, 1) for t in (q, k)]  # (S, H, n, d)
+            self.attention[place] = column_attention(*parts, scaling).reshape(-1)
+
+
+@contextmanager
+def probed(model, block: int, attention: bool, metric: bool) -> Iterator[Probe]:
+    """Within the block, vision block ``block`` of ``model`` (and of no other) fills the probe at every forward pass."""
+    visual = model.model.visual
+    number = range(len(visual.blocks))[block]
+    full = visual.config.fullatt_block_indexes
+    if attention and number not in full:
+        raise ValueError(f"vision block {block} attends within windows only; blocks that see the whole image: {list(full)}")
+    module = visual.blocks[number].attn
+    module.probe = Probe(metric, attention)
+    try:
+        yield module.probe
+    finally:
+        del module.probe
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """Attention of some text tokens on an image's tokens in one decoder layer, computed when asked for.
+
+    q: (H, R, d) and keys: (G, K, d) after RoPE, G key heads shared by the H query heads.
+    rows: (R,) place of each query among the K keys: it sees itself and what is before. columns: (V,) of the image's tokens.
+    row_phases, column_phases: (R, 2d) and (V, 2d), cosines and sines of the rotary embedding.
+    """
+
+    q: Tensor
+    keys: Tensor
+    rows: Tensor
+    columns: Tensor
+    row_phases: Tensor
+    column_phases: Tensor
+
+    def per_head(self, divisor: Tensor | None = None, block: int = BLOCK) -> Tensor:
+        """Mean over the R queries of the attention, divided by ``divisor`` (R, V) if given: (H, V)."""
+        heads, n, width = self.q.shape
+        groups, length, _ = self.keys.shape
+        keys = self.keys.float().transpose(1, 2)  # (G, d, K)
+        out = self.q.new_zeros((heads, len(self.columns)), dtype=torch.float32)
+        seen = torch.arange(length, device=self.q.device)
+        step = max(1, block // (heads * length))
+        for i in range(0, n, step):
+            rows = self.rows[i : i + step]
+            q = self.q[:, i : i + step].float() * width**-0.5
+            scores = (q.reshape(groups, -1, width) @ keys).view(heads, -1, length)
+            weights = scores.masked_fill_(seen > rows[:, None], -torch.inf).softmax(-1)[..., self.columns]
+            out += (weights if divisor is None else weights / divisor[i : i + step]).sum(1)
+        return out / n
+
+    def rotary_kernel(self) -> Tensor:
+        """Inner product of all-ones vectors rotated to each query's and each token's place, over sqrt(d): (R, V)."""
+        width = self.q.shape[2]
+        return self.row_phases.float() @ self.column_phases.float().T * width**-0.5

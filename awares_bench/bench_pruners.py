@@ -1,0 +1,277 @@
+"""``awares-bench bench pruners``: what it costs to decide, against the prefill without a pruner; time and memory, in one run.
+
+Models have published sizes and random weights. One layer of each kind is timed and counted as often as the model has it, so
+that a 7B fits a laptop; a pruner's own work is done in full: every cut at its real share, on the real number of tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from .attention_scores import Probe, probed
+from .geometry import geometry, random_model
+from .method import Pruner, Visual
+from .pruning import Chunk, look
+from .record import provenance
+from .session import Session
+from .staged import StagedBatch
+from .vision_attention import windowed_attention
+from .vlm import VLM, mrope_positions
+from .weights import NANO
+
+TEXT = 64
+"""Text tokens after the image: a question and the template."""
+
+LIMIT_SHARE, LIMIT_BYTES = 0.05, 100 * 2**20
+
+
+@dataclass
+class Cost:
+    """A pruner's own work on one image.
+
+    visual: tokens after the last cut. seconds: median over the rounds. share: of the prefill of the same round, median.
+    extra_bytes: the most held at a time beside its inputs. rounds: seconds of each.
+    """
+
+    pruner: str
+    visual: int = 0
+    seconds: float = 0.0
+    share: float = 0.0
+    extra_bytes: int | None = None
+    rounds: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Meter:
+    """Runs calls and keeps their seconds or, since asking slows them down, the most memory that any of them needed."""
+
+    vlm: VLM
+    memory: bool = False
+    seconds: list[float] = field(default_factory=list)
+    peak: int | None = 0
+
+    def __call__(self, call: Callable, *args):
+        before = _reset_peak(self.vlm) if self.memory else None
+        self.vlm.synchronise()
+        start = clock(self.vlm)
+        out = call(*args)
+        self.vlm.synchronise()
+        self.seconds.append(clock(self.vlm) - start)
+        if self.memory:
+            self.peak = None if before is None or self.peak is None else max(self.peak, _peak(self.vlm) - before)
+        return out
+
+
+def clock(vlm: VLM) -> float:
+    """Seconds: of the wall on a GPU; on a CPU of this process, all its threads, so that other programs do not count."""
+    return time.perf_counter() if vlm.device.type == "cuda" else time.process_time()
+
+
+def _reset_peak(vlm: VLM) -> int | None:
+    """Start a new peak -> bytes in use; on a CPU of the process, where Linux can say."""
+    if vlm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(vlm.device)
+        return torch.cuda.memory_allocated(vlm.device)
+    if not sys.platform.startswith("linux"):
+        return None
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # memory that was freed and not returned would hide what is asked for next
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(vlm: VLM) -> int:
+    return torch.cuda.max_memory_allocated(vlm.device) if vlm.device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+
+class MeteredBatch(StagedBatch):
+    """A prefill whose cuts and raters are metered."""
+
+    def __init__(self, meter: Meter, *args):
+        self.meter = meter
+        super().__init__(*args)
+
+    def _raters(self, chunk: Chunk) -> Tensor | None:
+        return self.meter(super()._raters, chunk)
+
+    def _cut(self, *args) -> Chunk:
+        return self.meter(super()._cut, *args)
+
+
+def pruners() -> list[type[Pruner]]:
+    """The pruner class of every file of ``baselines`` that has one, by file name."""
+    names = sorted(p.name[:-3] for p in files("awares_bench.baselines").iterdir() if p.name.endswith(".py") and p.name[0] != "_")
+    modules = [import_module(f"awares_bench.baselines.{name}") for name in names]
+    own = [c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
+    return [c for c in own if issubclass(c, Pruner)]
+
+
+def small(size: str):
+    """The config of a geometry with two vision blocks (one within windows, one over the whole image) and four decoder layers."""
+    config = geometry(size)
+    tower, text = config.vision_config, config.text_config
+    tower.depth, tower.fullatt_block_indexes = 2, [1]
+    text.num_hidden_layers, text.layer_types = 4, ["full_attention"] * 4
+    text.vocab_size = min(text.vocab_size, 1024)
+    config.vocab_size = text.vocab_size
+    return config
+
+
+@torch.inference_mode()
+def run(
+    size: str = NANO, tokens: int = 1200, retention: float = 0.5, repeats: int = 5, device: str = "auto", dtype: str = "auto",
+    json_file: Path | None = None,
+) -> dict:  # fmt: skip
+    """Measure every pruner on one image of about ``tokens`` visual tokens -> what is printed, as a dictionary."""
+    if tokens < 1 or repeats < 1:
+        raise ValueError(f"tokens is {tokens} and repeats is {repeats}; both must be at least 1")
+    chosen = [cls(retention) for cls in pruners()]
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    kind = getattr(torch, ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype)
+    vlm, whole = VLM(*random_model(small(size), kind, device)), geometry(size)
+    side = max(1, math.isqrt(tokens))
+    grid = (1, 2 * side, 2 * max(1, round(tokens / side)))
+    visual = grid[1] * grid[2] // 4
+    patches = torch.randn(grid[1] * grid[2], 1176, generator=torch.Generator().manual_seed(0))
+    marks = vlm.model.config.vision_start_token_id, vlm.model.config.vision_end_token_id
+    ids = [20] * 16 + [marks[0]] + [vlm.image_token] * visual + [marks[1]] + [*range(20, 20 + TEXT)]
+    placed = mrope_positions(ids, [grid], vlm.image_token)
+
+    layers, costs = _Layers(vlm), [Cost(type(p).__module__.rsplit(".", 1)[-1]) for p in chosen]
+    for round_ in range(repeats + 1):  # the first warms up, and looks at memory instead of the clock; the others alternate
+        (image,) = vlm.see([patches], [grid])
+        StagedBatch(vlm, [Session()], [vlm.embed(ids, placed, [image])], chosen[0], {}).prefill()
+        layers.close_round(whole)
+        for pruner, cost in zip(chosen, costs, strict=True):
+            meter = Meter(vlm, memory=round_ == 0)
+            cost.visual = _decide(meter, pruner, whole, patches, grid, ids, placed)
+            if meter.memory:
+                cost.extra_bytes = meter.peak
+            else:
+                cost.rounds.append(sum(meter.seconds))
+            layers.forget()
+    layers.remove()
+    prefills = layers.rounds[1:]
+    for cost in costs:
+        cost.seconds = median(cost.rounds)
+        cost.share = median(s / p for s, p in zip(cost.rounds, prefills, strict=True))
+    prefill = median(prefills)
+    result = {
+        "geometry": size,
+        "visual_tokens": visual,
+        "text_tokens": len(ids) - visual,
+        "retention": retention,
+        "device": torch.cuda.get_device_name(vlm.device) if vlm.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(kind).removeprefix("torch."),
+        "repeats": repeats,
+        "prefill_seconds": prefill,
+        "pruners": [asdict(c) for c in costs],
+    }
+    _print(result)
+    if json_file:
+        Path(json_file).write_text(json.dumps(result | {"provenance": provenance()}, indent=1))
+    return result
+
+
+class _Layers:
+    """Seconds of the vision blocks and decoder layers that ran in a round, by hooks, and of a whole model made of them."""
+
+    def __init__(self, vlm: VLM):
+        self.vlm, self.hooks, self.rounds = vlm, [], []
+        self.forget()
+        tower = vlm.model.model.visual
+        named = [("patch", tower.patch_embed), ("window", tower.blocks[0]), ("full", tower.blocks[1]), ("merger", tower.merger)]
+        for name, module in [*named, *(("decoder", layer) for layer in vlm.decoder.layers)]:
+            self.hooks += [module.register_forward_pre_hook(self._start), module.register_forward_hook(self._stop(name))]
+
+    def _start(self, *_) -> None:
+        self.vlm.synchronise()
+        self.start = clock(self.vlm)
+
+    def _stop(self, name: str) -> Callable:
+        def stop(*_) -> None:
+            self.vlm.synchronise()
+            self.seconds.setdefault(name, []).append(clock(self.vlm) - self.start)
+
+        return stop
+
+    def forget(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def close_round(self, config) -> None:
+        """Add the seconds of encoding and prefill of the model of this config, its layers at the median of their kind."""
+        once = {name: median(s) for name, s in self.seconds.items()}
+        tower, full = config.vision_config, len(config.vision_config.fullatt_block_indexes)
+        vision = once["patch"] + once["merger"] + (tower.depth - full) * once["window"] + full * once["full"]
+        self.rounds.append(vision + config.text_config.num_hidden_layers * once["decoder"])
+        self.forget()
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _decide(meter: Meter, pruner: Pruner, whole, patches: Tensor, grid: tuple, ids: list[int], placed: tuple) -> int:
+    """Meter what ``pruner`` adds: the probe and the cut before the decoder, or raters, attention rows and cuts inside it."""
+    vlm, stages = meter.vlm, pruner.stages(whole.text_config.num_hidden_layers)
+    (image,) = _see(vlm, pruner, patches, grid, meter)
+    chunk = vlm.embed(ids, placed, [image])
+    if not stages:
+        return meter(chunk.cut, pruner, pruner.retention).visual
+    batch = MeteredBatch(meter, vlm, [Session()], [chunk], pruner, dict(enumerate(stages.values())))
+    batch.prefill()
+    return batch.chunks[0].visual
+
+
+def _see(vlm: VLM, pruner: Pruner, patches: Tensor, grid: tuple, meter: Meter) -> list[Visual]:
+    """As ``VLM.see``, with the probe metered."""
+    wanted = "attention" in pruner.needs, "metric" in pruner.needs
+    with probed(vlm.model, -1, *wanted) as probe:
+        module = vlm.model.model.visual.blocks[-1].attn
+        if any(wanted):
+            module.probe = lambda *args: meter(probe, *args)
+        with windowed_attention(vlm.model):
+            out = vlm.model.model.visual(
+                patches.to(vlm.device, vlm.model.dtype), grid_thw=torch.tensor([grid], device=vlm.device)
+            ).pooler_output
+    some: Probe | None = probe if any(wanted) else None
+    if "seed" in pruner.needs or some:
+        return meter(look, out, [(grid[1] // 2, grid[2] // 2)], some, [patches] if "seed" in pruner.needs else None, 4)
+    return look(out, [(grid[1] // 2, grid[2] // 2)], None, None, 4)
+
+
+def _print(result: dict) -> None:
+    print(
+        f"{result['geometry']} geometry, random weights, {result['visual_tokens']} visual and {result['text_tokens']} text tokens, "
+        f"{result['device']}, {result['dtype']}, {result['threads']} threads, retention {result['retention']}"
+    )
+    clocked = "CPU seconds of all threads" if result["device"] == "cpu" else "seconds"
+    print(f"prefill without a pruner, encode and decoder: {result['prefill_seconds']:.4f} {clocked}\n")
+    print(f"{'pruner':<15} {'kept':>6} {'seconds':>9} {'of prefill':>10} {'extra MiB':>10}")
+    for c in result["pruners"]:
+        extra = "" if c["extra_bytes"] is None else f"{c['extra_bytes'] / 2**20:.0f}"
+        over = [w for w, bad in (("time", c["share"] > LIMIT_SHARE), ("memory", (c["extra_bytes"] or 0) > LIMIT_BYTES)) if bad]
+        print(
+            f"{c['pruner']:<15} {c['visual']:>6} {c['seconds']:>9.4f} {c['share']:>10.2%} {extra:>10}  "
+            f"{'over its limit: ' + ', '.join(over) if over else ''}"
+        )
+    print(f"\nLimits: {LIMIT_SHARE:.0%} of prefill, {LIMIT_BYTES >> 20} MiB at 4,096 visual tokens. Kept: after the last cut.")

@@ -1,0 +1,182 @@
+"""Answers from an OpenAI-compatible server (vLLM, SGLang, ``transformers serve``), for policies that need nothing inside the model.
+
+Pictures go as PNG, so the server sees the same pixels; the whole conversation is sent at every turn, so a server should keep
+its prefix cache. Visual tokens are counted here, by the processor of ``pretrained``; text and output tokens are the server's
+where it reports them. A server's phases cannot be told apart: its seconds, queueing included, all stand under decode.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from openai import APIConnectionError, APIStatusError, OpenAI
+from transformers import AutoProcessor
+
+from .engine import Failure
+from .images import within_aspect
+from .session import Prepared, Request
+from .trajectory import Event, Reply, Turn, messages
+from .usage import Usage
+from .vlm import MAX_PIXELS, MIN_PIXELS, count_visual_tokens
+from .weights import resolve
+
+RETRIES = 12
+"""The client waits 0.5 s after the first failure and up to 8 s after later ones: a server has about a minute to come back."""
+
+
+class Endpoint:
+    """A served model. It answers what a ``VLM`` answers, except for pruners and probes.
+
+    base_url: such as http://localhost:8000/v1. model: its name there. pretrained: whose processor counts tokens.
+    concurrency: requests in flight. retries: after refused connections, time-outs, rate limits (waiting as long as the server
+    asks) and server errors. The key is read from OPENAI_API_KEY.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        pretrained: str,
+        concurrency: int = 8,
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+        retries: int = RETRIES,
+        timeout: float = 600.0,
+    ):
+        self.processor = AutoProcessor.from_pretrained(resolve(pretrained))
+        self.tokenizer = self.processor.tokenizer
+        self.limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        self.client = OpenAI(base_url=base_url, api_key=key, max_retries=retries, timeout=timeout)
+
+    def visual_tokens(self, image) -> int:
+        """Merged visual tokens of ``image`` under this processor's limits; the server's limits should be the same."""
+        return count_visual_tokens(self.processor, self.limits, image)
+
+    def check(self, question: str) -> None:
+        """Raise ValueError when a question holds the text of an image mark."""
+        marker = self.processor.image_token
+        if marker in question:
+            raise ValueError(f"the question holds the text {marker!r}, which stands for an image; remove it from the question")
+
+    def text(self, tokens, until: tuple[str, ...] = ()) -> str:
+        """Token ids -> text, cut before the first stop string."""
+        return _cut(self.tokenizer.decode(list(tokens), skip_special_tokens=True), until)
+
+    def prepare(self, request: Request) -> Prepared:
+        """Nothing: requests are made in the threads that send them."""
+        return Prepared([], [], [])
+
+    def probe(self, requests: list[Request]):
+        raise ValueError("this policy reads the inside of a model; give it one of its own, or leave engine=openai out")
+
+    def reply(self, requests: list[Request], pruner=None) -> list[Reply | Failure]:
+        """Answer one turn of each conversation; a request that the server refuses is a failure of its document.
+
+        Raises RuntimeError when the server cannot be reached any more: what was answered is in the run folder.
+        """
+        if pruner is not None:
+            raise ValueError(f"{type(pruner).__name__} cuts tokens inside the model; leave engine=openai out, or the pruner")
+        with ThreadPoolExecutor(self.concurrency, "request") as threads:
+            return list(threads.map(self._one, requests))
+
+    def _one(self, request: Request) -> Reply | Failure:
+        start, session, turn = time.perf_counter(), request.session, request.turn
+        shown = [within_aspect(image) for image in turn.images]
+        events = [e for _, some in shown for e in some]
+        history = [*session.turns, turn]
+        visual, before = self._visual([turn]), self._visual(session.turns)
+        text, earlier = self._text(history, session.replies), self._text(session.turns, session.replies)
+        if turn.tight:
+            events.append(Event("template", "the line break before this message is the server's; the checkpoint had none"))
+        if turn.said is not None:
+            answer, output, complete, seconds = turn.said, 0, True, (0.0, 0.0)
+        else:
+            payload = _payload(messages(history, session.replies))
+            prepared = time.perf_counter()
+            try:
+                made = self.client.chat.completions.create(
+                    model=self.model, messages=payload, max_tokens=request.budget, temperature=0.0, seed=0
+                )
+            except APIStatusError as error:
+                if error.status_code >= 500 or error.status_code in (408, 409, 429):
+                    raise self._gone(error) from error
+                return Failure(f"the server refused the request ({error.status_code}): {error.message}")
+            except APIConnectionError as error:
+                raise self._gone(error) from error
+            seconds = (prepared - start, time.perf_counter() - prepared)
+            whole, complete = made.choices[0].message.content or "", made.choices[0].finish_reason == "stop"
+            answer = _cut(whole, request.until)
+            complete = complete or answer != whole
+            spent = made.usage
+            output = spent.completion_tokens if spent else len(self._ids(whole))
+            if spent and spent.prompt_tokens:
+                counted = text + visual + before
+                if spent.prompt_tokens != counted:
+                    said = f"the server counts {spent.prompt_tokens} prompt tokens, the processor here {counted}"
+                    events.append(Event("token_count", f"{said}: limits or templates differ"))
+                    text = spent.prompt_tokens - visual - before
+            if session.turns:
+                events += _cache_events(spent)
+        session.turns.append(turn)
+        session.replies.append(answer)
+        session.events += events
+        usage = Usage(visual, float(visual), max(0, text - earlier), output, seconds[0], 0.0, 0.0, seconds[1])
+        tokens = () if turn.said is not None else tuple(self._ids(answer))
+        return Reply(answer, tokens, usage, complete)
+
+    def _gone(self, error: Exception) -> RuntimeError:
+        return RuntimeError(
+            f"the server at {self.base_url} did not answer after {self.retries} retries ({error}); "
+            "start it again and run the same command with the same output_dir: it goes on where it stopped"
+        )
+
+    def _visual(self, turns: list[Turn]) -> int:
+        return sum(self.visual_tokens(image) for turn in turns for image in turn.images)
+
+    def _text(self, turns: list[Turn], replies: list[str]) -> int:
+        """Tokens of the rendered conversation that are not visual."""
+        if not turns:
+            return 0
+        asks = len(turns) > len(replies)
+        text = self.processor.apply_chat_template(messages(turns, replies), tokenize=False, add_generation_prompt=asks)
+        return len(self._ids(text)) - sum(len(turn.images) for turn in turns)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _cache_events(spent) -> list[Event]:
+    details = getattr(spent, "prompt_tokens_details", None)
+    cached = getattr(details, "cached_tokens", None)
+    if cached is None:
+        return [Event("prefix_cache", "the server does not say whether it kept the first turn; tokens are counted as if it had")]
+    return (
+        [] if cached else [Event("prefix_cache", "the server kept nothing of the first turn and prefilled it again, uncounted")]
+    )
+
+
+def _payload(talk: list[dict]) -> list[dict]:
+    """Chat messages with pictures -> the same with PNG data URLs."""
+    out = []
+    for message in talk:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [_picture(part["image"]) if part["type"] == "image" else part for part in content]
+        out.append({"role": message["role"], "content": content})
+    return out
+
+
+def _picture(image) -> dict:
+    data = io.BytesIO()
+    within_aspect(image)[0].save(data, "PNG", compress_level=1)
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"}}
+
+
+def _cut(text: str, until: tuple[str, ...]) -> str:
+    return text[: min((text.find(s) for s in until if s in text), default=len(text))]

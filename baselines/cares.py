@@ -1,0 +1,67 @@
+"""CARES: a small proxy reads the question and a thumbnail, and a linear gate on its middle layer picks the resolution.
+
+Paper    Kimhi et al., ACL 2026, https://arxiv.org/abs/2510.19496
+Code     https://github.com/mkimhi/CARES at ee9763e (training of the gate; no weights of it)
+Needs    a gate trained for the proxy (``python -m awares_bench.training.cares_gate``); no training of the model under test
+Cost     the chosen size's tokens; the proxy's own in the aux columns
+Differs  the paper's last token where the code pools over the text; the proxy is of the Qwen2.5-VL family; each of several images gets its own size
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from awares_bench.gate import Gate
+from awares_bench.images import within
+from awares_bench.method import UNDER_TEST, Look, Policy
+from awares_bench.trajectory import Event, Sample, Turn
+
+STEP = 28
+"""Sizes that Qwen2.5-VL tells apart: one merged token."""
+
+_gate = lru_cache(maxsize=4)(Gate.load)
+
+
+@dataclass(frozen=True)
+class Cares(Policy):
+    """Choose a size for each image, then ask.
+
+    gate:  file written by the gate's training: weights, the sizes it chooses from, the thumbnail and the depth it reads
+    proxy: checkpoint the gate was trained on; ``pretrained``: the model under test, whose tokens then count as its own
+    mode:  ``continuous``: the expected size, rounded up to a whole token; ``discrete``: the most probable size
+    """
+
+    gate: str = ""
+    proxy: str = UNDER_TEST
+    mode: Literal["continuous", "discrete"] = "continuous"
+
+    @property
+    def models(self) -> dict[str, str]:
+        self.opened()  # a missing gate is said before any weights are loaded
+        return {"proxy": self.proxy}
+
+    def opened(self) -> Gate:
+        """The gate. Raises ValueError when there is none."""
+        if not self.gate:
+            raise ValueError("cares needs gate=FILE; train one with: python -m awares_bench.training.cares_gate --out FILE")
+        return _gate(self.gate)
+
+    def look(self, sample: Sample) -> Look:
+        gate, views = self.opened(), []
+        for image in sample.images:
+            probe = Turn((within(image, gate.view),), sample.question, model="proxy", probe=gate.depth)
+            size = choose(gate.probabilities((yield probe).hidden), gate.sizes, self.mode)
+            yield Event("resolution", f"longer side at most {size} of {max(image.size)} pixels")
+            views.append(within(image, size))
+        return (yield Turn(tuple(views), sample.question))
+
+
+def choose(probabilities: tuple[float, ...], sizes: tuple[int, ...], mode: str) -> int:
+    """Probability of each size -> longer side in pixels. Ties go to the larger size, which loses nothing."""
+    if mode == "discrete":
+        return max(zip(probabilities, sizes, strict=True))[1]
+    expected = sum(p * size for p, size in zip(probabilities, sizes, strict=True))
+    return min(max(sizes), STEP * math.ceil(expected / STEP - 1e-6))

@@ -1,0 +1,77 @@
+"""CropVLM: a small cropper names one box that helps with the question; the model sees the image and that crop.
+
+Paper    Carvalho and Martins, CVPRW 2026, https://arxiv.org/abs/2511.19820
+Code     https://github.com/miguelscarv/cropvlm at 7618d0e, ``generate_bboxes.py`` and ``generate_final_answers.py``
+Needs    a cropper trained for it, of the Qwen2.5-VL family; the model under test stays as it is
+Cost     every visual token plus the crop (view=low: a quarter plus the crop); the cropper's own in the aux columns
+Differs  the authors' cropper is a SmolVLM; a box that cannot be read means no crop and an event, not the pixels 0 to 99
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from awares_bench.awares import without_crops
+from awares_bench.crops import Box
+from awares_bench.images import half, within
+from awares_bench.method import UNDER_TEST, Look, Policy
+from awares_bench.trajectory import Event, Sample, Turn
+
+ASK = "{question}\nOutline the region in the image that would help answer this question."
+NOT_NEEDED = "not needed"
+BOX_BUDGET = 32
+"""Tokens a box may take (the authors' GRPO setting)."""
+
+
+@dataclass(frozen=True)
+class CropVLM(Policy):
+    """Ask the cropper for a box, then the model with the image and the crop.
+
+    cropper: checkpoint that proposes the box; ``pretrained``: the model under test does, and its tokens count as its own
+    view:    what stands beside the crop: the ``full`` image (the paper) or the ``low`` half-size view
+    longest: longer side in pixels of what the cropper sees (the authors train at 2,048)
+    """
+
+    cropper: str = UNDER_TEST
+    view: Literal["full", "low"] = "full"
+    longest: int = 2048
+
+    @property
+    def models(self) -> dict[str, str]:
+        return {"cropper": self.cropper}
+
+    def look(self, sample: Sample) -> Look:
+        if len(sample.images) != 1:
+            return (yield from without_crops(sample))
+        (image,) = sample.images
+        ask = ASK.format(question=sample.question.capitalize())
+        said = yield Turn((within(image, self.longest),), ask, model="cropper", budget=BOX_BUDGET, until=())
+        views = (half(image) if self.view == "low" else image,)
+        if said.text.strip(" .").lower() != NOT_NEEDED:
+            try:
+                box = parse_box(said.text, *image.size)
+            except ValueError as error:
+                yield Event("malformed_box", f"{error}; the image is shown in full, without a crop")
+                views = (image,)
+            else:
+                yield Event("box", ",".join(map(str, box)))
+                views = (*views, image.crop(box))
+        return (yield Turn(views, sample.question))
+
+
+def parse_box(text: str, width: int, height: int) -> Box:
+    """``[x1, y1, x2, y2].`` in percent of the sides -> pixels of a (width, height) image, at least one a side.
+
+    Raises ValueError when the text is not four numbers from 0 to 100 with x1 < x2 and y1 < y2.
+    """
+    number = r"\s*(\d+(?:\.\d+)?)\s*"
+    match = re.search(rf"\[{number},{number},{number},{number}\]", text)
+    if not match:
+        raise ValueError(f"expected a box [x1, y1, x2, y2] in percent, got {text[:80]!r}")
+    x1, y1, x2, y2 = map(float, match.groups())
+    if not (x1 < x2 <= 100 and y1 < y2 <= 100):
+        raise ValueError(f"expected 0 <= x1 < x2 <= 100 and 0 <= y1 < y2 <= 100, got {text[:80]!r}")
+    left, top = min(round(x1 * width / 100), width - 1), min(round(y1 * height / 100), height - 1)
+    return left, top, max(round(x2 * width / 100), left + 1), max(round(y2 * height / 100), top + 1)

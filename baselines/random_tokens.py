@@ -1,0 +1,30 @@
+"""Random tokens: a share of the visual tokens, drawn blindly; the control that a pruner must beat.
+
+Paper    none; a strong control in UniPruneBench, https://arxiv.org/abs/2511.02650
+Code     none
+Needs    nothing
+Cost     the share ``retention`` of the tokens in every decoder layer
+Differs  the picture seeds the draw, so that it does not depend on the batch or the order of documents
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awares_bench.method import Pruner, Visual
+
+
+@dataclass(frozen=True)
+class RandomTokens(Pruner):
+    """Keep tokens drawn uniformly without replacement."""
+
+    draw: int = 0
+    needs = ("seed",)
+
+    def score(self, image: Visual) -> Tensor:
+        """Uniform numbers that the picture and ``draw`` decide."""
+        generator = torch.Generator().manual_seed(image.seed + 2**32 * int(self.draw))
+        return torch.rand(len(image.features), generator=generator).to(image.features.device)

@@ -1,0 +1,149 @@
+"""VisionThink: reason over a half-size view, and call for the original image when that is not enough.
+
+Paper    Yang et al., NeurIPS 2025, https://arxiv.org/abs/2507.13348
+Code     https://github.com/dvlab-research/VisionThink at 42afd8c, ``scripts/vllm_tool.py``
+Needs    a checkpoint trained for it (the authors release Qwen2.5-VL-7B weights)
+Cost     the half-size view, plus every visual token after a call; hundreds of output tokens
+Differs  a call is read as JSON (the released pattern wants ``}}`` adjacent and may feed Python's own messages back); documents of several images may call; the task's stop strings and token limit do not cut the reasoning
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from awares_bench.images import half
+from awares_bench.method import Look, Policy
+from awares_bench.trajectory import Event, Reply, Sample, Turn
+
+# Quoted from the authors' code (Apache-2.0): the released checkpoint expects these strings exactly.
+SYSTEM = """You are a helpful assistant.
+
+# Tools
+
+You may call the function tool shown below to assist with the user query.
+
+You are provided with the function signature within <tools></tools> XML tags:
+<tools>
+{"type": "function", "function": {"name_for_human": "resize_image", "name": "resize_image", "description": "Resize the image resolution.", "parameters": {"properties": {"action": {"description": "The action to perform. The available actions are:
+* `resize`: Double the resolution of the current image. You should only use this tool if you are unable to obtain the critical information needed to answer the question from the current resolution.", "enum": ["resize"], "type": "string"}}, "required": ["action"], "type": "object"}, "args_format": "Format the arguments as a JSON object."}}
+</tools>
+For each function call, return a json object with the function name and the corresponding argument within <tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>"""
+
+BEFORE = (
+    "Answer the question based on the image provided. You must conduct reasoning within <think> and </think> first in each of "
+    "your reasoning steps. You may call ONE function tool per step to help you better solve the problem. Place the function tool "
+    "within <tool_call> and </tool_call> at the end of each step to perform a function call. You should continue your reasoning "
+    "process based on the content returned by the function tool. Once you confirm your final answer, place the final answer inside "
+    "<answer> and </answer>. For mathematical or multiple-choice problem, wrap the answer value or choice with \\boxed{}. "
+    "Here is the image and question:\n"
+)
+RESIZED = "<tool_response>\nThe resized image is shown below:\n"
+CONTINUE = (
+    "\n</tool_response>\nPlease carefully analyze the content returned from the image resize tool in combination with the original "
+    "question and image from the user, continue your reasoning process inside <think> and </think> and then write your final answer "
+    "inside <answer> and </answer>."
+)
+AFTER_ERROR = (
+    "Please analyze the error information obtained from the function tool and adjust your response. Countinue your reasoning "
+    "process inside <think> and </think>."
+)
+
+SMALLEST = 28
+"""Views are enlarged to this many pixels a side at the least."""
+
+
+class CallError(ValueError):
+    """A tool call that does not ask for the original image; the message is what the model is told."""
+
+
+@dataclass(frozen=True)
+class VisionThink(Policy):
+    """Think at half size; at most one call for the original.
+
+    budget: tokens of each turn, whatever the task allows (the authors' 8,192)
+    """
+
+    budget: int = 8192
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.budget, int) or self.budget < 1:
+            raise ValueError(f"budget is {self.budget!r}; it is a number of tokens, at least 1")
+
+    def look(self, sample: Sample) -> Look:
+        how = {"budget": self.budget, "until": ()}
+        views = tuple(enlarged(half(image)) for image in sample.images)
+        question = f"\n{sample.question}" if views else BEFORE + sample.question
+        first = yield Turn(views, question, system=SYSTEM, before=(BEFORE,), last=False, **how)
+        try:
+            called = tool_call(first.text)
+        except CallError as error:
+            yield Event("malformed_call", str(error))
+            second = yield Turn((), f"{error}{AFTER_ERROR}", tight=True, **how)
+        else:
+            if not called:
+                return _answer(first, first.text)
+            if not sample.images:
+                yield Event("no_image", "a call for an image that the document does not have counts as the answer")
+                return _answer(first, first.text)
+            yield Event("crops", "all")
+            originals = tuple(enlarged(image) for image in sample.images)
+            before = (RESIZED, *["\n"] * (len(originals) - 1))
+            second = yield Turn(originals, CONTINUE, before=before, tight=True, **how)
+        if "<tool_call>" in second.text:
+            yield Event("call_in_answer", "a second call is not answered")
+        return _answer(second, first.text + second.text)
+
+
+def tool_call(text: str) -> bool:
+    """Whether a reply calls ``resize_image``. Raises CallError when it makes another call, or one that cannot be read."""
+    calls = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
+    if not calls:
+        return False
+    try:
+        found = [_objects(call) for call in calls]
+        actions = [call["arguments"]["action"] for some in found for call in some]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CallError("The function call is not a JSON object with a name and arguments.") from error
+    if not actions:
+        raise CallError("The function call is not a JSON object with a name and arguments.")
+    if actions[0] != "resize":
+        raise CallError(f"Unknown Tool Type: {actions[0]}. Available function tools are: `resize`")
+    if len(actions) > 1:
+        raise CallError("You should only call function `resize` once per function call.")
+    return True
+
+
+def _objects(text: str) -> list:
+    """The JSON values in ``text``, one after the other. Raises ValueError at anything else."""
+    decoder, out, at = json.JSONDecoder(), [], 0
+    while text[at:].strip():
+        at += len(text[at:]) - len(text[at:].lstrip())
+        value, at = decoder.raw_decode(text, at)
+        out.append(value)
+    return out
+
+
+def final_answer(text: str) -> str:
+    """All the model wrote -> what it put between the answer tags: before the first that closes, after the last that opens."""
+    return text.split("</answer>")[0].split("<answer>")[-1].strip()
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """``image`` with at least 28 pixels a side, Lanczos, aspect kept."""
+    if min(image.size) >= SMALLEST:
+        return image
+    scale = max(SMALLEST / image.width, SMALLEST / image.height)
+    return image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.LANCZOS)
+
+
+def _answer(reply: Reply, written: str) -> Reply:
+    """The reply with the tagged answer as its text, and without the tokens, which the task's limit is not for."""
+    return replace(reply, text=final_answer(written), tokens=())

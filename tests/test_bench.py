@@ -1,0 +1,104 @@
+"""The bench: published sizes, operations against PyTorch's own counter, and a run whose ratios come from its own rows."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from awares_bench.bench import run
+from awares_bench.bench_engine import Pages
+from awares_bench.geometry import decoder_flops, encode_flops, geometry, random_model
+from awares_bench.session import Request, Session
+from awares_bench.trajectory import Turn
+from awares_bench.vlm import VLM
+
+from .test_vlm import TOLERANCE, ours
+from .tiny import picture
+
+
+@pytest.mark.parametrize(("name", "billions"), [("3b", 3.7546), ("7b", 8.2922)])
+def test_geometries_have_the_published_number_of_parameters(name, billions):
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(geometry(name))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=1e-4)
+
+
+def test_an_unknown_geometry_lists_the_known():
+    with pytest.raises(ValueError, match="known: nano, 3b, 7b"):
+        geometry("72b")
+    with pytest.raises(ValueError, match="at least 1"):
+        geometry("3b", 0)
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return VLM(*random_model(geometry("nano"), torch.float32, "cpu"))
+
+
+def test_operations_are_those_that_pytorch_counts(vlm):
+    patches, grid, _ = vlm.pixels(picture(336, 224))
+    with FlopCounterMode(display=False) as counter:
+        vlm.encode([patches], [grid])
+    assert encode_flops(vlm.model.config, [grid]) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    text = vlm.model.config.text_config
+    for new in (40, 400):
+        embeds = torch.zeros(1, new, text.hidden_size)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            hidden = vlm.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            vlm.model.lm_head(hidden[:, -1])
+        masked = text.num_hidden_layers * 2 * text.hidden_size * new * (new - 1)  # the half that a causal kernel skips
+        assert decoder_flops(vlm.model.config, new) + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
+    whole = decoder_flops(vlm.model.config, 300)
+    parts = decoder_flops(vlm.model.config, 200) + decoder_flops(vlm.model.config, 100, 200)
+    assert parts - whole == pytest.approx(2 * text.hidden_size * text.vocab_size)  # the scores, once more
+
+
+def test_forced_replies_are_made_of_the_forced_tokens_and_scored_by_the_model(vlm):
+    turn = Turn((picture(112, 112),), "Which?")
+    _, free = ours(vlm, [Request(Session(), turn, 4)])
+    (reply,), forced = ours(vlm, [Request(Session(), turn, 4, forced=(5, 6))])
+    assert reply.tokens == (5, 6) and reply.complete
+    assert (free[0] - forced[0]).abs().max() < TOLERANCE
+
+
+def test_everything_again_feeds_the_conversation_that_one_cache_holds(vlm):
+    pages = Pages(vlm, tokens=64, documents=4, call_rate=0.5, answer_length=3)
+    assert pages.calls == [False, True, False, True] and pages.images[0].size == (168, 280)
+    vlm.trace = []
+    kept = pages.low_then_crop()
+    one = vlm.trace[-len(pages.answer) - 1 :]
+    vlm.trace = []
+    again = pages.low_then_everything()
+    two = vlm.trace[-len(pages.answer) - 1 :]
+    vlm.trace = None
+    assert all((a - b).abs().max() < TOLERANCE for a, b in zip(one, two, strict=True))
+    assert len(kept[1]) == len(again[1]) == 2 and again[1][0].encoded == 2 * kept[1][0].encoded
+    assert pages.difference() < TOLERANCE
+
+
+def test_a_run_prints_rows_and_figures_and_writes_them(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    run(size="nano", layers=2, tokens=64, answer=3, repeats=2, parts=("turns", "stock"), json_file=path)
+    result, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert result["about"]["layers_cut_to"] == 2 and "layers_cut_to" in printed
+    rows, figures = {r["name"]: r for r in result["rows"]}, {f["name"]: f for f in result["figures"]}
+    assert set(rows) == {
+        "full: ours",
+        "AwaRes: ours, one cache",
+        "AwaRes: ours, everything again",
+        "full: model.generate",
+        "AwaRes: model.generate twice",
+    }
+    for row in rows.values():
+        assert row["seconds"] > 0 and row["floor_seconds"] > 0 and row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1]
+        assert sum(sum(p.values()) for p in row["phases"]) == pytest.approx(row["seconds"], rel=0.5)
+    full, kept = rows["full: ours"], rows["AwaRes: ours, one cache"]
+    assert rows["full: model.generate"]["text_tokens"] == full["text_tokens"]
+    assert figures["AwaRes over full resolution, tokens (RTR)"]["value"] == kept["visual_tokens"] / full["visual_tokens"]
+    assert figures["AwaRes over full resolution, seconds"]["value"] == pytest.approx(kept["seconds"] / full["seconds"])
+    assert figures["decode passes of the first turn, grammar (2) over none (6)"]["met"]
+    assert figures["largest difference of a score from model.generate"]["met"]
+    with pytest.raises(ValueError, match="call rate is 2"):
+        run(call_rate=2)

@@ -1,0 +1,404 @@
+"""Every pruner in ``baselines``: the contract of ``awares_bench.method.Pruner``, on logits."""
+
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.resources import files
+
+import pytest
+import torch
+from awares_bench.baselines.divprune import DivPrune
+from awares_bench.baselines.fastv import FastV
+from awares_bench.baselines.holov import HoloV
+from awares_bench.baselines.pooling import Pooling
+from awares_bench.baselines.sparsevlm import SparseVLM
+from awares_bench.baselines.visionzip import VisionZip
+from torch.nn.functional import normalize
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+from transformers.vision_utils import get_vision_window_index
+
+from awares_bench.attention_scores import AttentionRows, Probe, column_attention, window_order
+from awares_bench.bench_pruners import Meter
+from awares_bench.images import half
+from awares_bench.method import Pruner, Visual
+from awares_bench.pruning import look
+from awares_bench.session import Request, Session
+from awares_bench.trajectory import Turn
+from awares_bench.vlm import VLM, mrope_positions
+
+from .test_vlm import TURNS, first, ours
+from .tiny import picture, tiny_vlm
+
+TOLERANCE = 1e-4
+
+
+def pruners() -> list[type[Pruner]]:
+    """The pruner class of every file of the room that has one."""
+    room = files("awares_bench.baselines").iterdir()
+    modules = [
+        import_module(f"awares_bench.baselines.{p.name[:-3]}") for p in room if p.name[0] != "_" and p.name.endswith(".py")
+    ]
+    found = [c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
+    return sorted((c for c in found if issubclass(c, Pruner)), key=lambda c: c.__name__)
+
+
+EVERY = pytest.mark.parametrize("cls", pruners(), ids=lambda c: c.__name__)
+VARIANTS = [SparseVLM(0.4, "plus"), SparseVLM(0.4, "1.5", "official"), HoloV(0.4, "official"), VisionZip(0.4, compat="official")]
+
+
+def pruned(vlm, requests, pruner):
+    vlm.trace = []
+    try:
+        replies = vlm.reply(requests, pruner)
+        return replies, torch.stack(vlm.trace)
+    finally:
+        vlm.trace = None
+
+
+def image(v: int = 45, grid: tuple[int, int] = (5, 9), seed: int = 0) -> Visual:
+    """A picture's tokens as every pruner may see them."""
+    g = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(4, 3, 16, generator=g), torch.randn(2, v + 8, 16, generator=g)
+    rows = AttentionRows(
+        q, k, torch.arange(v + 5, v + 8), torch.arange(3, v + 3), torch.rand(3, 32, generator=g), torch.rand(v, 32, generator=g)
+    )
+    return Visual(
+        torch.randn(v, 12, generator=g),
+        grid,
+        torch.arange(v),
+        torch.rand(v, generator=g),
+        torch.randn(v, 6, generator=g),
+        rows,
+        seed,
+    )
+
+
+# ------------------------------------------------------------------ every pruner, on the model
+
+
+@EVERY
+def test_retention_1_has_the_bits_of_no_pruner_and_keeps_every_token_by_itself(cls):
+    vlm = tiny_vlm()
+    _, plain = ours(vlm, [first(t) for t in TURNS])
+    _, logits = pruned(vlm, [first(t) for t in TURNS], cls(1.0))
+    assert torch.equal(plain.nan_to_num(), logits.nan_to_num())
+    features, indices = cls(1.0).reduce(image(), 45)
+    assert torch.equal(indices, torch.arange(45)) and torch.equal(features, image().features)
+
+
+@EVERY
+def test_a_mixed_batch_with_second_turns_has_the_logits_of_each_row_alone(cls):
+    check_batch(cls(0.4))
+
+
+@pytest.mark.parametrize("pruner", VARIANTS, ids=repr)
+def test_the_other_versions_hold_in_batches_and_second_turns_too(pruner):
+    check_batch(pruner)
+
+
+def check_batch(pruner):
+    vlm = tiny_vlm()
+    one = Turn((half(picture(252, 252, 7)),), "Which way?", last=False)
+
+    def second_turn():
+        session = Session()
+        vlm.reply([Request(session, one, 4)], pruner)
+        return Request(session, Turn((picture(112, 168, 8),)), 6)
+
+    requests = [lambda t=t: first(t) for t in TURNS] + [second_turn]
+    alone = [pruned(vlm, [r()], pruner) for r in requests]
+    replies, logits = pruned(vlm, [r() for r in requests], pruner)
+    for b, ((reply,), single) in enumerate(alone):
+        assert replies[b].usage.prefill == pytest.approx(reply.usage.prefill)
+        assert replies[b].usage.encoded == reply.usage.encoded
+        steps = len(reply.tokens)
+        assert (logits[:steps, b] - single[:steps, 0]).abs().max() < TOLERANCE
+
+
+@EVERY
+def test_a_second_turn_on_the_cut_cache_is_what_a_mask_over_the_whole_conversation_gives(cls):
+    """The oracle never drops a token: a 4-D mask per layer hides what was cut, and nothing is cached."""
+    if cls in (Pooling, SparseVLM, VisionZip):
+        pytest.skip("merging changes features; the batch test covers its second turns")
+    vlm, pruner = tiny_vlm(), cls(0.4)
+    one, two = Turn((picture(140, 196, 5),), "What is it?", last=False), Turn((picture(84, 112, 6),))
+    session = Session()
+    (reply,), _ = pruned(vlm, [Request(session, one, 4)], pruner)
+    kept = [k.shape[1] for k in session.keys]
+    (_,), logits = pruned(vlm, [Request(session, two, 1)], pruner)
+    assert (logits[0, 0] - masked(vlm, pruner, one, list(reply.tokens), two, kept)).abs().max() < TOLERANCE
+
+
+@torch.inference_mode()
+def masked(vlm: VLM, pruner: Pruner, one: Turn, reply: list[int], two: Turn, cached: list[int]) -> torch.Tensor:
+    chunks, at, visible = [], 0, []  # visible: per layer, the (L,) tokens it may see
+    layers = len(vlm.decoder.layers)
+    stages = pruner.stages(layers)
+    for session, turn in ((Session(), one), (Session(turns=[one], replies=["x"]), two)):
+        views = [vlm.pixels(i) for i in turn.images]
+        grids = [g for _, g, _ in views]
+        ids = vlm.chunk(session, turn, grids) if not session.turns else reply + vlm.chunk(session, turn, grids)
+        chunk = vlm.embed(
+            ids, mrope_positions(ids, grids, vlm.image_token, start=at), vlm.see([p for p, _, _ in views], grids, pruner)
+        )
+        chunks.append(chunk)
+        at = chunk.after
+    embeds = torch.cat([c.embeds for c in chunks])
+    rope = vlm.decoder.rotary_emb(embeds[None], torch.cat([c.positions for c in chunks], 1)[:, None])
+    hidden, alive, offset = embeds[None], torch.ones(len(embeds), dtype=torch.bool), [0, len(chunks[0].embeds)]
+    if not stages:
+        alive = torch.cat([survivors(c, pruner, pruner.retention) for c in chunks])
+    for layer in range(layers):
+        visible.append(int(alive[: offset[1]].sum()))
+        mask = torch.ones(len(embeds), len(embeds), dtype=torch.bool).tril() & (
+            alive[None] | torch.eye(len(embeds), dtype=torch.bool)
+        )
+        before = hidden
+        hidden = vlm.decoder.layers[layer](hidden, attention_mask=mask[None, None], position_embeddings=rope)
+        if layer in stages:  # FastV: attention of each chunk's last token, from the definition
+            module = vlm.decoder.layers[layer].self_attn
+            h = vlm.decoder.layers[layer].input_layernorm(before)
+            q, k = (p(h).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for p in (module.q_proj, module.k_proj))
+            q, k = apply_rotary_pos_emb(q, k, *rope)
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+            weights = (q @ k.transpose(2, 3) * module.scaling).masked_fill(~mask, -torch.inf).softmax(-1)[0].mean(0)  # (L, L)
+            for c, start in zip(chunks, offset, strict=True):
+                for span in c.spans:
+                    columns = slice(start + span.start, start + span.stop)
+                    n = pruner.budget(span.full, stages[layer])
+                    best = weights[start + len(c.embeds) - 1, columns].argsort(descending=True, stable=True)[n:]
+                    alive[start + span.start + best] = False
+    assert [n + len(reply) - (cached[0] - visible[0] != len(reply)) for n in visible] == cached
+    return vlm.model.lm_head(vlm.decoder.norm(hidden[0, -1]))
+
+
+def survivors(chunk, pruner, share) -> torch.Tensor:
+    alive = torch.ones(len(chunk.embeds), dtype=torch.bool)
+    for span in chunk.spans:
+        alive[span.start : span.stop] = False
+        _, chosen = pruner.reduce(span.visual, pruner.budget(span.full, share))
+        alive[span.start + chosen] = True
+    return alive
+
+
+@EVERY
+def test_tokens_keep_positions_raster_order_and_text(cls):
+    vlm, pruner = tiny_vlm(), cls(0.4)
+    turn = TURNS[2]
+    views = [vlm.pixels(i) for i in turn.images]
+    grids = [g for _, g, _ in views]
+    ids = vlm.chunk(Session(), turn, grids)
+    chunk = vlm.embed(ids, mrope_positions(ids, grids, vlm.image_token), vlm.see([p for p, _, _ in views], grids, pruner))
+    cut = chunk.cut(pruner, 0.4, lambda span: replace(span.visual, rows=image(span.full).rows))
+    assert cut.after == chunk.after
+    text = torch.tensor(ids) != vlm.image_token
+    kept = text.clone()
+    for whole, part in zip(chunk.spans, cut.spans, strict=True):
+        places = part.visual.places
+        assert torch.equal(places, places.unique(sorted=True)) and 0 < len(places) <= pruner.budget(whole.full, 0.4)
+        assert torch.equal(cut.embeds[part.start : part.stop], part.visual.features)
+        kept[whole.start + places] = True
+    assert torch.equal(cut.positions, chunk.positions[:, kept])
+    assert torch.equal(cut.embeds[text[kept]], chunk.embeds[text])
+
+
+@EVERY
+def test_usage_is_the_mean_over_the_layers(cls):
+    vlm = tiny_vlm()
+    pruner, layers = cls(0.4), len(vlm.decoder.layers)
+    (reply,), _ = pruned(vlm, [first(TURNS[0])], pruner)
+    assert reply.usage.encoded == 64
+    stages, v = pruner.stages(layers), 64
+    entering = []
+    for layer in range(layers):
+        entering.append(v)
+        v = pruner.budget(64, stages[layer]) if layer in stages else v
+    low = high = sum(entering) / layers if stages else pruner.budget(64, 0.4)
+    if cls is Pooling:
+        low *= 0.8  # cells fill a rectangle
+    assert low <= reply.usage.prefill <= high
+
+
+@EVERY
+def test_the_answer_is_the_same_each_time_and_the_model_is_left_as_it_was(cls):
+    vlm, pruner = tiny_vlm(), cls(0.3)
+    _, before = ours(vlm, [first(TURNS[0])])
+    runs = [pruned(vlm, [first(t) for t in TURNS], pruner)[1].nan_to_num() for _ in range(2)]
+    assert torch.equal(*runs)
+    broken = type("Broken", (cls,), {"reduce": lambda self, image, n: 1 / 0})(0.3)
+    with pytest.raises(ZeroDivisionError):
+        vlm.reply([first(TURNS[0])], broken)
+    with pytest.raises(RuntimeError):
+        vlm.see([torch.zeros(3, 1176)], [(1, 2, 2)], pruner)
+    assert not any(hasattr(b.attn, "probe") for b in vlm.model.model.visual.blocks)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in vlm.model.modules())
+    _, after = ours(vlm, [first(TURNS[0])])
+    assert torch.equal(before.nan_to_num(), after.nan_to_num())
+
+
+@EVERY
+def test_tiny_images_keep_at_least_one_token_and_text_needs_none(cls):
+    vlm, pruner = tiny_vlm(), cls(0.01)
+    turn = Turn((picture(28, 28), picture(56, 28), picture(28, 280)), "Which?")
+    (reply, text), logits = pruned(vlm, [first(turn), first(TURNS[3])], pruner)
+    assert logits[0].isfinite().all()
+    assert reply.usage.encoded > reply.usage.prefill >= 3
+    assert text.usage.encoded == text.usage.prefill == 0
+
+
+@EVERY
+@pytest.mark.parametrize("bad", [0, 0.0, -0.1, 1.5, float("nan"), float("inf"), "70 %", None, True])
+def test_a_bad_retention_says_what_is_allowed(cls, bad):
+    with pytest.raises(ValueError, match=r"retention is .*; it must be a number above 0 and at most 1"):
+        cls(bad)
+
+
+@EVERY
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_kernels_keep_the_same_tokens(cls, attention):
+    vlm, pruner = tiny_vlm(), cls(0.4)
+    _, right = pruned(vlm, [first(t) for t in TURNS], pruner)
+    before = vlm.model.config._attn_implementation
+    vlm.model.set_attn_implementation(attention)
+    try:
+        _, logits = pruned(vlm, [first(t) for t in TURNS], pruner)
+    finally:
+        vlm.model.set_attn_implementation(before)
+    assert (logits - right).nan_to_num().abs().max() < TOLERANCE
+
+
+# ------------------------------------------------------------------ against oracles
+
+
+@pytest.mark.parametrize("block", [1, 50, 1 << 22])
+def test_column_attention_is_the_mean_of_the_softmax_whatever_the_block(block):
+    q, k = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    right = (q @ k.transpose(2, 3) * 0.3).softmax(-1).mean((1, 2))
+    torch.testing.assert_close(column_attention(q, k, 0.3, block), right)
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 22])
+def test_attention_rows_are_those_of_the_softmax(block):
+    rows = image().rows
+    scores = rows.q @ rows.keys.repeat_interleave(2, 0).transpose(1, 2) * 16**-0.5
+    scores[:, torch.arange(53) > rows.rows[:, None]] = -torch.inf
+    right, divisor = scores.softmax(-1)[..., 3:48], torch.rand(3, 45) + 1
+    torch.testing.assert_close(rows.per_head(block=block), right.mean(1))
+    torch.testing.assert_close(rows.per_head(divisor, block), (right / divisor).mean(1))
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (5, 9), (4, 4), (8, 8), (3, 17), (37, 37)])
+def test_window_order_is_that_of_the_tower(grid):
+    theirs, _ = get_vision_window_index(
+        torch.tensor([[1, 2 * grid[0], 2 * grid[1]]]), spatial_merge_size=2, window_size=112, patch_size=14
+    )
+    assert torch.equal(window_order(*grid), theirs)
+
+
+def test_scores_of_an_image_do_not_depend_on_its_neighbours():
+    vlm, pruner = tiny_vlm(), VisionZip(0.5)
+    views = [vlm.pixels(picture(w, h, 3)) for w, h in ((140, 252), (224, 224), (140, 252))]
+    together = vlm.see([p for p, _, _ in views], [g for _, g, _ in views], pruner)
+    for (p, g, _), seen in zip(views, together, strict=True):
+        (alone,) = vlm.see([p], [g], pruner)
+        torch.testing.assert_close(seen.attention, alone.attention, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(seen.metric, alone.metric, atol=1e-5, rtol=1e-4)
+    assert together[0].attention.sum().item() == pytest.approx(1 / 4, rel=1e-4)  # a mean over four patches each
+
+
+def test_divprune_is_the_greedy_max_min_of_the_paper():
+    x = normalize(image().features, dim=1)
+    distance = 1 - x @ x.T
+    chosen = [max(range(45), key=lambda i: min(float(distance[i, j]) for j in range(45) if j != i))]
+    while len(chosen) < 11:
+        rest = [i for i in range(45) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: min(float(distance[i, j]) for j in chosen)))
+    assert DivPrune(0.25).select(image(), 11).tolist() == sorted(chosen)
+
+
+def test_pooling_at_a_quarter_is_the_2x2_average():
+    seen = image(48, (6, 8))
+    features, indices = Pooling(0.25).reduce(seen, 12)
+    blocks = seen.features.view(3, 2, 4, 2, 12).mean((1, 3)).reshape(12, 12)
+    torch.testing.assert_close(features, blocks)
+    assert indices.tolist() == [r * 8 + c for r in (0, 2, 4) for c in (0, 2, 4, 6)]
+
+
+def test_a_contextual_token_is_the_mean_of_its_group():
+    seen = replace(
+        image(8, (2, 4)), attention=torch.tensor([9.0, 8, 0, 0, 0, 0, 0, 0]), metric=torch.eye(8)[[0, 1, 2, 2, 2, 5, 5, 5]]
+    )
+    features, kept = VisionZip(0.5, 0.25).reduce(seen, 4)
+    assert kept.tolist() == [0, 1, 2, 5]
+    torch.testing.assert_close(features[2:], torch.stack([seen.features[2:5].mean(0), seen.features[5:].mean(0)]))
+
+
+def test_holov_gives_the_rest_of_a_full_band_to_the_others_and_pads_nothing():
+    attention = torch.cat([torch.full((5,), 100.0), torch.linspace(1, 2, 40)])
+    features, kept = HoloV(0.5).reduce(replace(image(), attention=attention), 22)
+    assert len(kept) == 22 and (kept[1:] > kept[:-1]).all() and kept[:5].tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(features, image().features[kept])
+
+
+def test_holov_has_no_empty_band():
+    for v in range(1, 40):
+        seen = replace(image(v, (1, v)), attention=torch.rand(v) + 0.1)
+        for n in range(1, v + 1):
+            assert len(HoloV(0.5).reduce(seen, n)[1]) == n
+
+
+def test_equal_scores_keep_the_first():
+    @dataclass(frozen=True)
+    class Flat(Pruner):
+        def score(self, image):
+            return torch.zeros(len(image.features))
+
+    assert Flat(0.5).select(image(), 7).tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("layers", [4, 28, 36])
+@pytest.mark.parametrize("retention", [0.05, 0.25, 0.5, 0.7, 0.9])
+def test_sparsevlm_keeps_its_retention_as_the_mean_over_the_layers(layers, retention):
+    stages, share, shares = SparseVLM(retention).stages(layers), 1.0, []
+    for layer in range(layers):
+        shares.append(share)
+        share = stages.get(layer, share)
+    mean = sum(shares) / layers
+    if min(stages.values()) > (retention / 2 + 1e-9) ** len(stages):
+        assert mean == pytest.approx(retention, abs=1e-6)
+    else:  # the layers before the first cut take too much
+        assert mean > retention and retention < (min(stages) + 1) / layers * 1.5
+
+
+def test_a_layer_that_the_model_does_not_have_is_an_error():
+    with pytest.raises(ValueError, match="this model has 3 layers, so the last place is 1"):
+        tiny_vlm().reply([first(TURNS[0])], FastV(0.5, 9))
+    with pytest.raises(ValueError, match="layer is 0"):
+        FastV(0.5, 0)
+    with pytest.raises(ValueError, match=r"version is '2'; allowed: '1\.5', 'plus'"):
+        SparseVLM(0.5, "2")
+    with pytest.raises(ValueError, match=r"contextual is 1\.0"):
+        VisionZip(0.5, 1.0)
+    windowed = type("Windowed", (VisionZip,), {"vision_block": 0})
+    with pytest.raises(ValueError, match=r"attends within windows only; blocks that see the whole image: \[1, 3\]"):
+        tiny_vlm().reply([first(TURNS[0])], windowed(0.5))
+
+
+@pytest.mark.slow
+def test_deciding_takes_at_most_100_MiB_at_4096_tokens_of_7B():
+    meter = Meter(tiny_vlm(), memory=True)
+    v, text = 4096, 200
+    features, g = torch.randn(v, 3584), torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        q, k = torch.randn(1, 16, 4 * v, 80), torch.randn(1, 16, 4 * v, 80)
+        probe = Probe(True, True)
+        meter(probe, q, k, 80**-0.5, torch.tensor([0, 4 * v]))
+        rows = AttentionRows(
+            torch.randn(28, text, 128, generator=g), torch.randn(4, v + text, 128), torch.arange(v, v + text), torch.arange(v),
+            torch.rand(text, 256), torch.rand(v, 256),
+        )  # fmt: skip
+        (seen,) = meter(look, features, [(64, 64)], probe, None, 4)
+        for pruner in [c(r) for c in pruners() for r in (0.1, 0.7)] + [SparseVLM(0.5, "plus")]:
+            meter(pruner.raters, features, torch.randn(text, 3584))
+            meter(pruner.reduce, replace(seen, rows=rows), pruner.budget(v, pruner.retention))
+            assert meter.peak <= 100 * 2**20, f"{pruner}: {meter.peak / 2**20:.0f} MiB"
+    print(f"{meter.peak / 2**20:.0f} MiB at most, {sum(meter.seconds):.0f} s")
