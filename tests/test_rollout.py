@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from awares_bench.training.rollout import Sampler, banned, rollouts
-from awares_bench.training.scoring import Features, Scorer, pack
+from awares_bench.training.scoring import Features, Scorer, pack, render
 
 from awares_bench.awares import AwaRes
 from awares_bench.crops import PAPER_GRID
@@ -84,8 +84,6 @@ def test_at_temperature_zero_the_rollout_is_evaluation():
 
 
 def test_a_forced_call_leads_to_the_answer_of_the_conversation_that_holds_it():
-    from awares_bench.training.scoring import render
-
     vlm, sample = talker(), SAMPLES[0]
     call = "GET_CROPS: ['1', '6']"
     sampler, session = Sampler(vlm, Features(vlm), 0.0), Session()
@@ -116,3 +114,25 @@ def test_conversations_that_do_not_move_together_are_refused():
     sampler.reply([Request(session, Turn((picture(56, 56),), "q", last=False), 2)])
     with pytest.raises(ValueError, match="move together"):
         sampler.reply([Request(session, Turn(), 2), Request(Session(), Turn((picture(56, 56),), "q"), 2)])
+
+
+def test_a_reply_put_into_the_models_mouth_is_fed_and_not_scored():
+    class Put(AwaRes):
+        def look(self, sample):
+            said = PAPER_GRID.format(("left",))
+            yield Turn((half(sample.images[0]),), sample.question, last=False, said=said)
+            return (yield Turn(tuple(PAPER_GRID.cut(sample.images[0], ("left",)))))
+
+    vlm = talker()
+    features = Features(vlm)
+    ((one, two),), _ = rollouts(vlm, Put(), SAMPLES[:1], 2, features, 6)
+    said = vlm.tokenizer(PAPER_GRID.format(("left",)))["input_ids"]
+    for r in (one, two):
+        c = r.conversation
+        assert sum(c.weights) == len(r.logps) == c.replies[1][1] - c.replies[1][0] and c.ids[slice(*c.replies[0])] == said
+    packed = pack([[one.conversation, two.conversation]], vlm)
+    with torch.no_grad():
+        scores, _ = Scorer(vlm.model, banned(vlm))(packed, features(packed.views))
+    assert (scores - torch.tensor(one.logps + two.logps)).abs().max() < 1e-4
+    fixed = render(vlm, Put(), SAMPLES[0], [one.trajectory.answer])
+    assert fixed.ids[: fixed.replies[1][0]] == one.conversation.ids[: one.conversation.replies[1][0]]

@@ -75,7 +75,7 @@ class Sampler:
         if pruner is not None:
             raise ValueError("rollouts see every visual token: train without a pruner")
         if forced is None:  # a policy may put a reply into the model's mouth
-            forced = [getattr(r.turn, "said", None) for r in requests]
+            forced = [r.turn.said for r in requests]
         views = [tuple(View.of(vlm, image, self._views) for image in r.turn.images) for r in requests]
         ids = [vlm.chunk(r.session, r.turn, [v.grid for v in vs]) for r, vs in zip(requests, views, strict=True)]
         new = all(not r.session.replies for r in requests)
@@ -92,12 +92,8 @@ class Sampler:
             text = vlm.text(kept, r.until)
             visual = sum(v.grid[1] * v.grid[2] for v in views[b]) // vlm.processor.image_processor.merge_size**2
             usage = Usage(visual, float(visual), len(ids[b]) - visual, len(kept))
-            shown = ids[b][self._carried[b] :]
-            out.append(
-                Sampled(
-                    text, tuple(kept), usage, ended, tuple(shown), tuple(tokens), tuple(logps[b]), views[b], fixed[b] is not None
-                )
-            )
+            scoring = {"shown": tuple(ids[b][self._carried[b] :]), "written": tuple(tokens), "logps": tuple(logps[b])}
+            out.append(Sampled(text, tuple(kept), usage, ended or put, **scoring, views=views[b], forced=put))
             r.session.turns.append(r.turn)
             r.session.replies.append(text)
             # the last token said was never fed; the template's own end stands for a sampled end
@@ -222,9 +218,12 @@ class InStep(Engine):
             else:
                 yield index, started
         while waiting:
-            requests = [Request(r.session, r.turn, max(r.job.max_new_tokens, r.turn.budget or 0), r.job.until) for r in waiting]
-            still = []
-            for run, reply in zip(waiting, self.vlm.reply(requests), strict=True):
+            if any(r.turn.model or r.turn.probe is not None for r in waiting):
+                raise ValueError(
+                    f"{type(self.policy).__name__} asks another model or probes; rollouts know the trained model only"
+                )
+            replies, still = self.vlm.reply([r.request() for r in waiting]), []
+            for run, reply in zip(waiting, replies, strict=True):
                 run.turns.append(run.turn)
                 run.replies.append(reply)
                 outcome = self._advance(run, reply)

@@ -105,16 +105,15 @@ def _turns(look, replies: list[str], call_weight: float) -> Iterator[tuple[Turn,
             if sent < len(replies):
                 raise ValueError(f"the row has {len(replies)} replies, the policy ends after {sent}: {replies!r}") from None
             return
-        put = getattr(step, "said", None)  # a reply that the policy puts into the model's mouth
-        if put is None:
+        if step.said is None:
             if sent == len(replies):
                 raise ValueError(f"the row has {len(replies)} replies, the policy asks for more: {replies!r}")
             sent += 1
             yield step, replies[sent - 1], 1.0 if sent == len(replies) else call_weight
             told = Reply(replies[sent - 1])
         else:
-            yield step, put, 0.0
-            told = Reply(put)
+            yield step, step.said, 0.0  # the policy puts it into the model's mouth
+            told = Reply(step.said)
 
 
 class Features:
