@@ -1,10 +1,12 @@
 """Diagnosis: the figures by hand, records of the committed demo, and what is null."""
 
+import pandas
 import pytest
 from awares_bench.training import diagnose
 from awares_bench.training.diagnose import Decision
 from awares_bench.training.scoring import Features
 
+from awares_bench.crops import PAPER_GRID
 from awares_bench.trajectory import Sample
 
 from .tiny import picture, tiny_vlm
@@ -43,3 +45,23 @@ def test_a_direct_answer_never_begins_as_a_call():
     starts = {vlm.tokenizer(x)["input_ids"][0] for x in ("GET_CROPS:", " GET_CROPS:")}
     text = diagnose.direct(vlm, Sample((picture(112, 112),), "q?", "k"), Features(vlm), 4)
     assert vlm.tokenizer(text)["input_ids"][0] not in starts
+
+
+def test_records_of_an_evaluation_are_read_without_a_model(tmp_path):
+    from awares_bench.tasks.nano_suite import write
+
+    from awares_bench.record import Record, RunFolder
+
+    write(tmp_path / "suite", 3, 4)
+    table = pandas.read_parquet(tmp_path / "suite" / "nano_chart.parquet")
+    run = RunFolder(tmp_path / "run", {"method": "oracle"})
+    for i, row in table.iterrows():
+        crops = () if row.low_is_enough else PAPER_GRID.cheapest_cover([tuple(b) for b in row.evidence], 224, 224)
+        run.add(Record("nano_chart", i, "test", row.question, "1", crops=list(crops)))
+    run.close()
+    found = diagnose.from_records(tmp_path / "run", tmp_path / "suite")
+    assert found["all"]["questions"] == 4 and found["all"]["shares"] == found["nano_chart"]["oracle_shares"]
+    if found["all"]["share_HR"]:
+        assert found["all"]["call_f1"] == found["all"]["exact_region"] == 1
+    with pytest.raises(ValueError, match="no record"):
+        diagnose.from_records(tmp_path / "run", tmp_path)

@@ -91,7 +91,7 @@ class Sampler:
             kept = tokens[:-1] if ended else tokens
             text = vlm.text(kept, r.until)
             visual = sum(v.grid[1] * v.grid[2] for v in views[b]) // vlm.processor.image_processor.merge_size**2
-            usage = Usage(visual, float(visual), len(ids[b]) - visual, len(kept))
+            usage = Usage(visual, float(visual), len(ids[b]) - visual, 0 if put else len(kept))
             scoring = {"shown": tuple(ids[b][self._carried[b] :]), "written": tuple(tokens), "logps": tuple(logps[b])}
             out.append(Sampled(text, tuple(kept), usage, ended or put, **scoring, views=views[b], forced=put))
             r.session.turns.append(r.turn)
