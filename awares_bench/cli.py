@@ -96,6 +96,24 @@ def main(argv: list[str] | None = None) -> int:
     bench.add_argument("--parts", default="vision,turns,stock,suite", help="comma-separated; leave out what takes too long")
     bench.add_argument("--json", type=Path, help="write the result there")
 
+    train = commands.add_parser("train", help="train an AwaRes checkpoint: sft, then grpo")
+    train.add_argument("stage", choices=("sft", "grpo"))
+    train.add_argument("recipe", type=Path, help="YAML file, or the name of one that ships, such as nano_sft")
+    train.add_argument("set", nargs="*", metavar="KEY=VALUE", help="keys that win over the recipe's")
+    train.add_argument("--dry-run", action="store_true", help="render and score one batch, print masks and counts, take no step")
+
+    curate = commands.add_parser("curate", help="questions and images -> labelled trajectories, in stages that resume")
+    curate.add_argument("recipe", type=Path, help="YAML file, or the name of one that ships, such as nano_curate")
+    curate.add_argument("set", nargs="*", metavar="KEY=VALUE", help="keys that win over the recipe's")
+
+    diagnose = commands.add_parser("diagnose", help="when and where a model asks for crops, against labels and the oracle")
+    diagnose.add_argument("run", help="a run folder of an evaluation on a nano suite, or a checkpoint (with --labels)")
+    diagnose.add_argument("--labels", help="labels.parquet of a curation: the checkpoint answers its rows, probes included")
+    diagnose.add_argument("--suite", type=Path, help="folder of the nano suite the run was on (default: the one in the package)")
+    diagnose.add_argument("--limit", type=int, help="rows of the labels (default: all)")
+    diagnose.add_argument("--judge", default="anls", choices=("exact", "relaxed", "anls"))
+    diagnose.add_argument("--out", type=Path, help="also write the figures there as JSON")
+
     commands.add_parser("methods", help="the known methods, what they need and what they cost")
     commands.add_parser("tasks", help="print the task folder, for lmms-eval --include_path")
 
@@ -205,6 +223,37 @@ def _bench(args) -> int:
     return 0
 
 
+def _train(args) -> int:
+    stage = import_module(f"awares_bench.training.{args.stage}")
+    recipe = import_module("awares_bench.training.recipe").load(stage.RECIPE, args.recipe, args.set)
+    (stage.dry_run if args.dry_run else stage.run)(recipe)
+    return 0
+
+
+def _curate(args) -> int:
+    curate = import_module("awares_bench.training.curate")
+    curate.run(import_module("awares_bench.training.recipe").load(curate.RECIPE, args.recipe, args.set))
+    return 0
+
+
+def _diagnose(args) -> int:
+    import json
+
+    room = import_module("awares_bench.training.diagnose")
+    if args.labels:
+        from .vlm import VLM
+        from .weights import resolve
+
+        found = room.probe(VLM.load(resolve(args.run)), args.labels, args.limit, args.judge)
+    else:
+        suite = args.suite or Path(str(files("awares_bench.tasks") / "awares_nano.yaml")).parent
+        found = room.from_records(Path(args.run), suite)
+    print(room.show(found))
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1))
+    return 0
+
+
 def _methods(args) -> int:
     from . import registry
 
@@ -227,6 +276,9 @@ _COMMANDS = {
     "show": _show,
     "nano-data": _nano_data,
     "bench": _bench,
+    "train": _train,
+    "curate": _curate,
+    "diagnose": _diagnose,
     "methods": _methods,
     "tasks": _tasks,
 }

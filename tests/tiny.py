@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 
 import torch
@@ -25,6 +26,11 @@ def tiny_vlm() -> VLM:
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.15 if "patch_embed" not in name else 0.02)
     return VLM(model, nano.processor(tokenizer))
+
+
+def tiny_copy() -> VLM:
+    """The same weights in a model of their own, for tests that train."""
+    return VLM(copy.deepcopy(tiny_vlm().model), tiny_vlm().processor)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

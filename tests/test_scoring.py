@@ -1,0 +1,118 @@
+"""Packed scoring against conversations one by one: log-probabilities, loss and gradients; and against transformers' own forward."""
+
+import pytest
+import torch
+from awares_bench.training.scoring import Conversation, Features, Scorer, View, pack, render
+
+from awares_bench.awares import AwaRes
+from awares_bench.crops import PAPER_GRID
+from awares_bench.images import half
+from awares_bench.session import Session
+from awares_bench.trajectory import Sample, Turn
+
+from .tiny import picture, tiny_copy, tiny_vlm
+
+REPLIES = (["42"], ["GET_CROPS: ['1', '6']", "left"], ["GET_CROPS: ['3']", "GET"], ["yes, it is"])
+
+
+def group(seed: int, size=(224, 168)) -> list[Conversation]:
+    sample = Sample((picture(*size, seed),), f"What is it, number {seed}?", str(seed))
+    return [render(tiny_vlm(), AwaRes(), sample, replies, 5.0) for replies in REPLIES]
+
+
+def loss_and_gradients(scorer, batches, features):
+    scorer.zero_grad()
+    total = 0.0
+    for packed in batches:
+        scores, _ = scorer(packed, features(packed.views))
+        loss = -(scores * packed.weight * (1 + packed.owner % 4)).sum()
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.flatten() for p in scorer.parameters() if p.grad is not None])
+
+
+def test_a_packed_group_has_the_loss_and_gradients_of_its_conversations_one_by_one():
+    vlm = tiny_copy()
+    scorer = Scorer(vlm.model.requires_grad_(False))
+    vlm.decoder.requires_grad_(True)
+    groups = [group(1), group(2, (112, 300))]
+    features = Features(vlm)
+    together = pack(groups, vlm)
+    alone = [pack([[c]], vlm) for g in groups for c in g]
+    for i, p in enumerate(alone):
+        p.owner += i
+    with torch.no_grad():
+        one_by_one = torch.cat([scorer(p, features(p.views))[0] for p in alone])
+        assert (scorer(together, features(together.views))[0] - one_by_one).abs().max() < 1e-4
+    table = features([v for p in (together, *alone) for v in p.views])  # the tower stays in float32
+    assert table is not None
+
+    def double(views):
+        return features(views).double()
+
+    loss, gradients = loss_and_gradients(scorer.double(), [together], double)
+    expected, reference = loss_and_gradients(scorer, alone, double)
+    assert abs(loss - expected) / abs(expected) < 1e-6
+    assert (gradients - reference).norm() / reference.norm() < 1e-6
+    one, many = together.tokens, sum(p.tokens for p in alone)
+    print(f"tokens pushed: packed {one}, one by one {many}")
+    assert one < 0.55 * many
+
+
+def test_rows_side_by_side_are_the_rows_alone_and_those_of_transformers():
+    vlm = tiny_vlm()
+    scorer, features = Scorer(vlm.model), Features(vlm)
+    conversations = group(3)
+    batch = pack([[c] for c in conversations], vlm)
+    assert batch.mask.ndim == 2
+    with torch.no_grad():
+        scores, _ = scorer(batch, features(batch.views))
+        for i, c in enumerate(conversations):
+            ids = torch.tensor([c.ids])
+            logits = vlm.model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=torch.cat([v.pixels for v in c.views]),
+                image_grid_thw=torch.tensor([v.grid for v in c.views]),
+                mm_token_type_ids=(ids == vlm.image_token).int(),
+            ).logits[0]
+            at = torch.tensor([k for k, w in enumerate(c.weights) if w])
+            theirs = logits.log_softmax(-1)[at - 1, ids[0, at]]
+            assert (scores[batch.owner == i] - theirs).abs().max() < 1e-4
+
+
+def test_a_rendered_conversation_is_what_the_engine_feeds():
+    vlm, image = tiny_vlm(), picture(224, 224)
+    c = render(vlm, AwaRes(), Sample((image,), "What is it?", "k"), ["GET_CROPS: ['1', '6']", "42"], 5.0)
+    one = Turn((half(image),), "What is it?", system=PAPER_GRID.prompt, last=False)
+    two = Turn(tuple(PAPER_GRID.cut(image, ("top-right", "bottom"))))
+    grids = [vlm.pixels(i)[1] for t in (one, two) for i in t.images]
+    head, call = vlm.chunk(Session(), one, grids[:1]), vlm.tokenizer("GET_CROPS: ['1', '6']")["input_ids"]
+    tail = vlm.chunk(Session(turns=[one], replies=["GET_CROPS: ['1', '6']"]), two, grids[1:])
+    assert c.ids == head + call + tail + vlm.tokenizer("42")["input_ids"] + [vlm.tokenizer.eos_token_id]
+    said = [(vlm.tokenizer.decode(c.ids[s:e]), set(c.weights[s:e])) for s, e in c.replies]
+    assert said == [("GET_CROPS: ['1', '6']<|im_end|>", {5.0}), ("42<|im_end|>", {1.0})]
+    assert sum(c.weights) == 5 * (len(call) + 1) + len(vlm.tokenizer("42")["input_ids"]) + 1 and c.prompt == len(head)
+
+
+def test_replies_that_do_not_fit_the_policy_are_refused():
+    sample = Sample((picture(112, 112),), "q", "k")
+    with pytest.raises(ValueError, match="the policy ends after 1"):
+        render(tiny_vlm(), AwaRes(), sample, ["42", "43"])
+    with pytest.raises(ValueError, match="asks for more"):
+        render(tiny_vlm(), AwaRes(), sample, ["GET_CROPS: ['3']"])
+    with pytest.raises(ValueError, match="max_length allows 20"):
+        render(tiny_vlm(), AwaRes(), sample, ["42"], max_length=20)
+
+
+def test_features_are_encoded_once_and_the_oldest_leave():
+    vlm = tiny_vlm()
+    views = [View.of(vlm, picture(112, 112, s)) for s in range(3)]
+    features = Features(vlm)
+    first = features([views[0], views[1], views[0]])
+    assert features.encoded == 2 and torch.equal(first[:16], first[32:])
+    assert torch.equal(features([View.of(vlm, picture(112, 112, 1))]), first[16:32]) and features.encoded == 2
+    tight = Features(vlm, 0)
+    assert torch.allclose(tight([views[0], views[1], views[0]]), first, atol=1e-6)
+    tight([views[0]])
+    assert tight.encoded == 3

@@ -1,0 +1,211 @@
+"""SFT: one loss whatever the split into micro-batches and processes, exact resume, a result that evaluation loads, clear errors."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from awares_bench.training import examples, nano, recipe, sft
+from awares_bench.training.scoring import render
+
+from awares_bench.awares import AwaRes
+from awares_bench.cli import main
+from awares_bench.vlm import VLM
+
+from .tiny import picture, tiny_vlm
+
+REPLIES = (["42"], ["GET_CROPS: ['1', '6']", "left"], ["GET_CROPS: ['3']", "19"], ["yes"])
+
+
+def write_rows(path, count=8, **more):
+    from datasets import Dataset, Image
+
+    rows = [
+        {"image": picture(112 + 56 * (i % 3), 112, i), "question": f"Number {i}?", "replies": REPLIES[i % 4], "answers": [REPLIES[i % 4][-1]]}
+        | {k: v(i) for k, v in more.items()}
+        for i in range(count)
+    ]  # fmt: skip
+    Dataset.from_list(rows).cast_column("image", Image()).to_parquet(path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft")
+    nano.save(tiny_vlm().model, tiny_vlm().processor, folder / "start")
+    write_rows(folder / "rows.parquet")
+    return folder
+
+
+def settings(place, out, **more):
+    said = {"start": str(place / "start"), "data": str(place / "rows.parquet"), "out": str(place / out), "device": "cpu"}
+    said |= {"batch": 4, "micro_batch": 4, "steps": 4, "lr": 1e-3, "log_every": 1, "save_every": 2, "lora_dropout": 0.0}
+    return said | more
+
+
+def train(place, out, **more):
+    sft.run(recipe.check(sft.SFT, settings(place, out, **more)))
+    return figures(place / out)
+
+
+def figures(folder):
+    lines = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
+    return {x["step"]: (x["loss"], x["grad_norm"]) for x in lines}
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_loss_is_the_weighted_mean_and_the_same_for_every_micro_batch(place, tuning):
+    whole = train(place, f"whole-{tuning}", tuning=tuning)
+    parts = train(place, f"parts-{tuning}", tuning=tuning, micro_batch=1)
+    for step in whole:
+        assert whole[step] == pytest.approx(parts[step], rel=1e-5)
+    trainer = sft.build(recipe.check(sft.SFT, settings(place, f"whole-{tuning}", tuning=tuning)))
+    order = next(iter(trainer.get_train_dataloader()))
+    total = weight = 0.0
+    for c in order:
+        ids = torch.tensor([c.ids])
+        with torch.no_grad():
+            logits = trainer.vlm.model(
+                input_ids=ids,
+                pixel_values=torch.cat([v.pixels for v in c.views]),
+                image_grid_thw=torch.tensor([v.grid for v in c.views]),
+                mm_token_type_ids=(ids == trainer.vlm.image_token).int(),
+            ).logits[0]
+        for i, w in enumerate(c.weights):
+            if w:
+                total, weight = total - w * logits[i - 1].log_softmax(-1)[c.ids[i]].item(), weight + w
+    assert whole[1][0] == pytest.approx(total / weight, rel=1e-4)
+    assert whole[4][0] < whole[1][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_digits(place, tuning):
+    whole = train(place, f"uncut-{tuning}", tuning=tuning, lora_dropout=0.1)
+    out = place / f"cut-{tuning}"
+    code = (
+        "import os, sys, json; from awares_bench.training import recipe, sft, trainer;"
+        "old = sft.SFTTrainer.compute_loss;"
+        "sft.SFTTrainer.compute_loss = lambda s, *a, **k: os.kill(os.getpid(), 9) if s.state.global_step == 3 else old(s, *a, **k);"
+        "sft.run(recipe.check(sft.SFT, json.loads(sys.argv[1])))"
+    )
+    said = settings(place, out.name, tuning=tuning, lora_dropout=0.1)
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(said)], capture_output=True)
+    assert done.returncode == -9
+    assert sorted(figures(out)) == [1, 2, 3] and not (out / "checkpoint").exists()
+    (out / "checkpoint-3").mkdir()  # a save that the kill cut short
+    assert train(place, out.name, tuning=tuning, lora_dropout=0.1) == whole
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_loss_of_one(place):
+    one = train(place, "one", tuning="full", micro_batch=2)
+    code = (
+        "import sys, json; from awares_bench.training import recipe, sft; sft.run(recipe.check(sft.SFT, json.loads(sys.argv[1])))"
+    )
+    said = settings(place, "two", tuning="full", micro_batch=2)
+    ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, json.dumps(said)], env=os.environ | ports | {"RANK": r, "LOCAL_RANK": r})
+        for r in "01"
+    ]
+    assert [p.wait(300) for p in ranks] == [0, 0]
+    two = figures(place / "two")
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-5)
+
+
+def test_the_result_loads_in_evaluation_and_says_what_the_adapters_say(place):
+    train(place, "merged", steps=2, lr=0.02)
+    vlm = VLM.load(str(place / "merged" / "checkpoint"), device="cpu")
+    from awares_bench.training.scoring import Features, Scorer, pack
+
+    from awares_bench.trajectory import Sample
+
+    trainer = sft.build(recipe.check(sft.SFT, settings(place, "merged", steps=2, lr=0.02)))
+    trainer._load_from_checkpoint(str(place / "merged" / "checkpoint-2"))
+    c = render(vlm, AwaRes(), Sample((picture(112, 112),), "q?", "k"), REPLIES[1])
+    packed = pack([[c]], vlm)
+    with torch.no_grad():
+        features = Features(vlm)(packed.views)
+        mine = Scorer(vlm.model)(packed, features)[0]
+        adapted = trainer.scorer.eval()(packed, features)[0]
+        start = Scorer(tiny_vlm().model)(packed, features)[0]
+    moved = (adapted - start).abs().max()
+    assert (mine - adapted).abs().max() < 0.1 * moved  # bfloat16 rounding of the merged weights, far below what training moved
+    assert "lora_rank: 8" in (place / "merged" / "checkpoint" / "README.md").read_text()
+
+
+def test_a_recipe_is_checked_before_anything_loads(place, capsys):
+    path = place / "r.yaml"
+    for said, words in (
+        ({"learning_rat": 1}, "unknown option 'learning_rat'"),
+        ({"lora_rnk": 4}, "Did you mean 'lora_rank'"),
+        ({"lr": -1}, "lr is -1"),
+        ({"lr": "1e-3x"}, "must be of type float"),
+        ({"tuning": "all"}, "allowed: lora, full"),
+        ({"save_every": 3, "log_every": 2}, "not a multiple of log_every"),
+        ({"batch": 6}, "must be a multiple of 4"),
+        ({"policy": "aware"}, "Did you mean awares"),
+        ({"policy_options": {"promt": "paper"}}, "Did you mean 'prompt'"),
+        ({"data": str(place / "none.parquet")}, "no data at"),
+    ):
+        path.write_text(json.dumps(settings(place, "never", start="nowhere") | said))
+        assert main(["train", "sft", str(path)]) == 1
+        assert words in capsys.readouterr().err
+    path.write_text("- a\n- b\n")
+    assert main(["train", "sft", str(path)]) == 1
+
+
+def test_a_folder_of_another_recipe_is_left_alone(place):
+    train(place, "mine", steps=2)
+    with pytest.raises(recipe.RecipeError, match=r"lr was 0\.001, is 0\.002"):
+        train(place, "mine", steps=2, lr=0.002)
+    shutil.rmtree(place / "mine")
+
+
+def test_rows_that_lack_something_are_named(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list([]).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(examples.DataError, match="no rows"):
+        examples.rows(str(tmp_path / "empty.parquet"), ("image",))
+    write_rows(tmp_path / "rows.parquet", question=lambda i: "" if i == 3 else "q")
+    with pytest.raises(examples.DataError, match=r"1 of 8 rows have no question, the first at \[3\]"):
+        examples.rows(str(tmp_path / "rows.parquet"), ("image", "question"))
+    write_rows(tmp_path / "blind.parquet", image=lambda i: None if i == 2 else picture(56, 56))
+    with pytest.raises(examples.DataError, match=r"1 of 8 rows have no image, the first at \[2\]"):
+        examples.rows(str(tmp_path / "blind.parquet"), ("image", "question"))
+    with pytest.raises(examples.DataError, match="no column 'quest'"):
+        examples.rows(str(tmp_path / "rows.parquet"), ("question",), {"question": "quest"})
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "question": "q", "answer": "1"}) + "\n")
+    picture(56, 56).save(tmp_path / "a.png")
+    table = examples.rows(str(tmp_path / "rows.jsonl"), ("image", "question", "answers"))
+    assert examples.pictures(table[0], 2000)[0].size == (56, 56) and examples.answers(table[0]) == ("1",)
+    assert examples.pictures(table[0], 28)[0].size == (28, 28)
+
+
+def test_a_dry_run_shows_masks_and_counts_and_takes_no_step(place, capsys):
+    sft.dry_run(recipe.check(sft.SFT, settings(place, "dry")))
+    said = capsys.readouterr().out
+    assert "weight 5: \"GET_CROPS: ['1', '6']<|im_end|>\"" in said and "weighted loss" in said
+    assert not (place / "dry").exists()
+
+
+def test_the_recipes_that_ship_are_read_and_name_their_start():
+    from awares_bench.training import curate, grpo
+
+    folder = Path(recipe.__file__).parent / "recipes"
+    kinds = {"sft": sft.SFT, "grpo": grpo.GRPO, "curate": curate.Curate}
+    found = sorted(p.stem for p in folder.glob("*.yaml"))
+    assert len(found) >= 7
+    for name in found:
+        cls = next(c for word, c in kinds.items() if word in name)
+        made = recipe.load(cls, name, ["out=elsewhere"])
+        assert made.out == "elsewhere" and made.start
+    paper = recipe.load(grpo.GRPO, "paper_grpo_7b")
+    assert (paper.miss, paper.use, paper.area, paper.group, paper.beta, paper.lr) == (2, 0.25, 0.01, 8, 0.05, 1e-5)
+    assert recipe.load(sft.SFT, "paper_sft_7b").call_weight == 5

@@ -1,0 +1,69 @@
+"""A trained run -> a checkpoint folder that evaluation and stock transformers load: adapters merged, processor and card beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from awares_bench.training.recipe import Run
+from awares_bench.training.scoring import Scorer
+
+from awares_bench.vlm import VLM
+
+
+def finish(scorer: Scorer, vlm: VLM, out: Path, stage: str, recipe: Run) -> Path:
+    """Merge, write ``out/checkpoint`` in bfloat16 and its card. The model in memory is used up."""
+    model = scorer.model
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.to(torch.bfloat16).requires_grad_(True)
+    draft, folder = out / "checkpoint.tmp", out / "checkpoint"
+    shutil.rmtree(draft, ignore_errors=True)
+    model.save_pretrained(draft)
+    vlm.processor.save_pretrained(draft)
+    (draft / "README.md").write_text(card(out, stage, recipe))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
+    return folder
+
+
+def card(out: Path, stage: str, recipe: Run) -> str:
+    """The model card: what it is, how to run it, its recipe, how the run ended."""
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    last = json.loads(lines[-1]) if lines else {}
+    figures = "\n".join(f"| {k} | {v:.4g} |" for k, v in last.items() if isinstance(v, (int, float)))
+    start = Path(recipe.start).name if recipe.start.startswith((".", "/", "~")) else recipe.start
+    said = {k: v for k, v in asdict(recipe).items() if k not in ("out", "start", "data", "device")}
+    packages = ", ".join(f"{p} {version(p)}" for p in ("awares-bench", "torch", "transformers", "peft"))
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [awares, visual-token-efficiency, {stage}]
+---
+# {start}, {stage} for policy `{getattr(recipe, "policy", "awares")}`
+
+Trained from `{start}` on `{Path(recipe.data).name}` by awares-bench. It first sees a half-size view and may ask for
+high-resolution crops (arXiv 2603.16932).
+
+    lmms-eval --model awares --model_args pretrained=FOLDER --tasks awares_paper
+
+Or `Qwen2_5_VLForConditionalGeneration.from_pretrained(FOLDER)` in plain transformers.
+
+## Last log line
+| figure | value |
+|---|---|
+{figures}
+
+## Recipe
+```yaml
+{yaml.safe_dump(said, sort_keys=False).strip()}
+```
+Made with {packages}.
+"""

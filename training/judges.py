@@ -1,0 +1,197 @@
+"""Who says whether an answer is right: rules, a sentence encoder, a local language model, an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+Judge = Callable[[str, tuple[str, ...], str], float]
+"""(question, accepted answers, prediction) -> how right, 0 to 1."""
+
+RULES = ("exact", "relaxed", "anls")
+
+
+class JudgeError(RuntimeError):
+    """A judge that cannot be asked: what was tried and what to do."""
+
+
+def plain(text: str) -> str:
+    """Lower case, single spaces, no closing full stop."""
+    return re.sub(r"\s+", " ", text.strip().lower()).removesuffix(".")
+
+
+def exact(question: str, answers: tuple[str, ...], prediction: str) -> float:
+    """1 when the prediction is one of the answers, case and white space aside."""
+    return float(plain(prediction) in map(plain, answers))
+
+
+def relaxed(question: str, answers: tuple[str, ...], prediction: str) -> float:
+    """As ``exact``; numbers may be 5 % off (ChartQA's measure)."""
+    if exact(question, answers, prediction):
+        return 1.0
+    said = _number(prediction)
+    truths = [n for n in map(_number, answers) if n is not None]
+    return float(said is not None and any(abs(said - t) <= 0.05 * abs(t) for t in truths))
+
+
+def anls(question: str, answers: tuple[str, ...], prediction: str, threshold: float = 0.5) -> float:
+    """1 - edit distance / length of the longer, the best answer's; 0 below ``threshold`` (DocVQA's measure)."""
+    best = max(_similarity(plain(prediction), plain(a)) for a in answers)
+    return best if best >= threshold else 0.0
+
+
+def _number(text: str) -> float | None:
+    text = plain(text).replace(",", "").strip("$ ")
+    percent = text.endswith("%")
+    try:
+        return float(text.removesuffix("%")) / (100 if percent else 1)
+    except ValueError:
+        return None
+
+
+def _similarity(a: str, b: str) -> float:
+    if not a or not b:
+        return float(a == b)
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return 1 - row[-1] / max(len(a), len(b))
+
+
+class Embedding:
+    """Cosine of sentence embeddings, clipped to 0 to 1 (paper Sec. 3.4, which names no encoder)."""
+
+    def __init__(self, model: str = "sentence-transformers/all-MiniLM-L6-v2"):
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise JudgeError("the answer reward 'embedding' needs: pip install sentence-transformers") from error
+        self.model = SentenceTransformer(model)
+
+    def __call__(self, question: str, answers: tuple[str, ...], prediction: str) -> float:
+        vectors = self.model.encode([plain(prediction), *map(plain, answers)], normalize_embeddings=True)
+        return float(max(0.0, min(1.0, (vectors[1:] @ vectors[0]).max())))
+
+
+class Endpoint:
+    """Chat of an OpenAI-compatible server. The key comes from the environment variable ``OPENAI_API_KEY``, if any.
+
+    Raises JudgeError after ``tries`` time-outs or refusals.
+    """
+
+    def __init__(self, url: str, model: str, timeout: float = 60.0, tries: int = 3, wait: float = 2.0):
+        self.url, self.model, self.timeout, self.tries, self.wait = url.rstrip("/"), model, timeout, tries, wait
+
+    def say(self, prompt: str | list[dict], max_tokens: int = 16) -> str:
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+        }
+        request = urllib.request.Request(
+            f"{self.url}/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"},
+        )
+        for attempt in range(self.tries):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                    return str(json.loads(answer.read())["choices"][0]["message"]["content"] or "")
+            except (urllib.error.URLError, TimeoutError, ConnectionError, KeyError, IndexError, TypeError, ValueError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                if attempt + 1 < self.tries:
+                    time.sleep(self.wait * 2**attempt)
+        raise JudgeError(
+            f"{self.url} gave no answer in {self.tries} tries ({reason}); what is already judged is kept, start the server and rerun"
+        )
+
+
+class LocalModel:
+    """Chat of a language model in this process, greedy."""
+
+    def __init__(self, model: str, device: str = "cpu"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
+
+    def say(self, prompt: str, max_tokens: int = 16) -> str:
+        ids = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self.model.device)
+        out = self.model.generate(**ids, max_new_tokens=max_tokens, do_sample=False)
+        return self.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+THREE_WAY = """Two responses to a question about an image are compared with the ground truth.
+
+Question: {question}
+Ground truth: {truth}
+Response 1: {first}
+Response 2: {second}
+
+Answer with one digit and nothing else:
+0 - no real difference: both are equally good, or equally bad
+1 - Response 1 is better
+2 - Response 2 is better"""
+"""The task of the paper's judge (supplement 7.1), in our words: low resolution is response 1, full resolution response 2."""
+
+GRADE = """Is the response to this question correct? Wording and format do not matter, the content does.
+
+Question: {question}
+Ground truth: {truth}
+Response: {response}
+
+Answer with one digit and nothing else: 1 if it is correct, 0 if not."""
+
+
+class Chat:
+    """A language model as judge. ``say``: prompt -> text."""
+
+    def __init__(self, model):
+        self.say = model.say
+
+    def __call__(self, question: str, answers: tuple[str, ...], prediction: str) -> float:
+        """1 or 0. Raises JudgeError when the reply is no verdict."""
+        reply = self.say(GRADE.format(question=question, truth=" or ".join(answers), response=prediction))
+        digit = _digit(reply, "01")
+        if digit is None:
+            raise JudgeError(f"the judge was asked for 0 or 1 and said {reply!r}; use another judge model")
+        return float(digit)
+
+    def compare(self, question: str, answers: tuple[str, ...], low: str, full: str) -> int | None:
+        """0 no difference, 1 low better, 2 full better, asked in both orders; None when the orders disagree or it is nonsense."""
+        truth = " or ".join(answers)
+        first = _digit(self.say(THREE_WAY.format(question=question, truth=truth, first=low, second=full)), "012")
+        second = _digit(self.say(THREE_WAY.format(question=question, truth=truth, first=full, second=low)), "012")
+        swapped = {0: 0, 1: 2, 2: 1, None: None}[second]
+        return first if first == swapped else None
+
+
+def _digit(reply: str, allowed: str) -> int | None:
+    found = re.findall(r"\d+", reply)
+    return int(found[0]) if len(found) == 1 and found[0] in allowed else None
+
+
+def judge(name: str, model: str = "", url: str = "", device: str = "cpu") -> Judge:
+    """``exact``, ``relaxed``, ``anls``, ``embedding``, ``local`` (a language model here) or ``endpoint``. Raises ValueError."""
+    rules = {"exact": exact, "relaxed": relaxed, "anls": anls}
+    if name in rules:
+        return rules[name]
+    if name == "embedding":
+        return Embedding(model) if model else Embedding()
+    if name == "local" and model:
+        return Chat(LocalModel(model, device))
+    if name == "endpoint" and model and url:
+        return Chat(Endpoint(url, model))
+    raise ValueError(
+        f"judge is {name!r}: exact, relaxed, anls and embedding stand alone; local needs judge_model; endpoint needs judge_model and judge_url"
+    )

@@ -1,0 +1,231 @@
+"""What both trainers share: loading with adapters or not, exact resume, whole checkpoints, logs, and the final checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from awares_bench.training.recipe import RecipeError, Tuning
+from awares_bench.training.scoring import Features, Scorer
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from awares_bench.method import options, unknown_option
+from awares_bench.registry import method_class
+from awares_bench.vlm import VLM
+from awares_bench.weights import resolve
+
+DECODER_LINEAR = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+WHOLE = "whole"  # written last into a checkpoint: a run killed while saving leaves one without it
+
+
+def device_of(recipe) -> str:
+    wanted = recipe.device
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def policy_of(recipe):
+    """The recipe's policy with its options. Raises ValueError naming the known methods, or RecipeError the known options."""
+    cls = method_class(recipe.policy)
+    for name in recipe.policy_options:
+        if name not in options(cls):
+            raise RecipeError(f"policy_options of {recipe.policy}: {unknown_option(str(name), list(options(cls)))}")
+    return cls(**recipe.policy_options)
+
+
+def open_vlm(recipe, dtype: str = "auto") -> VLM:
+    """The recipe's start with its processor limits. Raises CheckpointError."""
+    return VLM.load(
+        resolve(recipe.start),
+        dtype=dtype,
+        device=device_of(recipe),
+        attn_implementation=getattr(recipe, "attention", "sdpa"),
+        min_pixels=recipe.min_pixels,
+        max_pixels=recipe.max_pixels,
+    )
+
+
+def prepare(recipe: Tuning, dropout: float = 0.0) -> tuple[Scorer, VLM]:
+    """Load the start, freeze the tower, add adapters or free the decoder -> (what trains, what answers); one set of weights."""
+    dtype = "float32" if recipe.tuning == "full" else recipe.dtype
+    vlm = open_vlm(recipe, dtype)
+    model = vlm.model.requires_grad_(False)
+    if recipe.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.tuning == "full":
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(recipe.seed)
+        model = get_peft_model(
+            model,
+            LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=dropout, target_modules=DECODER_LINEAR),
+        )
+    return Scorer(model), vlm
+
+
+def arguments(recipe: Tuning, per_device: int, accumulate: int, **more) -> TrainingArguments:
+    """Trainer's arguments for a recipe."""
+    on_gpu = device_of(recipe) == "cuda"
+    return TrainingArguments(
+        output_dir=str(Path(recipe.out).expanduser()),
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=recipe.lr,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup,  # below 1: a share of the steps
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.clip_norm,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.steps,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        use_cpu=not on_gpu,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        logging_steps=recipe.log_every,
+        logging_first_step=False,
+        logging_nan_inf_filter=False,
+        save_steps=recipe.save_every,
+        save_total_limit=None,  # ours: only checkpoints that are whole count
+        report_to=recipe.report_to,
+        dataloader_num_workers=recipe.workers,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=False,
+        **more,
+    )
+
+
+def per_process(total: int, micro: int, what: str) -> int:
+    """Micro-batches each process accumulates for a step of ``total``. Raises RecipeError when they do not divide."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if total % (micro * world):
+        raise RecipeError(f"{what} is {total}; it must be a multiple of {micro} a forward pass times {world} processes")
+    return total // (micro * world)
+
+
+class ExactTrainer(Trainer):
+    """Trainer whose loss is normalised over the whole global batch and whose resumed run equals one that was not cut.
+
+    transformers' own resume of a fully tuned Qwen2.5-VL loads nothing (the names it saves are not the names it loads with
+    ``strict=False``; 5.17 and 5.23), so weights are read back with ``from_pretrained``.
+    """
+
+    def __init__(self, scorer: Scorer, vlm: VLM, recipe: Tuning, **more):
+        super().__init__(model=scorer, data_collator=list, callbacks=[_Log(Path(recipe.out).expanduser())], **more)
+        if self.is_fsdp_enabled or self.accelerator.distributed_type == "FSDP" or _zero3(self.accelerator):
+            raise RecipeError(
+                "weights sharded over processes (FSDP, ZeRO-3) are not supported: launch with DDP or ZeRO-1/2, or use lora"
+            )
+        self.scorer, self.vlm, self.recipe = scorer, vlm, recipe
+        self.features = Features(vlm, recipe.feature_mb)
+        self.model_accepts_loss_kwargs = True  # our losses are normalised already: Trainer must not divide once more
+        self.figures: dict[str, list[float]] = {}
+
+    def seen(self, views) -> torch.Tensor | None:
+        """Vision features in the precision of training; the tower is outside of what Accelerate autocasts."""
+        with self.accelerator.autocast():
+            return self.features(views)
+
+    # ------------------------------------------------------------------ sums over processes
+
+    def total(self, value: float) -> float:
+        """Sum over the processes, in double precision where the device has it."""
+        if self.args.world_size == 1:
+            return float(value)
+        return self.accelerator.reduce(torch.tensor(float(value), device=self.args.device, dtype=torch.float64), "sum").item()
+
+    def note(self, **figures: float) -> None:
+        """Figures of a step, averaged until the next log line."""
+        for name, value in figures.items():
+            self.figures.setdefault(name, []).append(float(value))
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs |= {name: sum(v) / len(v) for name, v in self.figures.items()}
+            self.figures.clear()
+        super().log(logs, *args, **kwargs)
+
+    # ------------------------------------------------------------------ Trainer's seams
+
+    def take(self, iterator, count: int) -> list:
+        out = []
+        for _ in range(count):
+            try:
+                out.append(next(iterator))
+            except StopIteration:
+                break
+        return out
+
+    def _prepare_inputs(self, inputs):
+        return inputs
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        self.scorer.model.save_pretrained(output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            done = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (done / WHOLE).touch()
+            for old in whole_checkpoints(Path(self.args.output_dir))[: -self.recipe.keep]:
+                shutil.rmtree(old)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        tuned = self.scorer.model
+        if hasattr(tuned, "peft_config"):
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            told = set_peft_model_state_dict(tuned, load_peft_weights(resume_from_checkpoint, device="cpu"))
+            if told.unexpected_keys:
+                raise RecipeError(f"{resume_from_checkpoint} holds adapters of another model: {told.unexpected_keys[:2]}")
+        else:
+            saved = type(tuned).from_pretrained(resume_from_checkpoint, dtype=tuned.dtype)
+            tuned.load_state_dict(saved.state_dict(), strict=True)
+
+    # ------------------------------------------------------------------ the run
+
+    def go(self) -> None:
+        """Train from the newest whole checkpoint of the run's folder, or from the start."""
+        out = Path(self.args.output_dir)
+        if self.args.should_save:
+            for cut in set(out.glob("checkpoint-*")) - set(whole_checkpoints(out)):
+                shutil.rmtree(cut)
+        self.accelerator.wait_for_everyone()
+        found = whole_checkpoints(out)
+        self.train(resume_from_checkpoint=str(found[-1]) if found else None)
+
+
+def _zero3(accelerator) -> bool:
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def whole_checkpoints(out: Path) -> list[Path]:
+    """Checkpoints that were saved to the end, oldest first."""
+    return sorted((p.parent for p in out.glob(f"checkpoint-*/{WHOLE}")), key=lambda p: int(p.name.split("-")[1]))
+
+
+class _Log(TrainerCallback):
+    """``log.jsonl``: one line per log step; a resumed run drops the lines after its checkpoint first."""
+
+    def __init__(self, out: Path):
+        self.path = out / "log.jsonl"
+
+    def on_train_begin(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            before = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [x for x in before if x.endswith("}") and json.loads(x)["step"] <= state.global_step]
+            self.path.write_text("".join(x + "\n" for x in kept))
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if state.is_world_process_zero and "loss" in (logs or {}):
+            with self.path.open("a") as f:
+                f.write(json.dumps({"step": state.global_step, **logs}) + "\n")
