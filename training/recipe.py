@@ -70,7 +70,7 @@ class Tuning(Run):
     tuning:      ``lora`` adapts every linear layer of the decoder, ``full`` trains the decoder; the vision tower stays frozen
     lora_rank:   paper Sec. 4.3; alpha, dropout and targets are not printed there
     dtype:       of frozen weights; trained weights stay float32, and matrix products use bfloat16 where the device has it
-    feature_mb:  memory for vision features, which are computed once while the tower is frozen
+    feature_mb:  memory for vision features, which a step computes once while the tower is frozen
     report_to:   ``none``, ``wandb``, ``tensorboard``, ``trackio``, as Trainer takes them
     """
 

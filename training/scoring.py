@@ -124,6 +124,12 @@ class Features:
         self._held: OrderedDict[str, Tensor] = OrderedDict()
         self._bytes, self.encoded = 0, 0
 
+    def forget(self) -> None:
+        """Drop everything held. Features differ in the last bit with the pictures encoded beside them, so what one step
+        holds must not reach the next: a resumed run has not seen it."""
+        self._held.clear()
+        self._bytes = 0
+
     def __call__(self, views: list[View]) -> Tensor | None:
         """Merged features (V, D) of the views, in order; None for no views."""
         if not views:

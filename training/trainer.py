@@ -153,6 +153,8 @@ class ExactTrainer(Trainer):
     # ------------------------------------------------------------------ Trainer's seams
 
     def take(self, iterator, count: int) -> list:
+        """The micro-batches of a step, which begins with no features held."""
+        self.features.forget()
         out = []
         for _ in range(count):
             try:
