@@ -128,8 +128,8 @@ class CropGrid:
         regions = dict(self.regions) | {ALL: (0, 0, 4, 4)}
         return sum((r - l) * (b - t) for l, t, r, b in (regions[n] for n in names)) / 16  # noqa: E741
 
-    def cheapest_cover(self, evidence: list[Box], width: int, height: int, slack: int = 2) -> tuple[str, ...]:
-        """The one or two regions of least total area such that each evidence box lies in one of them; else ``("all",)``.
+    def cheapest_cover(self, evidence: list[Box], width: int, height: int, slack: int = 2, most: int = 2) -> tuple[str, ...]:
+        """The regions, at most ``most``, of least total area such that each evidence box lies in one of them; else ``("all",)``.
 
         slack: pixels by which a box may stick out of its region on each side.
         """
@@ -144,7 +144,7 @@ class CropGrid:
             )
 
         best, best_area = (ALL,), 1.0
-        for n in (1, 2):
+        for n in range(1, most + 1):
             for chosen in combinations(single, n):
                 names = tuple(name for name, _ in chosen)
                 if self.area(names) < best_area and all(any(inside(e, region) for _, region in chosen) for e in evidence):

@@ -173,7 +173,8 @@ def make_row(
     direct = writer.row([([half(image)], text, answer, 1.0)], PAPER_GRID.prompt)
     if mode == "awares" and curator.low_is_enough(writer.row([([half(image)], text, answer, 1.0)])):
         return direct
-    names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size)
+    most = 1 if curator and curator.where == "one" else 2
+    names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size, most=most)
     if mode == "awares" and curator.where == "all":
         names = ("all",)
     call_weight = CALL_WEIGHT if mode == "awares" else phase.call
@@ -184,7 +185,8 @@ def make_row(
 class Curator:
     """Labels a question low or high resolution as the paper does: by what the base model answers at half size.
 
-    where: crops that a call names, ``all`` or the ``cheapest`` regions that cover the evidence.
+    where: crops that a call names: the ``cheapest`` one or two regions that cover the evidence, the cheapest ``one`` that
+        does, or ``all``; ``all`` too where the others find none.
     """
 
     def __init__(self, model, writer: Writer, where: str):
@@ -277,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--stop", type=int, help="stop after this step of the schedule (default: --steps)")
     parser.add_argument(
-        "--where", choices=("all", "cheapest"), default="cheapest", help="crops that a call of a trajectory names (sft)"
+        "--where", choices=("one", "cheapest", "all"), default="one", help="crops that a call of a trajectory names (sft)"
     )
     parser.add_argument("--rows", type=int, default=36, help="conversations per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
