@@ -16,7 +16,7 @@
     python -m awares_bench.training.nano_language --stage light --start runs/base/checkpoint --tower runs/place \
         --steps 600 --lr 1e-3 --out runs/light
     python -m awares_bench.training.nano_language --stage where --start runs/light/checkpoint --steps 500 --out runs/where
-    python -m awares_bench.training.nano_language --stage sft --start runs/where/checkpoint --steps 700 --lr 1e-3 --out runs/sft
+    python -m awares_bench.training.nano_language --stage sft --start runs/where/checkpoint --steps 1350 --lr 1e-3 --out runs/sft
 """
 
 from __future__ import annotations
