@@ -91,10 +91,11 @@ class SparseVLM(Pruner):
             return image.features[chosen], chosen
         again = pruned[:again]
         centres, means = cluster(image.features[again], clusters)
-        features = torch.cat([image.features[chosen], means.to(image.features.dtype)])
         indices = torch.cat([chosen, again[centres]])
-        raster = indices.argsort() if self.compat == "corrected" else slice(None)
-        return features[raster], indices[raster]
+        order = indices.argsort() if self.compat == "corrected" else torch.arange(len(indices), device=indices.device)
+        features = image.features[indices[order]]  # one copy; the centres' rows then take their clusters' means
+        features[order.argsort()[len(chosen) :]] = means.to(features.dtype)
+        return features, indices[order]
 
 
 def recycled(pruned: int) -> tuple[int, int]:
