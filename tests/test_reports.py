@@ -311,4 +311,4 @@ def test_the_committed_nano_records_can_be_read():
     folder = Path(__file__).parents[1] / "reports" / "records" / "nano"
     _, frame = framed(folder)
     found = tables.summary(frame)
-    assert 0.9 < found["awares_full"]["mean"]["accuracy"] <= 1 and found["awares_full"]["mean"]["rtr"] == 1
+    assert 0.9 < found["full"]["mean"]["accuracy"] <= 1 and found["full"]["mean"]["rtr"] == 1
