@@ -128,26 +128,23 @@ class CropGrid:
         regions = dict(self.regions) | {ALL: (0, 0, 4, 4)}
         return sum((r - l) * (b - t) for l, t, r, b in (regions[n] for n in names)) / 16  # noqa: E741
 
+    def holds(self, names: tuple[str, ...], evidence: list[Box], width: int, height: int, slack: int = 2) -> bool:
+        """Whether each evidence box lies in one of the named regions, give or take ``slack`` pixels on each side."""
+        regions = self.boxes(width, height, names)
+        return all(
+            any(e[0] >= r[0] - slack and e[1] >= r[1] - slack and e[2] <= r[2] + slack and e[3] <= r[3] + slack for r in regions)
+            for e in evidence
+        )
+
     def cheapest_cover(self, evidence: list[Box], width: int, height: int, slack: int = 2, most: int = 2) -> tuple[str, ...]:
         """The regions, at most ``most``, of least total area such that each evidence box lies in one of them; else ``("all",)``.
 
         slack: pixels by which a box may stick out of its region on each side.
         """
-        single = list(zip(self.names, self.boxes(width, height, self.names), strict=True))
-
-        def inside(box: Box, region: Box) -> bool:
-            return (
-                box[0] >= region[0] - slack
-                and box[1] >= region[1] - slack
-                and box[2] <= region[2] + slack
-                and box[3] <= region[3] + slack
-            )
-
         best, best_area = (ALL,), 1.0
         for n in range(1, most + 1):
-            for chosen in combinations(single, n):
-                names = tuple(name for name, _ in chosen)
-                if self.area(names) < best_area and all(any(inside(e, region) for _, region in chosen) for e in evidence):
+            for names in combinations(self.names, n):
+                if self.area(names) < best_area and self.holds(names, evidence, width, height, slack):
                     best, best_area = names, self.area(names)
         return best
 

@@ -7,6 +7,8 @@
 ``where``  lists of regions in place of contents, from pictures of one panel to whole ones, then calls for the cheapest crops.
            Growing is what makes it learn: with one panel a region is read off within 50 steps and carries over to five panels
            at once; on whole pictures from the start it stayed at chance for 600 (both measured).
+``joint``  the tower learns too; two-turn rows go on asking about what else lies in the fetched crops (more reading per picture),
+           and some fetch more than they need, so that no crop is strange to the model. Its result is the base model, nano-base.
 ``sft``    two-turn trajectories: answer from half size where the model of the stage before already answers right there, else
            call; loss weight 5 on the call (paper Sec. 3.2, 3.3). A share of single-turn full and half-size questions is
            replayed, so that the controls keep their weights' worth.
@@ -16,7 +18,9 @@
     python -m awares_bench.training.nano_language --stage light --start runs/base/checkpoint --tower runs/place \
         --steps 600 --lr 1e-3 --out runs/light
     python -m awares_bench.training.nano_language --stage where --start runs/light/checkpoint --steps 500 --out runs/where
-    python -m awares_bench.training.nano_language --stage sft --start runs/where/checkpoint --steps 1350 --lr 1e-3 --out runs/sft
+    python -m awares_bench.training.nano_language --stage joint --start runs/where/checkpoint --steps 2400 --lr 1.5e-3 \
+        --tower-lr 3e-4 --tower-frozen 0 --out runs/joint
+    python -m awares_bench.training.nano_language --stage sft --start runs/joint/checkpoint --steps 800 --lr 1e-3 --out runs/sft
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from awares_bench.crops import PAPER_GRID
 from awares_bench.vision_attention import windowed_attention
 
 CALL_WEIGHT = 5.0  # paper Sec. 4.3, ablation in Table 3
-STAGES = {"base": 0, "sft": 1, "light": 2, "where": 3}
+STAGES = {"base": 0, "sft": 1, "light": 2, "where": 3, "joint": 4}
 KINDS = ("list", "where", "ask where", "full", "low", "crop", "awares")
 
 
@@ -49,6 +53,8 @@ class Phase:
 
     families: how often each comes up. varied: see ``ask`` of the world.
     call: loss weight of the call in ``crop`` rows, which always call.
+    more: further questions of a ``crop`` row, about panels that lie in its crops. wide: share of such rows that fetch other
+        regions than the cheapest: ones that hold the evidence too.
     """
 
     until: float
@@ -58,6 +64,8 @@ class Phase:
     families: tuple[float, ...] = (1, 1, 1, 1, 1, 1)
     varied: bool = True
     call: float = 0.0
+    more: int = 0
+    wide: float = 0.0
 
 
 PHASES = {
@@ -93,14 +101,29 @@ PHASES = {
             call=1.0,
         ),
     ),
+    "joint": (
+        Phase(
+            1.00,
+            (224, 224),
+            (3, 5),
+            {"list": 0.04, "where": 0.1, "ask where": 0.12, "full": 0.18, "low": 0.08, "crop": 0.48},
+            (1, 2.5, 0.8, 1.5, 0.5, 1.2),
+            varied=False,
+            call=1.0,
+            more=3,
+            wide=0.25,
+        ),
+    ),
     "sft": (
         Phase(
             1.00,
             (224, 224),
             (3, 5),
             {"awares": 0.5, "crop": 0.1, "where": 0.05, "full": 0.25, "low": 0.1},
-            (1, 3, 0.8, 1.2, 0.5, 1.2),
+            (1, 2.5, 0.8, 1.5, 0.5, 1.2),
             varied=False,
+            more=3,
+            wide=0.25,
         ),
     ),
 }
@@ -177,9 +200,21 @@ def make_row(
     names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size, most=most)
     if mode == "awares" and curator.where == "all":
         names = ("all",)
-    call_weight = CALL_WEIGHT if mode == "awares" else phase.call
+    call_weight, later = CALL_WEIGHT if mode == "awares" else phase.call, []
+    if mode == "crop" and questions > 1:
+        if rng.random() < phase.wide:
+            names, call_weight = rng.choice(_holding(evidence, image.size)), 0.0
+        for panel in order[1:]:
+            question, reply, options, needs = w.ask(rng, panels, panel, phase.varied)
+            if len(later) < phase.more and PAPER_GRID.holds(names, [p.box for p in needs], *image.size):
+                later.append(([], w.prompt(family, question, options), reply, 1.0))
     turns = [([half(image)], text, PAPER_GRID.format(names), call_weight), (PAPER_GRID.cut(image, names), "", answer, 1.0)]
-    return writer.row(turns, PAPER_GRID.prompt)
+    return writer.row(turns + later, PAPER_GRID.prompt)
+
+
+def _holding(panels: list, size: tuple[int, int]) -> list[tuple[str, ...]]:
+    """Every single region, ``all`` among them, that holds the panels."""
+    return [(name,) for name in (*PAPER_GRID.names, "all") if PAPER_GRID.holds((name,), [p.box for p in panels], *size)]
 
 
 class Curator:
