@@ -6,6 +6,7 @@ turns need it. Its logits equal those of ``generate`` and of a fresh prefill (te
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import time
@@ -32,6 +33,7 @@ from .staged import StagedBatch
 from .trajectory import Event, Reply, Turn, messages
 from .usage import Usage
 from .vision_attention import windowed_attention
+from .weights import resolve
 from .writer import Writer
 
 MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
@@ -118,7 +120,10 @@ class VLM:
         max_pixels: int = MAX_PIXELS,
         constrained: bool = True,
     ) -> VLM:
-        """Load a checkpoint folder or hub name. dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. Raises CheckpointError."""
+        """Load a checkpoint folder or hub name, or a folder of LoRA adapters, which are merged into the base that they name.
+
+        dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. Raises CheckpointError.
+        """
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device is {device!r}, and PyTorch finds no CUDA GPU here; pass device=cpu, or leave device out")
@@ -130,6 +135,11 @@ class VLM:
         folder = Path(pretrained)
         if pretrained.startswith((".", "/", "~")) and not folder.is_dir():
             raise CheckpointError(f"no checkpoint folder at {pretrained!r}; pass a folder, a hub name, or pretrained=nano")
+        if (folder / "adapter_config.json").exists():
+            base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+            whole = cls.load(resolve(base), dtype, device, attn_implementation, min_pixels, max_pixels, constrained)
+            whole.model = _merged(whole.model, folder).eval()
+            return whole
         try:
             config = AutoConfig.from_pretrained(pretrained)
         except (OSError, ValueError) as error:
@@ -396,6 +406,16 @@ def _shares(marks: list[float], visual: list[int], prompt: list[int], output: li
         row = [span * (w[b] / sum(w) if sum(w) else 1 / len(prompt)) for span, w in zip(spans, weights, strict=True)]
         out.append(tuple(row))
     return out
+
+
+def _merged(model, adapters: Path):
+    """The model with the adapters of a folder added into its weights. Raises CheckpointError when they belong to another."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapters)).merge_and_unload()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(f"the adapters in {str(adapters)!r} do not fit their base: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

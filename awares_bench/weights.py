@@ -14,10 +14,10 @@ def gate(name: str) -> str:
 
 
 def resolve(pretrained: str) -> str:
-    """``nano`` or ``nano-base`` -> the folder in this package; anything else (a path, a hub name) -> itself."""
+    """``nano``, ``nano-base`` or another name of this package -> its folder; anything else (a path, a hub name) -> itself."""
     folder = Path(__file__).parent / "weights" / pretrained
     if pretrained.startswith(NANO) and "/" not in pretrained and not Path(pretrained).is_dir():
-        known = sorted(p.name for p in folder.parent.iterdir() if (p / "config.json").exists()) if folder.parent.is_dir() else []
+        known = sorted(p.name for p in folder.parent.iterdir() if any(p.glob("*config.json"))) if folder.parent.is_dir() else []
         if pretrained not in known:
             raise ValueError(
                 f"no weights named {pretrained!r} in the package; known: {', '.join(known) or 'none'}, or pass a folder or a hub name"

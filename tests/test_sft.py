@@ -137,6 +137,9 @@ def test_the_result_loads_in_evaluation_and_says_what_the_adapters_say(place):
     moved = (adapted - start).abs().max()
     assert (mine - adapted).abs().max() < 0.1 * moved  # bfloat16 rounding of the merged weights, far below what training moved
     assert "lora_rank: 8" in (place / "merged" / "checkpoint" / "README.md").read_text()
+    alone = VLM.load(str(place / "merged" / "adapter"), device="cpu")  # merged in float32, so nearer than the merged checkpoint
+    with torch.no_grad():
+        assert (Scorer(alone.model)(packed, features)[0] - adapted).abs().max() < 0.1 * moved
 
 
 def test_a_recipe_is_checked_before_anything_loads(place, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -18,9 +19,12 @@ from awares_bench.vlm import VLM
 
 
 def finish(scorer: Scorer, vlm: VLM, out: Path, stage: str, recipe: Run) -> Path:
-    """Merge, write ``out/checkpoint`` in bfloat16 and its card. The model in memory is used up."""
+    """Merge, write ``out/checkpoint`` in bfloat16 and its card; adapters also alone, as ``out/adapter``. The model is used up."""
     model = scorer.model
     if hasattr(model, "merge_and_unload"):
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = recipe.start
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out / "adapter")
         model = model.merge_and_unload()
     model.to(torch.bfloat16).requires_grad_(True)
     draft, folder = out / "checkpoint.tmp", out / "checkpoint"
