@@ -101,18 +101,12 @@ PHASES = {
             call=1.0,
         ),
     ),
-    "joint": (
-        Phase(
-            1.00,
-            (224, 224),
-            (3, 5),
-            {"list": 0.04, "where": 0.1, "ask where": 0.12, "full": 0.18, "low": 0.08, "crop": 0.48},
-            (1, 2.5, 0.8, 1.5, 0.5, 1.2),
-            varied=False,
-            call=1.0,
-            more=3,
-            wide=0.25,
-        ),
+    "joint": tuple(
+        Phase(until, (224, 224), (3, 5), mix, (1, 2.5, 0.8, 1.5, 0.5, 1.2), varied=False, call=1.0, more=3, wide=0.25)
+        for until, mix in (
+            (0.40, {"list": 0.04, "where": 0.1, "ask where": 0.12, "full": 0.18, "low": 0.08, "crop": 0.48}),
+            (1.00, {"list": 0.03, "where": 0.1, "ask where": 0.12, "full": 0.15, "low": 0.18, "crop": 0.42}),
+        )
     ),
     "sft": (
         Phase(
