@@ -18,7 +18,7 @@
     python -m awares_bench.training.nano_language --stage light --start runs/base/checkpoint --tower runs/place \
         --steps 600 --lr 1e-3 --out runs/light
     python -m awares_bench.training.nano_language --stage where --start runs/light/checkpoint --steps 500 --out runs/where
-    python -m awares_bench.training.nano_language --stage joint --start runs/where/checkpoint --steps 2400 --lr 1.5e-3 \
+    python -m awares_bench.training.nano_language --stage joint --start runs/where/checkpoint --steps 3600 --lr 1.5e-3 \
         --tower-lr 3e-4 --tower-frozen 0 --out runs/joint
     python -m awares_bench.training.nano_language --stage sft --start runs/joint/checkpoint --steps 800 --lr 1e-3 --out runs/sft
 """
@@ -102,10 +102,23 @@ PHASES = {
         ),
     ),
     "joint": tuple(
-        Phase(until, (224, 224), (3, 5), mix, (1, 2.5, 0.8, 1.5, 0.5, 1.2), varied=False, call=1.0, more=3, wide=0.25)
-        for until, mix in (
-            (0.40, {"list": 0.04, "where": 0.1, "ask where": 0.12, "full": 0.18, "low": 0.08, "crop": 0.48}),
-            (1.00, {"list": 0.03, "where": 0.1, "ask where": 0.12, "full": 0.15, "low": 0.18, "crop": 0.42}),
+        Phase(until, (224, 224), (3, 5), mix, families, varied=False, call=1.0, more=3, wide=0.25)
+        for until, families, mix in (
+            (
+                0.27,
+                (1, 2.5, 0.8, 1.5, 0.5, 1.2),
+                {"list": 0.04, "where": 0.1, "ask where": 0.12, "full": 0.18, "low": 0.08, "crop": 0.48},
+            ),
+            (
+                0.67,
+                (1, 2.5, 0.8, 1.5, 0.5, 1.2),
+                {"list": 0.03, "where": 0.1, "ask where": 0.12, "full": 0.15, "low": 0.18, "crop": 0.42},
+            ),
+            (
+                1.00,
+                (1.8, 3, 0.7, 1.5, 0.5, 0.9),
+                {"list": 0.02, "where": 0.08, "ask where": 0.14, "full": 0.08, "low": 0.16, "crop": 0.52},
+            ),
         )
     ),
     "sft": (
