@@ -59,7 +59,7 @@ def image(v: int = 45, grid: tuple[int, int] = (5, 9), seed: int = 0) -> Visual:
     g = torch.Generator().manual_seed(seed)
     q, k = torch.randn(4, 3, 16, generator=g), torch.randn(2, v + 8, 16, generator=g)
     rows = AttentionRows(
-        q, k, torch.arange(v + 5, v + 8), torch.arange(3, v + 3), torch.rand(3, 32, generator=g), torch.rand(v, 32, generator=g)
+        q, k, torch.arange(v + 5, v + 8), slice(3, v + 3), torch.rand(3, 32, generator=g), torch.rand(v, 32, generator=g)
     )
     return Visual(
         torch.randn(v, 12, generator=g),
@@ -394,7 +394,7 @@ def test_deciding_takes_at_most_100_MiB_at_4096_tokens_of_7B():
         probe = Probe(True, True)
         meter(probe, q, k, 80**-0.5, torch.tensor([0, 4 * v]))
         rows = AttentionRows(
-            torch.randn(28, text, 128, generator=g), torch.randn(4, v + text, 128), torch.arange(v, v + text), torch.arange(v),
+            torch.randn(28, text, 128, generator=g), torch.randn(4, v + text, 128), torch.arange(v, v + text), slice(0, v),
             torch.rand(text, 256), torch.rand(v, 256),
         )  # fmt: skip
         (seen,) = meter(look, features, [(64, 64)], probe, None, 4)
