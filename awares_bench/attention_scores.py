@@ -114,15 +114,15 @@ class AttentionRows:
         heads, n, width = self.q.shape
         groups, length, _ = self.keys.shape
         keys = self.keys.float().transpose(1, 2)  # (G, d, K)
-        out = self.q.new_zeros((heads, self.columns.stop - self.columns.start), dtype=torch.float32)
-        seen = torch.arange(length, device=self.q.device)
+        seen, out = torch.arange(length, device=self.q.device), None
         step = max(1, block // (heads * length))
         for i in range(0, n, step):
             rows = self.rows[i : i + step]
             q = self.q[:, i : i + step].float() * width**-0.5
             scores = (q.reshape(groups, -1, width) @ keys).view(heads, -1, length)
             weights = scores.masked_fill_(seen > rows[:, None], -torch.inf).softmax(-1)[..., self.columns]
-            out += (weights if divisor is None else weights / divisor[i : i + step]).sum(1)
+            part = (weights if divisor is None else weights / divisor[i : i + step]).sum(1)
+            out = part if out is None else out.add_(part)
         return out / n
 
     def rotary_kernel(self) -> Tensor:

@@ -84,7 +84,7 @@ def look(
                 if t is None:
                     return None
                 group = len(t) // len(features)  # patches of a merged token
-                return t[start * group : (start + n) * group].unflatten(0, (n, group)).mean(1)[back]
+                return t[start * group : (start + n) * group].view(n, group, *t.shape[1:]).mean(1)[back]
 
             attention, metric = raster(probe.attention), raster(probe.metric)
         seed = zlib.crc32(patches[i].contiguous().numpy()) if patches is not None else 0

@@ -110,7 +110,7 @@ class StagedBatch(Batch):
         module = self.vlm.decoder.layers[layer]
         raters = len(hidden) - self.raters[b]
         h = module.input_layernorm(hidden[raters])
-        q = module.self_attn.q_proj(h).unflatten(-1, (-1, module.self_attn.head_dim)).transpose(0, 1)  # (H, R, d)
+        q = module.self_attn.q_proj(h).view(len(h), -1, module.self_attn.head_dim).transpose(0, 1)  # (H, R, d)
         phases = torch.cat(rope, -1)  # (L, 2d)
         mine = phases[raters]
         cos, sin = mine.chunk(2, -1)
