@@ -55,7 +55,7 @@ class VisionZip(Pruner):
         if not contextual or not len(left):
             return image.features[kept], kept
         step = max(1, len(left) // contextual)
-        targets = left[::step][:contextual]
+        targets = left[::step][:contextual].contiguous()
         nearest = (image.metric[left] @ normalize(image.metric[targets], dim=1).T).argmax(1)
         number = torch.arange(len(targets), device=left.device)
         nearest[::step][:contextual] = number  # a target stays with itself
@@ -65,5 +65,7 @@ class VisionZip(Pruner):
         size = member.sum(1, keepdim=True)
         merged = own + (total - own) / (size - 1).clamp(min=1) if self.compat == "official" else total / size
         merged = torch.where(size == 1, own, merged).to(image.features.dtype)
-        chosen, raster = torch.cat([kept, targets]).sort()
-        return torch.cat([image.features[kept], merged])[raster], chosen
+        chosen = torch.cat([kept, targets]).sort().values
+        features = image.features[chosen]  # one copy; the targets' rows then take their averages
+        features[torch.searchsorted(chosen, targets)] = merged
+        return features, chosen
