@@ -8,22 +8,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-BLOCK = 2 * 2**20
-"""Scores held at a time: 8 MiB, and as much again for their softmax."""
+BLOCK = 2**19
+"""Scores held at a time: 2 MiB, and as much again for their softmax; near a core's cache."""
 
 
-def window_order(rows: int, columns: int, window: int = 4) -> Tensor:
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be an index in training too
+def window_order(rows: int, columns: int, window: int = 4, device: torch.device | str = "cpu") -> Tensor:
     """Raster places (V,) of an image's merged tokens in the order in which Qwen2.5-VL's vision blocks hold them.
 
     Windows in raster order, raster order within each; 4 tokens are the 112 pixels of the released models.
     """
     places = torch.arange(rows * columns)
     row, column = places // columns, places % columns
-    return (row // window * -(-columns // window) + column // window).argsort(stable=True)
+    return (row // window * -(-columns // window) + column // window).argsort(stable=True).to(device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def raster_order(rows: int, columns: int, window: int, device: torch.device) -> Tensor:
+    """The inverse of ``window_order``: its place (V,) for each merged token in raster order."""
+    return window_order(rows, columns, window).argsort().to(device)
 
 
 def column_attention(q: Tensor, k: Tensor, scaling: float, block: int = BLOCK) -> Tensor:
@@ -88,14 +98,14 @@ class AttentionRows:
     """Attention of some text tokens on an image's tokens in one decoder layer, computed when asked for.
 
     q: (H, R, d) and keys: (G, K, d) after RoPE, G key heads shared by the H query heads.
-    rows: (R,) place of each query among the K keys: it sees itself and what is before. columns: (V,) of the image's tokens.
+    rows: (R,) place of each query among the K keys: it sees itself and what is before. columns: the V places of the image's tokens.
     row_phases, column_phases: (R, 2d) and (V, 2d), cosines and sines of the rotary embedding.
     """
 
     q: Tensor
     keys: Tensor
     rows: Tensor
-    columns: Tensor
+    columns: slice
     row_phases: Tensor
     column_phases: Tensor
 
@@ -104,15 +114,15 @@ class AttentionRows:
         heads, n, width = self.q.shape
         groups, length, _ = self.keys.shape
         keys = self.keys.float().transpose(1, 2)  # (G, d, K)
-        out = self.q.new_zeros((heads, len(self.columns)), dtype=torch.float32)
-        seen = torch.arange(length, device=self.q.device)
+        seen, out = torch.arange(length, device=self.q.device), None
         step = max(1, block // (heads * length))
         for i in range(0, n, step):
             rows = self.rows[i : i + step]
             q = self.q[:, i : i + step].float() * width**-0.5
             scores = (q.reshape(groups, -1, width) @ keys).view(heads, -1, length)
             weights = scores.masked_fill_(seen > rows[:, None], -torch.inf).softmax(-1)[..., self.columns]
-            out += (weights if divisor is None else weights / divisor[i : i + step]).sum(1)
+            part = (weights if divisor is None else weights / divisor[i : i + step]).sum(1)
+            out = part if out is None else out.add_(part)
         return out / n
 
     def rotary_kernel(self) -> Tensor:

@@ -96,13 +96,18 @@ def fit(image: Image.Image, names: tuple[str, ...]):
     return names
 
 
-def give(sample: Sample, names: tuple[str, ...], crops: list[Image.Image], form: str, prompt: str = "paper") -> Look:
-    """The half-size view and crops that the model did not ask for; the sample has one image.
+def give(sample: Sample, names: tuple[str, ...], form: str, prompt: str, crops: list[Image.Image] | None = None) -> Look:
+    """The half-size view and regions that the model did not ask for.
 
-    form: ``call``: AwaRes' two turns, a call for ``names`` put into the model's mouth, for weights trained for AwaRes;
-          ``plain``: half-size view and crops in one message, for any weights
+    form:  ``call``: AwaRes' two turns, a call for ``names`` put into the model's mouth, for weights trained for AwaRes;
+           ``plain``: half-size view and crops in one message, for any weights
+    crops: shown instead of the regions' own pixels
     """
-    view = half(sample.images[0])
+    if len(sample.images) != 1:
+        return (yield from without_crops(sample))
+    (image,) = sample.images
+    names = yield from fit(image, names)
+    view, crops = half(image), crops or PAPER_GRID.cut(image, names)
     if form == "plain":
         return (yield Turn((view, *crops), sample.question))
     yield Turn((view,), sample.question, system=PAPER_GRID.prompt_as(prompt), last=False, said=PAPER_GRID.format(names))

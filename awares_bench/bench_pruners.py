@@ -1,5 +1,9 @@
 """``awares-bench bench pruners``: what it costs to decide, against the prefill without a pruner; time and memory, in one run.
 
+Counted as deciding: attention and keys collected in the tower, their way to raster order, a picture's seed, raters, attention
+rows, scores, and the cut itself. Counted as prefill: patches, vision blocks, merger and decoder layers of the same pictures,
+uncut; not preprocessing, embedding, the vocabulary's scores or what runs between layers. Pictures are the only ones of their
+round, so their first decision meets cold caches: with one small picture that is most of it, with several it is shared.
 Models have published sizes and random weights. One layer of each kind is timed and counted as often as the model has it, so
 that a 7B fits a laptop; a pruner's own work is done in full: every cut at its real share, on the real number of tokens.
 """
@@ -40,9 +44,9 @@ LIMIT_SHARE, LIMIT_BYTES = 0.05, 100 * 2**20
 
 @dataclass
 class Cost:
-    """A pruner's own work on one image.
+    """A pruner's own work on one batch of pictures.
 
-    visual: tokens after the last cut. seconds: median over the rounds. share: of the prefill of the same round, median.
+    visual: tokens after the last cut, of one picture. seconds: median over the rounds. share: of the prefill of the same round, median.
     extra_bytes: the most held at a time beside its inputs. rounds: seconds of each.
     """
 
@@ -137,12 +141,12 @@ def small(size: str):
 
 @torch.inference_mode()
 def run(
-    size: str = NANO, tokens: int = 1200, retention: float = 0.5, repeats: int = 5, device: str = "auto", dtype: str = "auto",
-    json_file: Path | None = None,
+    size: str = NANO, tokens: int = 1200, batch: int = 1, retention: float = 0.5, repeats: int = 5, device: str = "auto",
+    dtype: str = "auto", json_file: Path | None = None,
 ) -> dict:  # fmt: skip
-    """Measure every pruner on one image of about ``tokens`` visual tokens -> what is printed, as a dictionary."""
-    if tokens < 1 or repeats < 1:
-        raise ValueError(f"tokens is {tokens} and repeats is {repeats}; both must be at least 1")
+    """Measure every pruner on ``batch`` pictures of about ``tokens`` visual tokens -> what is printed, as a dictionary."""
+    if min(tokens, batch, repeats) < 1:
+        raise ValueError(f"tokens is {tokens}, batch is {batch} and repeats is {repeats}; each must be at least 1")
     chosen = [cls(retention) for cls in pruners()]
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     kind = getattr(torch, ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype)
@@ -150,15 +154,16 @@ def run(
     side = max(1, math.isqrt(tokens))
     grid = (1, 2 * side, 2 * max(1, round(tokens / side)))
     visual = grid[1] * grid[2] // 4
-    patches = torch.randn(grid[1] * grid[2], 1176, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    patches = [torch.randn(grid[1] * grid[2], 1176, generator=generator) for _ in range(batch)]
     marks = vlm.model.config.vision_start_token_id, vlm.model.config.vision_end_token_id
     ids = [20] * 16 + [marks[0]] + [vlm.image_token] * visual + [marks[1]] + [*range(20, 20 + TEXT)]
     placed = mrope_positions(ids, [grid], vlm.image_token)
 
     layers, costs = _Layers(vlm), [Cost(type(p).__module__.rsplit(".", 1)[-1]) for p in chosen]
     for round_ in range(repeats + 1):  # the first warms up, and looks at memory instead of the clock; the others alternate
-        (image,) = vlm.see([patches], [grid])
-        StagedBatch(vlm, [Session()], [vlm.embed(ids, placed, [image])], chosen[0], {}).prefill()
+        chunks = [vlm.embed(ids, placed, [image]) for image in vlm.see(patches, [grid] * batch)]
+        StagedBatch(vlm, [Session() for _ in chunks], chunks, chosen[0], {}).prefill()
         layers.close_round(whole)
         for pruner, cost in zip(chosen, costs, strict=True):
             meter = Meter(vlm, memory=round_ == 0)
@@ -178,6 +183,7 @@ def run(
         "geometry": size,
         "visual_tokens": visual,
         "text_tokens": len(ids) - visual,
+        "batch": batch,
         "retention": retention,
         "device": torch.cuda.get_device_name(vlm.device) if vlm.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -230,19 +236,18 @@ class _Layers:
             hook.remove()
 
 
-def _decide(meter: Meter, pruner: Pruner, whole, patches: Tensor, grid: tuple, ids: list[int], placed: tuple) -> int:
+def _decide(meter: Meter, pruner: Pruner, whole, patches: list[Tensor], grid: tuple, ids: list[int], placed: tuple) -> int:
     """Meter what ``pruner`` adds: the probe and the cut before the decoder, or raters, attention rows and cuts inside it."""
     vlm, stages = meter.vlm, pruner.stages(whole.text_config.num_hidden_layers)
-    (image,) = _see(vlm, pruner, patches, grid, meter)
-    chunk = vlm.embed(ids, placed, [image])
+    chunks = [vlm.embed(ids, placed, [image]) for image in _see(vlm, pruner, patches, grid, meter)]
     if not stages:
-        return meter(chunk.cut, pruner, pruner.retention).visual
-    batch = MeteredBatch(meter, vlm, [Session()], [chunk], pruner, dict(enumerate(stages.values())))
+        return [meter(chunk.cut, pruner, pruner.retention) for chunk in chunks][-1].visual
+    batch = MeteredBatch(meter, vlm, [Session() for _ in chunks], chunks, pruner, dict(enumerate(stages.values())))
     batch.prefill()
-    return batch.chunks[0].visual
+    return batch.chunks[-1].visual
 
 
-def _see(vlm: VLM, pruner: Pruner, patches: Tensor, grid: tuple, meter: Meter) -> list[Visual]:
+def _see(vlm: VLM, pruner: Pruner, patches: list[Tensor], grid: tuple, meter: Meter) -> list[Visual]:
     """As ``VLM.see``, with the probe metered."""
     wanted = "attention" in pruner.needs, "metric" in pruner.needs
     with probed(vlm.model, -1, *wanted) as probe:
@@ -250,22 +255,21 @@ def _see(vlm: VLM, pruner: Pruner, patches: Tensor, grid: tuple, meter: Meter) -
         if any(wanted):
             module.probe = lambda *args: meter(probe, *args)
         with windowed_attention(vlm.model):
-            out = vlm.model.model.visual(
-                patches.to(vlm.device, vlm.model.dtype), grid_thw=torch.tensor([grid], device=vlm.device)
-            ).pooler_output
+            grid_thw = torch.tensor([grid] * len(patches), device=vlm.device)
+            out = vlm.model.model.visual(torch.cat(patches).to(vlm.device, vlm.model.dtype), grid_thw=grid_thw).pooler_output
     some: Probe | None = probe if any(wanted) else None
-    if "seed" in pruner.needs or some:
-        return meter(look, out, [(grid[1] // 2, grid[2] // 2)], some, [patches] if "seed" in pruner.needs else None, 4)
-    return look(out, [(grid[1] // 2, grid[2] // 2)], None, None, 4)
+    grids, seeds = [(grid[1] // 2, grid[2] // 2)] * len(patches), patches if "seed" in pruner.needs else None
+    return meter(look, out, grids, some, seeds, 4) if some or seeds else look(out, grids, None, None, 4)
 
 
 def _print(result: dict) -> None:
     print(
-        f"{result['geometry']} geometry, random weights, {result['visual_tokens']} visual and {result['text_tokens']} text tokens, "
-        f"{result['device']}, {result['dtype']}, {result['threads']} threads, retention {result['retention']}"
+        f"{result['geometry']} geometry, random weights, {result['batch']} at a time of {result['visual_tokens']} visual and "
+        f"{result['text_tokens']} text tokens, {result['device']}, {result['dtype']}, {result['threads']} threads, retention {result['retention']}"
     )
     clocked = "CPU seconds of all threads" if result["device"] == "cpu" else "seconds"
-    print(f"prefill without a pruner, encode and decoder: {result['prefill_seconds']:.4f} {clocked}\n")
+    print(f"prefill without a pruner: patches, vision blocks, merger, decoder layers: {result['prefill_seconds']:.4f} {clocked}")
+    print("seconds: what a pruner adds: attention and keys from the tower, seeds, raters, attention rows, scores, cuts\n")
     print(f"{'pruner':<15} {'kept':>6} {'seconds':>9} {'of prefill':>10} {'extra MiB':>10}")
     for c in result["pruners"]:
         extra = "" if c["extra_bytes"] is None else f"{c['extra_bytes'] / 2**20:.0f}"

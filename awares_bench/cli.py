@@ -210,7 +210,7 @@ def _bench(args) -> int:
         from .bench_pruners import run as bench_pruners
 
         more = (args.device, args.dtype, args.json)
-        bench_pruners(args.geometry or "nano", args.tokens, args.retention, args.repeats, *more)
+        bench_pruners(args.geometry or "nano", args.tokens, args.batch, args.retention, args.repeats, *more)
         return 0
     from .bench import run
 

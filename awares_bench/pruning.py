@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .attention_scores import Probe, window_order
+from .attention_scores import Probe, raster_order
 from .method import Pruner, Visual
 
 
@@ -78,16 +78,16 @@ def look(
         n = rows * columns
         attention = metric = None
         if probe is not None:
-            back = window_order(rows, columns, window).argsort().to(features.device)
+            back = raster_order(rows, columns, window, features.device)
 
             def raster(t: Tensor | None, start: int = start, n: int = n, back: Tensor = back) -> Tensor | None:
                 if t is None:
                     return None
                 group = len(t) // len(features)  # patches of a merged token
-                return t[start * group : (start + n) * group].unflatten(0, (n, group)).mean(1)[back]
+                return t[start * group : (start + n) * group].view(n, group, *t.shape[1:]).mean(1)[back]
 
             attention, metric = raster(probe.attention), raster(probe.metric)
-        seed = zlib.crc32(patches[i].numpy().tobytes()) if patches is not None else 0
+        seed = zlib.crc32(patches[i].contiguous().numpy()) if patches is not None else 0
         places = torch.arange(n, device=features.device)
         out.append(Visual(features[start : start + n], (rows, columns), places, attention, metric, None, seed))
         start += n

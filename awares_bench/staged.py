@@ -41,7 +41,8 @@ class StagedBatch(Batch):
         """Places of the text tokens after the last image whose attention ranks the visual tokens: (R,), counted from the end."""
         if not chunk.spans:
             return None
-        visual = torch.cat([chunk.embeds[s.start : s.stop] for s in chunk.spans])
+        visual = [chunk.embeds[s.start : s.stop] for s in chunk.spans]
+        visual = visual[0] if len(visual) == 1 else torch.cat(visual)  # one image is not copied
         text = chunk.embeds[chunk.spans[-1].stop :]
         return len(text) - self.pruner.raters(visual, text)
 
@@ -109,16 +110,17 @@ class StagedBatch(Batch):
         module = self.vlm.decoder.layers[layer]
         raters = len(hidden) - self.raters[b]
         h = module.input_layernorm(hidden[raters])
-        q = module.self_attn.q_proj(h).unflatten(-1, (-1, module.self_attn.head_dim)).transpose(0, 1)  # (H, R, d)
-        cos, sin = (t[raters] for t in rope)
-        turned = torch.cat([-q[..., q.shape[-1] // 2 :], q[..., : q.shape[-1] // 2]], -1)
-        q = q * cos + turned * sin
+        q = module.self_attn.q_proj(h).view(len(h), -1, module.self_attn.head_dim).transpose(0, 1)  # (H, R, d)
+        phases = torch.cat(rope, -1)  # (L, 2d)
+        mine = phases[raters]
+        cos, sin = mine.chunk(2, -1)
+        low, high = q.chunk(2, -1)
+        q = q * cos + torch.cat([-high, low], -1) * sin
         past, left = self.past[layer][b], max(self.past[layer])
         keys = self.cache.layers[layer].keys[b]  # (G, padding and K, d)
         keys = keys[:, -len(hidden) :] if not past else torch.cat([keys[:, left - past : left], keys[:, -len(hidden) :]], 1)
-        columns = torch.arange(span.start, span.stop, device=hidden.device)
-        phases = torch.cat(rope, -1)
-        rows = AttentionRows(q, keys, past + raters, past + columns, phases[raters], phases[columns])
+        columns = slice(past + span.start, past + span.stop)
+        rows = AttentionRows(q, keys, past + raters, columns, mine, phases[span.start : span.stop])
         return replace(span.visual, rows=rows)
 
     def _repacked(self, layer: int) -> bool:

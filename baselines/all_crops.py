@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from awares_bench.awares import fit, give, without_crops
-from awares_bench.crops import PAPER_GRID
+from awares_bench.awares import give
 from awares_bench.method import Look, Policy
 from awares_bench.trajectory import Sample
 
@@ -34,8 +33,4 @@ class AllCrops(Policy):
     prompt: Literal["paper", "adapter"] = "paper"
 
     def look(self, sample: Sample) -> Look:
-        if len(sample.images) != 1:
-            return (yield from without_crops(sample))
-        (image,) = sample.images
-        names = yield from fit(image, ("all",) if self.crops == "all" else QUADRANTS)
-        return (yield from give(sample, names, PAPER_GRID.cut(image, names), self.form, self.prompt))
+        return (yield from give(sample, ("all",) if self.crops == "all" else QUADRANTS, self.form, self.prompt))

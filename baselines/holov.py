@@ -10,8 +10,10 @@ Differs  scores in raster order (released: window order, near random), the image
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,41 +51,47 @@ class HoloV(Pruner):
         """Attention received; the released code gives it to the wrong tokens."""
         if self.compat != "official":
             return image.attention
-        return image.attention[window_order(*image.grid).to(image.attention.device)]
+        return image.attention[window_order(*image.grid, device=image.attention.device)]
 
     def bands(self, visual: int, n: int) -> int:
         """Bands that the image is cut into, in proportion to how much of it goes."""
         return min(visual, max(1, int((1024 / 576) * visual / n)))
 
     def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
-        """Quotas by band, then the most attended tokens of each."""
-        attention, total = self.score(image).cpu(), len(image.features)  # one copy, then no waiting for the GPU
+        """Quotas by band, then the most attended tokens of each; in NumPy, whose small steps are cheap."""
+        attention, total = self.score(image).cpu().numpy(), len(image.features)  # one copy, then no waiting for the GPU
         bands = self.bands(total, n)
-        parts = attention.split([total // bands + (i < total % bands) for i in range(bands)])
-        chosen, start = [], 0
-        for part, quota in zip(parts, self.quotas(parts, n), strict=True):
-            whole = quota >= len(part)
-            best = torch.arange(len(part)) if whole else part.argsort(descending=True, stable=True)[:quota]
-            chosen.append(start + (best.sort().values if self.compat == "corrected" else best))
-            start += len(part)
-        indices = torch.cat(chosen).to(image.features.device)
-        missing = n - len(indices)  # released: full bands are made up for with zeros
-        zeros = image.features.new_zeros((missing, image.features.shape[1]))
-        return torch.cat([image.features[indices], zeros]), torch.cat([indices, indices.new_full((missing,), -1)])
+        ends = list(accumulate(total // bands + (i < total % bands) for i in range(bands)))
+        parts = np.split(attention, ends[:-1])
+        chosen = []
+        for part, end, quota in zip(parts, ends, self.quotas(parts, n), strict=True):
+            best = _best(part)[:quota] if quota < len(part) else np.arange(len(part))
+            chosen.append(end - len(part) + (np.sort(best) if self.compat == "corrected" else best))
+        indices = torch.from_numpy(np.concatenate(chosen)).to(image.features.device)
+        features, missing = image.features[indices], n - len(indices)
+        if not missing:
+            return features, indices
+        zeros = features.new_zeros((missing, features.shape[1]))  # released: full bands are made up for with zeros
+        return torch.cat([features, zeros]), torch.cat([indices, indices.new_full((missing,), -1)])
 
-    def quotas(self, parts: tuple[Tensor, ...], n: int) -> list[int]:
+    def quotas(self, parts: list[np.ndarray], n: int) -> list[int]:
         """Tokens to keep of each band, by its mean attention; corrected: what a full band cannot use goes to the largest others."""
-        sizes = torch.tensor([len(p) for p in parts])
-        score = torch.stack([(ALPHA + BETA) * SCALE * p.mean() for p in parts])
+        sizes, mean = np.array([len(p) for p in parts]), np.array([p.mean() for p in parts])
+        score = np.float32((ALPHA + BETA) * SCALE) * mean
         if self.compat != "corrected":
-            score = torch.where(sizes > 1, score, torch.stack([p.mean() for p in parts]))  # released: one token is not scaled
-        weight = score / (score.sum() + EPSILON)
-        order = weight.argsort(descending=True, stable=True)
-        quota = (weight * n).floor().long()
-        quota[order[: n - int(quota.sum())]] += 1
-        while self.compat == "corrected" and int(over := (quota - sizes).clamp(min=0).sum()):
-            quota = torch.minimum(quota, sizes)
-            room = order[quota[order] < sizes[order]][: int(over)]
-            quota[room] += int(over) // len(room)
-            quota[room[: int(over) % len(room)]] += 1
+            score = np.where(sizes > 1, score, mean)  # released: one token is not scaled
+        weight = score / (score.sum() + np.float32(EPSILON))
+        order = _best(weight)
+        quota = np.floor(weight * np.float32(n)).astype(int)
+        quota[order[: n - quota.sum()]] += 1
+        while self.compat == "corrected" and (over := int(np.maximum(quota - sizes, 0).sum())):
+            quota = np.minimum(quota, sizes)
+            room = order[quota[order] < sizes[order]][:over]
+            quota[room] += over // len(room)
+            quota[room[: over % len(room)]] += 1
         return quota.tolist()
+
+
+def _best(scores: np.ndarray) -> np.ndarray:
+    """Places from the highest score to the lowest, the first of equals first."""
+    return np.argsort(-scores, kind="stable")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from awares_bench.awares import fit, give, without_crops
+from awares_bench.awares import give, without_crops
 from awares_bench.crops import PAPER_GRID, Box
 from awares_bench.images import SMALLEST_SIDE, half
 from awares_bench.method import Look, Policy
@@ -44,11 +44,10 @@ class OracleCrop(Policy):
         if not sample.evidence:
             yield Event("no_evidence", "the document marks no evidence, so the image is shown in full")
             return (yield Turn(sample.images, sample.question))
-        names = yield from fit(image, PAPER_GRID.cheapest_cover(list(sample.evidence), *image.size))
-        crops = PAPER_GRID.cut(image, names)
+        names, crops = PAPER_GRID.cheapest_cover(list(sample.evidence), *image.size), None
         if self.crops == "box":
             crops = [image.crop(_at_least(box, SMALLEST_SIDE, image.size)) for box in sample.evidence]
-        return (yield from give(sample, names, crops, self.form, self.prompt))
+        return (yield from give(sample, names, self.form, self.prompt, crops))
 
 
 def _at_least(box: Box, side: int, size: tuple[int, int]) -> Box:

@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from awares_bench.awares import AwaRes, fit, give, without_crops
+from awares_bench.awares import AwaRes, give
 from awares_bench.crops import PAPER_GRID
 from awares_bench.method import Look
 from awares_bench.trajectory import Sample
@@ -43,9 +43,5 @@ class RandomCrop(AwaRes):
     def look(self, sample: Sample) -> Look:
         if self.when == "asked":
             return (yield from super().look(sample))
-        if len(sample.images) != 1:
-            return (yield from without_crops(sample))
-        (image,) = sample.images
-        names = (random.Random(f"{self.draw}/{sample.key}").choice(PAPER_GRID.names),)
-        names = yield from fit(image, names)
-        return (yield from give(sample, names, PAPER_GRID.cut(image, names), self.form, self.prompt))
+        name = random.Random(f"{self.draw}/{sample.key}").choice(PAPER_GRID.names)
+        return (yield from give(sample, (name,), self.form, self.prompt))

@@ -91,11 +91,14 @@ class SparseVLM(Pruner):
             return image.features[chosen], chosen
         again = pruned[:again]
         centres, means = cluster(image.features[again], clusters)
-        indices = torch.cat([chosen, again[centres]])
-        order = indices.argsort() if self.compat == "corrected" else torch.arange(len(indices), device=indices.device)
-        features = image.features[indices[order]]  # one copy; the centres' rows then take their clusters' means
-        features[order.argsort()[len(chosen) :]] = means.to(features.dtype)
-        return features, indices[order]
+        centres = again[centres]
+        indices, merged = torch.cat([chosen, centres]), slice(kept, None)
+        if self.compat == "corrected":
+            indices = indices.sort().values
+            merged = torch.searchsorted(indices, centres)
+        features = image.features[indices]  # one copy; the centres' rows then take their clusters' means
+        features[merged] = means.to(features.dtype)
+        return features, indices
 
 
 def recycled(pruned: int) -> tuple[int, int]:
@@ -122,5 +125,5 @@ def cluster(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     centres = (density * apart).argsort(descending=True, stable=True)[:n]
     nearest = distance[:, centres].argmin(1)
     nearest[centres] = torch.arange(len(centres), device=x.device)
-    member = torch.nn.functional.one_hot(nearest, len(centres)).T.float()
+    member = (nearest == torch.arange(len(centres), device=x.device)[:, None]).float()  # (n, M)
     return centres, member @ x / member.sum(1, keepdim=True)

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from awares_bench.method import Pruner, Visual
 
@@ -55,15 +55,17 @@ class VisionZip(Pruner):
         if not contextual or not len(left):
             return image.features[kept], kept
         step = max(1, len(left) // contextual)
-        targets = left[::step][:contextual]
+        targets = left[::step][:contextual].contiguous()
         nearest = (image.metric[left] @ normalize(image.metric[targets], dim=1).T).argmax(1)
-        nearest[::step][:contextual] = torch.arange(len(targets), device=left.device)  # a target stays with itself
+        number = torch.arange(len(targets), device=left.device)
+        nearest[::step][:contextual] = number  # a target stays with itself
         # a product with the members' marks, not index_add, so that a GPU gives the same bits each time
-        member = one_hot(nearest, len(targets)).T.float()  # (targets, left)
+        member = (nearest == number[:, None]).float()  # (targets, left)
         own, total = image.features[targets].float(), member @ image.features[left].float()
         size = member.sum(1, keepdim=True)
         merged = own + (total - own) / (size - 1).clamp(min=1) if self.compat == "official" else total / size
         merged = torch.where(size == 1, own, merged).to(image.features.dtype)
-        features, chosen = torch.cat([image.features[kept], merged]), torch.cat([kept, targets])
-        raster = chosen.argsort()
-        return features[raster], chosen[raster]
+        chosen = torch.cat([kept, targets]).sort().values
+        features = image.features[chosen]  # one copy; the targets' rows then take their averages
+        features[torch.searchsorted(chosen, targets)] = merged
+        return features, chosen

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 from transformers.vision_utils import get_vision_window_index
 
+from awares_bench import bench_pruners
 from awares_bench.attention_scores import AttentionRows, Probe, column_attention, window_order
 from awares_bench.bench_pruners import Meter
 from awares_bench.images import half
@@ -59,7 +60,7 @@ def image(v: int = 45, grid: tuple[int, int] = (5, 9), seed: int = 0) -> Visual:
     g = torch.Generator().manual_seed(seed)
     q, k = torch.randn(4, 3, 16, generator=g), torch.randn(2, v + 8, 16, generator=g)
     rows = AttentionRows(
-        q, k, torch.arange(v + 5, v + 8), torch.arange(3, v + 3), torch.rand(3, 32, generator=g), torch.rand(v, 32, generator=g)
+        q, k, torch.arange(v + 5, v + 8), slice(3, v + 3), torch.rand(3, 32, generator=g), torch.rand(v, 32, generator=g)
     )
     return Visual(
         torch.randn(v, 12, generator=g),
@@ -247,6 +248,17 @@ def test_tiny_images_keep_at_least_one_token_and_text_needs_none(cls):
 
 
 @EVERY
+def test_an_image_with_fewer_tokens_than_the_budget_keeps_them_all(cls):
+    """The logits are then those of no pruner, at every stage; the processor makes four tokens of the smallest image."""
+    vlm, turn = tiny_vlm(), Turn((picture(28, 28), picture(84, 56, 4)), "Which?")
+    greedy = type("Greedy", (cls,), {"budget": lambda self, visual, share: 1000})(0.5)
+    _, plain = ours(vlm, [first(turn)])
+    (reply,), logits = pruned(vlm, [first(turn)], greedy)
+    assert reply.usage.prefill == reply.usage.encoded == 4 + 6
+    assert (plain - logits).abs().max() < TOLERANCE
+
+
+@EVERY
 @pytest.mark.parametrize("bad", [0, 0.0, -0.1, 1.5, float("nan"), float("inf"), "70 %", None, True])
 def test_a_bad_retention_says_what_is_allowed(cls, bad):
     with pytest.raises(ValueError, match=r"retention is .*; it must be a number above 0 and at most 1"):
@@ -384,6 +396,17 @@ def test_a_layer_that_the_model_does_not_have_is_an_error():
         tiny_vlm().reply([first(TURNS[0])], windowed(0.5))
 
 
+def test_the_bench_times_every_pruner_on_as_many_pictures_as_asked(capsys):
+    result = bench_pruners.run("nano", tokens=16, batch=2, repeats=1)
+    told, costs = capsys.readouterr().out, result["pruners"]
+    assert {c["pruner"] for c in costs} == {c.__module__.rsplit(".", 1)[1] for c in pruners()}
+    assert all(c["pruner"] in told and 0 < c["visual"] <= 8 for c in costs)
+    assert all(c["share"] == pytest.approx(c["seconds"] / result["prefill_seconds"]) for c in costs)  # of one round
+    assert "2 at a time of 16 visual" in told
+    with pytest.raises(ValueError, match="batch is 0"):
+        bench_pruners.run("nano", batch=0)
+
+
 @pytest.mark.slow
 def test_deciding_takes_at_most_100_MiB_at_4096_tokens_of_7B():
     meter = Meter(tiny_vlm(), memory=True)
@@ -394,7 +417,7 @@ def test_deciding_takes_at_most_100_MiB_at_4096_tokens_of_7B():
         probe = Probe(True, True)
         meter(probe, q, k, 80**-0.5, torch.tensor([0, 4 * v]))
         rows = AttentionRows(
-            torch.randn(28, text, 128, generator=g), torch.randn(4, v + text, 128), torch.arange(v, v + text), torch.arange(v),
+            torch.randn(28, text, 128, generator=g), torch.randn(4, v + text, 128), torch.arange(v, v + text), slice(0, v),
             torch.rand(text, 256), torch.rand(v, 256),
         )  # fmt: skip
         (seen,) = meter(look, features, [(64, 64)], probe, None, 4)
