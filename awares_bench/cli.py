@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     data.add_argument("--out", type=Path, required=True)
 
     bench = commands.add_parser("bench", help="measure the engine against what it replaces, on this machine")
-    bench.add_argument("what", choices=["engine", "pruners"], help="pruners: time and memory of every pruner's own work")
+    kinds = "pruners: time and memory of every pruner's own work; grpo: a training step beside TRL's"
+    bench.add_argument("what", choices=["engine", "pruners", "grpo"], help=kinds)
     which = bench.add_mutually_exclusive_group()
     which.add_argument("--pretrained", help="checkpoint folder, hub name, nano or nano-base (default: nano)")
     which.add_argument(
@@ -94,6 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     bench.add_argument("--repeats", type=int, default=5)
     bench.add_argument("--documents", type=int, default=48, help="of the nano suite")
     bench.add_argument("--parts", default="vision,turns,stock,suite", help="comma-separated; leave out what takes too long")
+    bench.add_argument("--trl-python", metavar="PYTHON", help="grpo: interpreter of an environment that has trl")
+    bench.add_argument("--prompts", type=int, default=8, help="grpo: of a step")
+    bench.add_argument("--group", type=int, default=8, help="grpo: rollouts of a prompt")
     bench.add_argument("--json", type=Path, help="write the result there")
 
     train = commands.add_parser("train", help="train an AwaRes checkpoint: sft, then grpo")
@@ -211,6 +215,11 @@ def _bench(args) -> int:
 
         more = (args.device, args.dtype, args.json)
         bench_pruners(args.geometry or "nano", args.tokens, args.batch, args.retention, args.repeats, *more)
+        return 0
+    if args.what == "grpo":
+        bench_grpo = import_module("awares_bench.training.bench_grpo")
+        more = (args.trl_python, args.prompts, args.group, args.repeats, args.device, args.json)
+        bench_grpo.run(args.pretrained or "nano", *more)
         return 0
     from .bench import run
 

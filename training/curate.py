@@ -106,14 +106,19 @@ def source(recipe: Curate):
 
 
 def _nano(recipe: Curate):
-    from datasets import Dataset, Image
-
     count = recipe.data.removeprefix("nano:")
     if not count.isdigit() or not int(count):
         raise RecipeError(f"data is {recipe.data!r}; nano rows are asked for as nano:COUNT, such as nano:4000")
+    return nano_rows(int(count), recipe.seed)
+
+
+def nano_rows(count: int, seed: int = 0, labelled: bool = False):
+    """Nano documents of training seeds as a table. labelled: with the label that the world gives, not a model's answers."""
+    from datasets import Dataset, Image
+
     w, rows = world(), []
-    for i in range(int(count)):
-        d, encoded = w.document(w.FAMILIES[i % len(w.FAMILIES)], NANO_START + recipe.seed * 2**24 + i), io.BytesIO()
+    for i in range(count):
+        d, encoded = w.document(w.FAMILIES[i % len(w.FAMILIES)], NANO_START + seed * 2**24 + i), io.BytesIO()
         d.image.save(encoded, "PNG")
         rows.append(
             {
@@ -123,6 +128,7 @@ def _nano(recipe: Curate):
                 "answers": [d.answer],
                 "boxes": [list(b) for b in d.evidence],
             }
+            | ({"label": "LR" if d.low_is_enough else "HR"} if labelled else {})
         )
     return Dataset.from_list(rows).cast_column("image", Image(decode=False))
 

@@ -1,0 +1,219 @@
+"""GRPO steps by TRL's own GRPOTrainer, for ``awares-bench bench grpo``: a script for an environment that has TRL, and not us.
+
+    python -I trl_worker.py JOB.json     then a line on stdin for each step; a line of JSON on stdout in return
+
+TRL's transformers back end takes a second turn with new pictures by one public way: ``environment_factory``, whose tool
+returns image parts (``tools=`` knows no row, ``rollout_func`` cannot hand pictures on; TRL 1.16). It wants a chat template that
+renders tool calls and a response template that reads them; those below write AwaRes' own conversation, token for token.
+A call that is no list of known regions stays an answer here. ``max_completion_length`` bounds both turns with the crops between
+them, so it is set where no crops are dropped, and a reply's own limit goes through ``generation_kwargs``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+
+TEMPLATE = r"""{%- for message in messages %}{%- set role = 'user' if message['role'] == 'tool' else message['role'] %}
+{{- '<|im_start|>' + role + '\n' }}
+{%- if message['content'] is string %}{{- message['content'] }}
+{%- elif message['content'] %}{%- for part in message['content'] %}
+{%- if part['type'] == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif 'text' in part %}{{- part['text'] }}{%- endif %}{%- endfor %}{%- endif %}
+{%- if message.get('tool_calls') %}{%- for call in message['tool_calls'] %}
+{%- if call.function.name == 'get_crops' and call.function.arguments and 'ids' in call.function.arguments %}
+{{- "GET_CROPS: ['" + (call.function.arguments['ids'] | join("', '")) + "']" }}
+{%- else %}{{- call.function.name + (call.function.arguments | tojson) }}{%- endif %}{%- endfor %}{%- endif %}
+{{- '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+"""A tool's pictures are a user's message, as AwaRes sends them. The last ``else`` is for TRL's probe of the template."""
+
+RESPONSE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open_pattern": r"GET_CROPS\s*:\s*(?=\[)",
+            "close_pattern": r"\s*(?=<\|im_end\|>)",
+            "repeats": True,
+            "content": "json",
+            "content_args": {"string_delims": [["'", "'"]]},
+            "transform": {"type": "function", "function": {"name": "get_crops", "arguments": {"ids": "{content}"}}},
+        },
+        "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
+    },
+}
+
+
+class Tokens:
+    """Counts what goes through a Qwen2.5-VL, padding included, by what it is for.
+
+    ``counts``: tokens into the decoder (prefill, decode, reference, loss, backward) and visual tokens out of the tower (encoded).
+    """
+
+    def __init__(self, policy, reference=None):
+        self.counts: Counter = Counter()
+        for model in (policy, reference) if reference is not None else (policy,):
+            decoder = "reference" if model is reference else ""
+            model.model.language_model.register_forward_pre_hook(self._decoder(decoder), with_kwargs=True)
+            model.model.visual.register_forward_pre_hook(self._tower(model), with_kwargs=True)
+
+    def _decoder(self, name: str):
+        import torch
+
+        def count(_, args, kwargs):
+            embeds = kwargs["inputs_embeds"]  # (B, L, D)
+            fed = embeds.shape[0] * embeds.shape[1]
+            if name or not torch.is_grad_enabled():
+                self.counts[name or ("decode" if embeds.shape[1] == 1 else "prefill")] += fed
+            else:
+                self.counts["loss"] += fed
+                self.counts["backward"] += fed
+
+        return count
+
+    def _tower(self, model):
+        merge = model.config.vision_config.spatial_merge_size**2
+
+        def count(_, args, kwargs):
+            self.counts["encoded"] += len(args[0] if args else kwargs["hidden_states"]) // merge
+
+        return count
+
+    def take(self) -> dict[str, int]:
+        taken, self.counts = dict(self.counts), Counter()
+        return taken
+
+
+class Crops:
+    """The environment of one rollout: it has the picture, and a tool that cuts it."""
+
+    def reset(self, full=None, boxes=None, **_):
+        self.full, self.boxes = full, json.loads(boxes)
+
+    def get_crops(self, ids: list[str]) -> list:
+        """Show regions of the picture in high resolution.
+
+        Args:
+            ids: numbers of the regions
+        """
+        return [{"type": "image", "image": self.full.crop(self.boxes[i])} for i in dict.fromkeys(ids)]
+
+
+def text_of(message: dict) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(p.get("text", "") for p in content)
+
+
+def main(job: dict) -> None:
+    import os
+
+    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    say = os.fdopen(os.dup(1), "w")  # what libraries print must not mix with the answers
+    os.dup2(2, 1)
+
+    import torch
+    import trl
+    from datasets import Dataset, Image
+    from transformers import AutoProcessor, TrainerCallback
+
+    torch.set_num_threads(job["threads"])
+    costs, group = job["costs"], job["group"]
+    processor = AutoProcessor.from_pretrained(job["start"], padding_side="left")
+    processor.image_processor.size = job["size"]
+    processor.chat_template, processor.tokenizer.response_template = TEMPLATE, RESPONSE
+
+    def reward(completions, answer, label, log_metric=None, **_):
+        out, calls = [], 0
+        for said, right, known in zip(completions, answer, label, strict=True):
+            called = any(m["role"] == "tool" for m in said)
+            calls += called
+            score = float(text_of(said[-1]).strip().lower() == right.strip().lower())
+            out.append(score - costs["use"] * called - costs["miss"] * (known == "HR" and not called))
+        seen["call_rate"] = calls / len(out)
+        return out
+
+    rows = [
+        {
+            "prompt": [{"role": "system", "content": job["system"]}, {"role": "user", "content": r["question"]}],
+            "images": [{"path": r["view"]}],
+            "full": {"path": r["full"]},
+            "boxes": json.dumps(r["boxes"]),
+            "answer": r["answer"],
+            "label": r["label"],
+        }
+        for r in job["rows"]
+    ]
+    table = Dataset.from_list(rows).cast_column("images", [Image()]).cast_column("full", Image())
+    args = trl.GRPOConfig(
+        output_dir=job["out"],
+        per_device_train_batch_size=len(rows) * group,
+        num_generations=group,
+        max_steps=job["steps"],
+        learning_rate=job["lr"],
+        beta=job["beta"],
+        epsilon=job["clip"],
+        loss_type="grpo",
+        temperature=1.0,
+        max_completion_length=job["max_completion"],
+        generation_kwargs={"max_new_tokens": job["max_new_tokens"]},
+        max_tool_calling_iterations=1,
+        model_init_kwargs={"dtype": "float32"},
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=job["device"] == "cpu",
+        seed=job["seed"],
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = trl.GRPOTrainer(
+        model=job["start"],
+        reward_funcs=reward,
+        args=args,
+        train_dataset=table,
+        processing_class=processor,
+        environment_factory=Crops,
+    )
+    trainer.model.model.visual.requires_grad_(False)  # as ours
+    tokens, seen = Tokens(trainer.model, trainer.ref_model), {}
+    generate, padding = trainer.model.generate, processor.tokenizer.pad_token_id
+
+    def watched(*args, **kwargs):
+        fed = [[t for t in row if t != padding] for row in kwargs["input_ids"].tolist()]
+        seen.setdefault("prompts", [list(x) for x in dict.fromkeys(map(tuple, fed))])  # of the step's first turn
+        return generate(*args, **kwargs)
+
+    trainer.model.generate = watched
+
+    def tell(**more) -> None:
+        say.write(json.dumps(more) + "\n")
+        say.flush()
+
+    def wait() -> float:
+        if not sys.stdin.readline():
+            sys.exit(0)  # nobody asks any more
+        return time.perf_counter()
+
+    class Steps(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            self.began = wait()
+
+        def on_step_end(self, args, state, *_, **__):
+            if torch.cuda.is_available() and not args.use_cpu:
+                torch.cuda.synchronize()
+            tell(seconds=time.perf_counter() - self.began, tokens=tokens.take(), **seen)
+            seen.clear()
+            if state.global_step < args.max_steps:
+                self.began = wait()
+
+    trainer.add_callback(Steps())
+    tell(trl=trl.__version__)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], encoding="utf-8") as file:
+        main(json.load(file))
