@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 from awares_bench.training import examples, rewards
+from awares_bench.training.cropper import Target
 from awares_bench.training.export import finish
 from awares_bench.training.judges import judge
 from awares_bench.training.recipe import RecipeError, Tuning, claim, key
 from awares_bench.training.rollout import Rollout, banned, rollouts
 from awares_bench.training.scoring import Scorer, pack
 from awares_bench.training.sft import describe
-from awares_bench.training.trainer import ExactTrainer, arguments, device_of, per_process, policy_of, prepare
+from awares_bench.training.trainer import ExactTrainer, arguments, device_of, open_vlm, per_process, policy_of, prepare
 from awares_bench.training.watch import Watch
 from torch import Tensor
 
@@ -39,7 +40,9 @@ class GRPO(Tuning):
     scaling:        ``group_std`` (paper), ``dr_grpo`` (no deviation, constant length), ``none`` (no deviation)
     beta:           weight of the KL divergence from the start, which is the SFT model
     answer:         ``embedding`` (paper), ``anls``, ``exact``, ``relaxed``, ``local`` or ``endpoint`` (a judge; see judges.py)
-    scheme:         ``awares`` or ``visionthink``: how rewards are put together
+    scheme:         how rewards are put together: ``awares``, ``visionthink``, or ``likelihood`` of the first answer under ``target``
+                    (CropVLM's, for role ``cropper``; see ``cropper.Target``)
+    target:         frozen checkpoint of scheme ``likelihood``
     w_ans, miss, use, area, area_of: see ``rewards.Costs``
     max_new_tokens: of a reply; crops do not count against it
     """
@@ -58,12 +61,20 @@ class GRPO(Tuning):
     answer: str = key("embedding", one_of=("embedding", "anls", "exact", "relaxed", "local", "endpoint"))
     judge_model: str = key("")
     judge_url: str = key("")
-    scheme: str = key("awares", one_of=tuple(rewards.SCHEMES))
+    scheme: str = key("awares", one_of=(*rewards.SCHEMES, "likelihood"))
+    target: str = key("")
     w_ans: float = key(1.0, low=0)
     miss: float = key(2.0, low=0)
     use: float = key(0.25, low=0)
     area: float = key(0.01, low=0)
     area_of: str = key("union", one_of=("union", "sum"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.scheme == "likelihood") != bool(self.role) or bool(self.role) != bool(self.target):
+            raise RecipeError(
+                "scheme: likelihood, a role and a target go together: a frozen target scores what the role shows it"
+            )
 
 
 RECIPE = GRPO
@@ -106,11 +117,12 @@ class GRPOTrainer(ExactTrainer):
     def __init__(self, scorer: Scorer, vlm: VLM, recipe: GRPO, policy, judge, **more):
         super().__init__(scorer, vlm, recipe, **more)
         self.policy, self.judge, self.costs = policy, judge, _costs(recipe)
+        self.target = Target(open_vlm(replace(recipe, start=recipe.target)), policy) if recipe.target else None
         self.reference = None
         if recipe.beta and recipe.tuning == "full":
             frozen = copy.deepcopy(scorer.model).requires_grad_(False).eval()
             self.reference = Scorer(frozen, tuple(scorer.banned), scorer.temperature)
-        self.watch = Watch()
+        self.watch = Watch(calls=not recipe.role)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches = self.take(epoch_iterator, num_batches)
@@ -133,7 +145,10 @@ class GRPOTrainer(ExactTrainer):
         return micro, torch.tensor(total, device=device)
 
     def _worth(self, prompt: Prompt, group: list[Rollout]) -> Group:
-        parts = rewards.SCHEMES[self.recipe.scheme](group, prompt.truth, self.judge, self.costs)
+        if self.target:
+            parts = self.target(prompt.sample, prompt.truth.answers[0], group)
+        else:
+            parts = rewards.SCHEMES[self.recipe.scheme](group, prompt.truth, self.judge, self.costs)
         return Group(group, parts, rewards.advantages([p["reward"] for p in parts], self.recipe.scaling))
 
     def _refer(self, groups: list[Group]) -> None:

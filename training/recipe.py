@@ -67,6 +67,7 @@ class Run:
 class Tuning(Run):
     """What both trainers say. Sources of the defaults: paper Sec. 4.3 where it prints a value, else ours.
 
+    role:        which model of the policy trains: the one under test, or one of its auxiliary ones, such as ``cropper``
     tuning:      ``lora`` adapts every linear layer of the decoder, ``full`` trains the decoder; the vision tower stays frozen
     lora_rank:   paper Sec. 4.3; alpha, dropout and targets are not printed there
     dtype:       of frozen weights; trained weights stay float32, and matrix products use bfloat16 where the device has it
@@ -76,6 +77,7 @@ class Tuning(Run):
 
     policy: str = key("awares")
     policy_options: dict = key({})  # noqa: RUF009
+    role: str = key("")
     tuning: str = key("lora", one_of=("lora", "full"))
     lora_rank: int = key(8, low=1, high=1024)
     lora_alpha: int = key(16, low=1)
@@ -174,8 +176,9 @@ def claim(recipe: Run, stage: str) -> Path:
     mine = {"stage": stage, **{k: v for k, v in asdict(recipe).items() if k not in loose}}
     path = out / "recipe.json"
     if path.exists():
-        before = json.loads(path.read_text())
-        changed = [k for k in {**before, **mine} if before.get(k) != mine.get(k)]
+        defaults = {f.name: f.default for f in fields(recipe)}  # of keys that the recipe's own version did not know yet
+        before = defaults | json.loads(path.read_text())
+        changed = [k for k in mine if before.get(k) != mine[k]]
         if changed:
             said = "; ".join(f"{k} was {before.get(k)!r}, is {mine.get(k)!r}" for k in changed)
             raise RecipeError(f"{out} holds a run of another recipe ({said}). Pass another out, or delete the folder")

@@ -49,7 +49,7 @@ def called(rollout: Rollout) -> bool:
 
 
 def malformed(rollout: Rollout) -> bool:
-    return any(e.kind in ("malformed_call", "call_in_answer") for e in rollout.trajectory.events)
+    return any(e.kind in ("malformed_call", "call_in_answer", "malformed_box") for e in rollout.trajectory.events)
 
 
 def awares(group: list[Rollout], truth: Truth, judge: Judge, costs: Costs) -> list[dict[str, float]]:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from awares_bench.training.cropper import Part
 from awares_bench.training.recipe import RecipeError, Tuning
 from awares_bench.training.scoring import Features, Scorer
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -32,7 +33,13 @@ def policy_of(recipe):
     for name in recipe.policy_options:
         if name not in options(cls):
             raise RecipeError(f"policy_options of {recipe.policy}: {unknown_option(str(name), list(options(cls)))}")
-    return cls(**recipe.policy_options)
+    policy = cls(**recipe.policy_options)
+    if not recipe.role:
+        return policy
+    if recipe.role not in policy.models:
+        known = ", ".join(policy.models) or "none but the model under test"
+        raise RecipeError(f"role is {recipe.role!r}; models of {recipe.policy}: {known}")
+    return Part(policy, recipe.role)
 
 
 def open_vlm(recipe, dtype: str = "auto") -> VLM:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 
 class Watch:
-    """Early warnings: the known ways a run goes wrong, from its log lines. Each is said once, when it begins."""
+    """Early warnings: the known ways a run goes wrong, from its log lines. Each is said once, when it begins.
 
-    def __init__(self):
+    calls: whether the policy has a choice to call.
+    """
+
+    def __init__(self, calls: bool = True):
+        self.calls = calls
         self.lines: list[dict] = []
         self.said: set[str] = set()
 
@@ -21,7 +25,7 @@ class Watch:
 
         rising = mean("reward") - mean("reward", self.lines[:5])
         tests = {
-            "calls": (mean("call_rate") < 0.02, "the policy has stopped calling; is `use` above what a crop earns?"),
+            "calls": (self.calls and mean("call_rate") < 0.02, "the policy has stopped calling; is `use` above what a crop earns?"),
             "always": (mean("call_rate") > 0.98, "the policy calls always; is `use` too small, or are all labels HR?"),
             "dead": (mean("frac_zero_std") > 0.8, "over 80 % of the groups have equal rewards: they teach nothing"),
             "format": (mean("parse_fail") > 0.05, "over 5 % of the replies are malformed calls"),
