@@ -142,6 +142,20 @@ def test_the_result_loads_in_evaluation_and_says_what_the_adapters_say(place):
         assert (Scorer(alone.model)(packed, features)[0] - adapted).abs().max() < 0.1 * moved
 
 
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("zero2", "DEEPSPEED")])
+def test_launch_files_are_read_by_accelerate(name, kind):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    path = str(Path(recipe.__file__).parent / "launch" / f"{name}.yaml")
+    config = load_config_from_file(path)  # refuses keys it does not know
+    assert config.distributed_type == kind and config.mixed_precision == "no" and not config.use_cpu
+    assert config.deepspeed_config.get("zero_stage") == (2 if name == "zero2" else None)
+    told = ["--config_file", path, "--num_processes", "2", "-m", "awares_bench.cli", "train", "sft", "paper_sft_7b"]
+    said = launch_command_parser().parse_args(told)
+    assert said.training_script == "awares_bench.cli" and said.training_script_args == ["train", "sft", "paper_sft_7b"]
+
+
 def test_a_recipe_is_checked_before_anything_loads(place, capsys):
     path = place / "r.yaml"
     for said, words in (
