@@ -75,7 +75,10 @@ def test_what_runs_beside_a_conversation_changes_nothing():
 
 def test_at_temperature_zero_the_rollout_is_evaluation():
     vlm = talker()
-    groups, _ = go(temperature=0.0, size=2)
+    groups, sampler = go(temperature=0.0, size=2)
+    _, alone = go(temperature=0.0, size=1)
+    assert {len(g[0].trajectory.turns) for g in groups} == {1, 2}
+    assert sampler.prefilled == alone.prefilled == sampler.shared  # the second of a group feeds nothing, in either turn
     evaluated = dict(Engine(vlm, OftenCalls(), 1).run(Job(s, 6) for s in SAMPLES))
     for i, group in enumerate(groups):
         for r in group:

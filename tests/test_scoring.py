@@ -12,7 +12,14 @@ from awares_bench.trajectory import Sample, Turn
 
 from .tiny import picture, tiny_copy, tiny_vlm
 
-REPLIES = (["42"], ["GET_CROPS: ['1', '6']", "left"], ["GET_CROPS: ['3']", "GET"], ["yes, it is"])
+REPLIES = (
+    ["42"],
+    ["GET_CROPS: ['1', '6']", "left"],
+    ["GET_CROPS: ['3']", "GET"],
+    ["yes, it is"],
+    ["GET_CROPS: ['1', '6']", "right"],  # the same call again, and the same answer
+    ["42"],
+)
 
 
 def group(seed: int, size=(224, 168)) -> list[Conversation]:
@@ -25,7 +32,7 @@ def loss_and_gradients(scorer, batches, features):
     total = 0.0
     for packed in batches:
         scores, _ = scorer(packed, features(packed.views))
-        loss = -(scores * packed.weight * (1 + packed.owner % 4)).sum()
+        loss = -(scores * packed.weight * (1 + packed.owner % len(REPLIES))).sum()
         loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten() for p in scorer.parameters() if p.grad is not None])
@@ -56,7 +63,10 @@ def test_a_packed_group_has_the_loss_and_gradients_of_its_conversations_one_by_o
     assert (gradients - reference).norm() / reference.norm() < 1e-6
     one, many = together.tokens, sum(p.tokens for p in alone)
     print(f"tokens pushed: packed {one}, one by one {many}")
-    assert one < 0.55 * many
+    assert one < 0.4 * many
+    once = pack([[c for i, c in enumerate(g) if i not in (4, 5)] for g in groups], vlm)
+    right = len(vlm.tokenizer("right")["input_ids"]) + 1
+    assert one == once.tokens + 2 * right  # what is equal goes through once
 
 
 def test_rows_side_by_side_are_the_rows_alone_and_those_of_transformers():

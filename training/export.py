@@ -45,18 +45,22 @@ def card(out: Path, stage: str, recipe: Run) -> str:
     figures = "\n".join(f"| {k} | {v:.4g} |" for k, v in last.items() if isinstance(v, (int, float)))
     start = Path(recipe.start).name if recipe.start.startswith((".", "/", "~")) else recipe.start
     said = {k: v for k, v in asdict(recipe).items() if k not in ("out", "start", "data", "device")}
+    policy, role = getattr(recipe, "policy", "awares"), getattr(recipe, "role", "") or "pretrained"
+    told = ",".join([f"{role}=FOLDER", *(f"{k}={v}" for k, v in getattr(recipe, "policy_options", {}).items())])
+    about = (
+        " It first sees a half-size view and may ask for\nhigh-resolution crops (arXiv 2603.16932)." if policy == "awares" else ""
+    )
     packages = ", ".join(f"{p} {version(p)}" for p in ("awares-bench", "torch", "transformers", "peft"))
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
 tags: [awares, visual-token-efficiency, {stage}]
 ---
-# {start}, {stage} for policy `{getattr(recipe, "policy", "awares")}`
+# {start}, {stage} for policy `{policy}`
 
-Trained from `{start}` on `{Path(recipe.data).name}` by awares-bench. It first sees a half-size view and may ask for
-high-resolution crops (arXiv 2603.16932).
+Trained from `{start}` on `{Path(recipe.data).name}` by awares-bench.{about}
 
-    lmms-eval --model awares --model_args pretrained=FOLDER --tasks awares_paper
+    lmms-eval --model {policy} --model_args {told} --tasks awares_paper
 
 Or `Qwen2_5_VLForConditionalGeneration.from_pretrained(FOLDER)` in plain transformers.
 

@@ -1,7 +1,7 @@
 """Answers turns by sampling, many conversations in step, for rollouts: the engine and the policies are those of evaluation.
 
-A group's first turn is encoded and prefilled once and its cache shared out; a second turn adds its crops to the cache; a
-picture seen before is not encoded again. Every conversation draws from random numbers of its own, a function of (seed,
+A group's first turn is encoded and prefilled once and its cache shared out; a second turn adds its crops to the cache, once for
+all that called in the same words; a picture seen before is not encoded again. Every conversation draws from random numbers of its own, a function of (seed,
 name of the conversation), so that neither batch nor process count changes what it says.
 """
 
@@ -96,6 +96,7 @@ class Sampler:
             out.append(Sampled(text, tuple(kept), usage, ended or put, **scoring, views=views[b], forced=put))
             r.session.turns.append(r.turn)
             r.session.replies.append(text)
+            self._held[b] = (*self._held[b], tuple(tokens))
             # the last token said was never fed; the template's own end stands for a sampled end
             r.session.pending = list(fixed[b]) if put else ([] if ended else tokens[-1:])
         return out
@@ -103,33 +104,43 @@ class Sampler:
     # ------------------------------------------------------------------ prefill
 
     def _first(self, requests: list[Request], ids: list[list[int]], views: list[tuple[View, ...]]) -> Tensor:
-        self._rows = [id(r.session) for r in requests]
+        self._rows, self._held = [id(r.session) for r in requests], [()] * len(requests)
         self._numbers = {s: i for i, s in enumerate(self._rows)}
         self._sessions = [r.session for r in requests]  # keeps their ids from being given to others
         self._carried = [0] * len(requests)
-        names = [(tuple(i), tuple(v.key for v in vs)) for i, vs in zip(ids, views, strict=True)]
-        unique = list(dict.fromkeys(names))
-        at = [names.index(n) for n in unique]
         self.cache = DynamicCache(config=self.vlm.decoder.config)
-        self.mask = torch.zeros((len(unique), 0), dtype=torch.long, device=self.vlm.device)
-        starts = [0] * len(unique)
-        logits, self.next = self._extend([ids[i] for i in at], [views[i] for i in at], starts)
-        copies = torch.tensor([unique.index(n) for n in names], device=self.vlm.device)
-        self.cache.batch_select_indices(copies)
-        self.mask, self.next = self.mask[copies], self.next[copies]
-        self.shared += sum(map(len, ids)) - sum(len(ids[i]) for i in at)
-        return logits[copies]
+        self.mask = torch.zeros((1, 0), dtype=torch.long, device=self.vlm.device)
+        self.next = torch.zeros(1, dtype=torch.long, device=self.vlm.device)
+        return self._shared(ids, views)
 
     def _next(self, requests: list[Request], ids: list[list[int]], views: list[tuple[View, ...]]) -> Tensor:
         wanted = [id(r.session) for r in requests]
         if not set(wanted) <= set(self._rows):
             raise ValueError("conversations must move together: a request continues one that has ended")
-        keep = torch.tensor([self._rows.index(s) for s in wanted], device=self.vlm.device)
-        self.cache.batch_select_indices(keep)
-        self.mask, self.next, self._rows = self.mask[keep], self.next[keep], wanted
+        keep = [self._rows.index(s) for s in wanted]
+        self._select(keep)
+        self._rows, self._held = wanted, [self._held[k] for k in keep]
         self._carried = [len(r.session.pending) for r in requests]
-        logits, self.next = self._extend(ids, views, self.next.tolist())
-        return logits
+        return self._shared(ids, views)
+
+    def _select(self, rows: list[int]) -> None:
+        """Keep these rows of cache, mask and positions, in this order; a row may come several times."""
+        at = torch.tensor(rows, device=self.vlm.device)
+        if self.mask.shape[1]:
+            self.cache.batch_select_indices(at)
+        self.mask, self.next = self.mask[at], self.next[at]
+
+    def _shared(self, ids: list[list[int]], views: list[tuple[View, ...]]) -> Tensor:
+        """Feed a chunk to every row, once for those that hold the same and are fed the same -> scores after it (B, vocabulary)."""
+        fed = [(tuple(i), tuple(v.key for v in vs)) for i, vs in zip(ids, views, strict=True)]
+        self._held = [(*held, new) for held, new in zip(self._held, fed, strict=True)]
+        unique = list(dict.fromkeys(self._held))
+        at, copies = [self._held.index(n) for n in unique], [unique.index(n) for n in self._held]
+        self._select(at if self.mask.shape[1] else [0] * len(at))
+        logits, self.next = self._extend([ids[i] for i in at], [views[i] for i in at], self.next.tolist())
+        self._select(copies)
+        self.shared += sum(map(len, ids)) - sum(len(ids[i]) for i in at)
+        return logits[copies]
 
     def _extend(self, ids: list[list[int]], views: list[tuple[View, ...]], starts: list[int]) -> tuple[Tensor, Tensor]:
         """Feed a chunk to every row, padded on the left -> scores after it (B, vocabulary), the position that follows (B,)."""

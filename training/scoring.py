@@ -1,7 +1,7 @@
 """Log-probabilities of what a model wrote, in one forward pass: conversations side by side, or groups that share a prompt.
 
-A group is packed into one row: the prompt once, then every continuation, under a mask that lets a continuation see the
-prompt and itself. Positions are those each conversation has alone, so the log-probabilities and gradients are those of the
+A group is packed into one row, a tree: the prompt once, then every continuation, those that are equal once, under a mask that
+lets a continuation see what leads to it and itself. Positions are those each conversation has alone, so the log-probabilities and gradients are those of the
 conversations one by one (tests/test_scoring.py). The head runs on scored positions only.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from PIL import Image
@@ -56,7 +57,6 @@ class Conversation:
     weights: list[float] = field(default_factory=list)
     views: list[View] = field(default_factory=list)
     prompt: int = 0
-    prompt_views: int = 0
     replies: list[tuple[int, int]] = field(default_factory=list)
 
     def shown(self, ids: list[int], views: list[View]) -> None:
@@ -64,7 +64,7 @@ class Conversation:
         self.weights += [0.0] * len(ids)
         self.views += views
         if not self.replies:
-            self.prompt, self.prompt_views = len(self.ids), len(self.views)
+            self.prompt = len(self.ids)
 
     def wrote(self, ids: list[int], weight: float = 1.0) -> None:
         self.replies.append((len(self.ids), len(self.ids) + len(ids)))
@@ -180,11 +180,12 @@ def pack(groups: list[list[Conversation]], vlm: VLM, device: torch.device | str 
     length, rows = max(len(ids) for ids, *_ in built), len(built)
     ids = torch.full((rows, length), vlm.tokenizer.pad_token_id)
     positions = torch.zeros((3, rows, length), dtype=torch.long)
-    segment = torch.full((rows, length), -1)  # 0 the prompt, 1.. the continuations, -1 padding
+    on, mask = torch.zeros((rows, length), dtype=torch.long), torch.eye(length, dtype=torch.bool).repeat(rows, 1, 1)
     where, target, owner, weight, views, seen = [], [], [], [], [], 0
-    for b, (row, places, part, scored, shown) in enumerate(built):
+    for b, (row, places, sees, scored, shown) in enumerate(built):
         n = len(row)
-        ids[b, :n], positions[:, b, :n], segment[b, :n] = torch.tensor(row), places, torch.tensor(part)
+        ids[b, :n], positions[:, b, :n], on[b, :n] = torch.tensor(row), places, 1
+        mask[b, :n, :n] = sees  # padding, on the right, sees itself: a softmax over nothing is not a number
         for before, token, whose, value in scored:
             where.append((b, before))
             target.append(token)
@@ -192,13 +193,7 @@ def pack(groups: list[list[Conversation]], vlm: VLM, device: torch.device | str 
             weight.append(value)
         seen += len(groups[b])
         views += shown
-    if all(len(g) == 1 for g in groups):
-        mask = (segment >= 0).long()
-    else:
-        at = torch.arange(length)
-        # padding, on the right and seen by nobody, sees something too: a softmax over nothing is not a number
-        mask = (at[:, None] >= at) & ((segment[:, None] == 0) | (segment[:, None] == segment[..., None]))
-        mask = mask[:, None]
+    mask = on if all(len(g) == 1 for g in groups) else mask[:, None]
     tokens = sum(len(row) for row, *_ in built)
     scored = torch.tensor(where).reshape(-1, 2), torch.tensor(target), torch.tensor(owner), torch.tensor(weight)
     out = Packed(ids, positions, mask, *scored, views, tokens)
@@ -208,28 +203,48 @@ def pack(groups: list[list[Conversation]], vlm: VLM, device: torch.device | str 
 
 
 def _row(group: list[Conversation], image_token: int, merge: int) -> tuple:
-    """-> ids, positions (3, L), segments, (column before, token, conversation, weight) of each scored token, views."""
+    """-> ids, positions (3, L), who sees whom (L, L), (column before, token, conversation, weight) of each scored token, views.
+
+    A tree: the prompt, then a branch for each reply with what was shown after it. Branches that are equal to the token and the
+    picture, after equal ones, are one.
+    """
     first = group[0]
-    shared = first.prompt
-    for other in group[1:]:
-        if other.ids[: other.prompt] != first.ids[:shared]:
-            raise ValueError("conversations of a group must share their prompt")
-    ids, segment, views = list(first.ids[:shared]), [0] * shared, list(first.views[: first.prompt_views])
-    places, scored = [], []
+    ids, views, places, scored = [], [], [], []
+    known: dict[tuple, tuple[int, int]] = {}  # path of branches -> columns of the last one
+    lines: dict[tuple, list[tuple[int, int]]] = {}  # path -> columns of every branch on it
     for i, c in enumerate(group):
+        if c.ids[: c.prompt] != first.ids[: first.prompt]:
+            raise ValueError("conversations of a group must share their prompt")
         whole, _ = mrope_positions(c.ids, [v.grid for v in c.views], image_token, merge)
-        if not i:
-            places.append(whole[:, :shared])
-        start = len(ids)
-        ids += c.ids[shared:]
-        segment += [i + 1 if len(group) > 1 else 0] * (len(c.ids) - shared)
-        views += c.views[first.prompt_views :]
-        places.append(whole[:, shared:])
-        for at in range(shared, len(c.ids)):
-            if c.weights[at]:
-                before = shared - 1 if at == shared else start + at - shared - 1
-                scored.append((before, c.ids[at], i, c.weights[at]))
-    return ids, torch.cat(places, 1), segment, scored, views
+        path, before, waiting = (), -1, list(c.views)
+        for start, end in _branches(c):
+            tokens, here = c.ids[start:end].count(image_token), []
+            while tokens:
+                here.append(waiting.pop(0))
+                tokens -= here[-1].grid[1] * here[-1].grid[2] // merge**2
+            parent, path = path, (*path, (tuple(c.ids[start:end]), tuple(v.key for v in here)))
+            if path not in known:
+                known[path] = len(ids), len(ids) + end - start
+                lines[path] = [*lines.get(parent, []), known[path]]
+                ids += c.ids[start:end]
+                views += here
+                places.append(whole[:, start:end])
+            left, right = known[path]
+            for at in range(start, end):
+                if c.weights[at]:
+                    scored.append((before if at == start else left + at - start - 1, c.ids[at], i, c.weights[at]))
+            before = right - 1
+    sees = torch.zeros((len(ids), len(ids)), dtype=torch.bool)
+    for path, (left, right) in known.items():
+        for start, end in lines[path]:
+            sees[left:right, start:end] = True
+    return ids, torch.cat(places, 1), sees.tril(), scored, views
+
+
+def _branches(c: Conversation) -> list[tuple[int, int]]:
+    """Spans of a conversation's ids: the prompt, then every reply with what is shown after it."""
+    cuts = [0, *(start for start, _ in c.replies), len(c.ids)]
+    return [(start, end) for start, end in pairwise(cuts) if start < end]
 
 
 class Scorer(torch.nn.Module):
