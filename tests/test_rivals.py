@@ -161,4 +161,4 @@ def test_rollouts_of_a_part_note_what_the_box_came_to():
     part = cropper.Part(whole(), "cropper")
     ((one, two),), _ = rollouts(vlm, part, [Sample((picture(224, 224),), "what?", "k")], 2, Features(vlm), 6)
     for r in (one, two):  # random weights write no box
-        assert [e.kind for e in r.trajectory.events] == ["malformed_box"] and len(r.trajectory.turns) == 1
+        assert [e.kind for e in r.trajectory.events][:1] == ["malformed_box"] and len(r.trajectory.turns) == 1

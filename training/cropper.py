@@ -75,7 +75,7 @@ class Target:
         for rollout in group:
             kinds = {e.kind for e in rollout.trajectory.events}
             form = next((worth for kind, worth in VALID.items() if kind in kinds), 0.25)
-            turn = self.shown(sample, rollout.trajectory.answer if form else NOT_NEEDED)
+            turn = self.shown(sample, rollout.trajectory.replies[0].text if form else NOT_NEEDED)
             views = [View.of(vlm, image, known) for image in turn.images]
             conversation = Conversation()
             conversation.shown(vlm.chunk(Session(), turn, [v.grid for v in views]), views)

@@ -22,8 +22,7 @@ from awares_bench.training.judges import judge
 from awares_bench.training.recipe import RecipeError, Tuning, claim, key
 from awares_bench.training.rollout import Rollout, banned, rollouts
 from awares_bench.training.scoring import Scorer, pack
-from awares_bench.training.sft import describe
-from awares_bench.training.trainer import ExactTrainer, arguments, device_of, open_vlm, per_process, policy_of, prepare
+from awares_bench.training.trainer import ExactTrainer, arguments, describe, device_of, open_vlm, per_process, policy_of, prepare
 from awares_bench.training.watch import Watch
 from torch import Tensor
 

@@ -10,8 +10,8 @@ import torch
 from awares_bench.training import examples
 from awares_bench.training.export import finish
 from awares_bench.training.recipe import Tuning, claim, key
-from awares_bench.training.scoring import Conversation, Scorer, pack, render
-from awares_bench.training.trainer import ExactTrainer, arguments, per_process, policy_of, prepare
+from awares_bench.training.scoring import Conversation, pack, render
+from awares_bench.training.trainer import ExactTrainer, arguments, describe, per_process, policy_of, prepare
 
 from awares_bench.vlm import VLM
 
@@ -114,19 +114,3 @@ def dry_run(recipe: SFT, say=print) -> None:
     loss = -(scores * packed.weight).sum() / packed.weight.sum()
     steps = recipe.steps if recipe.steps > 0 else int(len(data) * recipe.epochs / recipe.batch)
     say(f"weighted loss of this batch {loss:.4f}; {len(data)} conversations, {steps} steps of {recipe.batch}; no step was taken")
-
-
-def describe(scorer: Scorer, some: list[Conversation], vlm: VLM, say=print) -> None:
-    """Print token counts and an estimate of memory."""
-    scored = sum(w > 0 for c in some for w in c.weights)
-    visual = sum(i == vlm.image_token for c in some for i in c.ids)
-    total = sum(len(c.ids) for c in some)
-    say(f"{len(some)} conversations: {total} tokens, {visual} visual, {scored} scored")
-    trained = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
-    held = sum(p.numel() * p.element_size() for p in scorer.parameters())
-    config = scorer.core.config.text_config
-    kept = total * config.num_hidden_layers * (10 * config.hidden_size + 3 * config.intermediate_size) * 2
-    say(
-        f"{trained:,} trained parameters; about {(held + trained * 12) / 2**30:.2f} GiB for weights, gradients and optimizer, "
-        f"{kept / 2**30:.2f} GiB for activations of this batch without checkpointing"
-    )

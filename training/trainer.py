@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from awares_bench.training.cropper import Part
 from awares_bench.training.recipe import RecipeError, Tuning
-from awares_bench.training.scoring import Features, Scorer
+from awares_bench.training.scoring import Conversation, Features, Scorer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from awares_bench.method import options, unknown_option
@@ -104,6 +104,22 @@ def arguments(recipe: Tuning, per_device: int, accumulate: int, **more) -> Train
         ddp_find_unused_parameters=False,
         disable_tqdm=False,
         **more,
+    )
+
+
+def describe(scorer: Scorer, some: list[Conversation], vlm: VLM, say=print) -> None:
+    """Print token counts and an estimate of memory."""
+    scored = sum(w > 0 for c in some for w in c.weights)
+    visual = sum(i == vlm.image_token for c in some for i in c.ids)
+    total = sum(len(c.ids) for c in some)
+    say(f"{len(some)} conversations: {total} tokens, {visual} visual, {scored} scored")
+    trained = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
+    held = sum(p.numel() * p.element_size() for p in scorer.parameters())
+    config = scorer.core.config.text_config
+    kept = total * config.num_hidden_layers * (10 * config.hidden_size + 3 * config.intermediate_size) * 2
+    say(
+        f"{trained:,} trained parameters; about {(held + trained * 12) / 2**30:.2f} GiB for weights, gradients and optimizer, "
+        f"{kept / 2**30:.2f} GiB for activations of this batch without checkpointing"
     )
 
 
