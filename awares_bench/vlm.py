@@ -27,6 +27,7 @@ from .features import FeatureStore
 from .grammar import CallGrammar
 from .images import within_aspect
 from .method import Pruner, Visual
+from .products import fast_products
 from .pruning import Chunk, Span, look
 from .session import Prepared, Request, Session
 from .staged import StagedBatch
@@ -281,7 +282,8 @@ class VLM:
         """
         before = [vars(r.session).copy() for r in requests]
         try:
-            return self._reply(requests, pruner)
+            with fast_products(self.decoder, self.model.lm_head):
+                return self._reply(requests, pruner)
         except torch.cuda.OutOfMemoryError as error:
             for r, fields in zip(requests, before, strict=True):
                 vars(r.session).update(fields)

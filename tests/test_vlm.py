@@ -210,7 +210,7 @@ def test_one_call_for_segments_of_any_length_is_the_grouped_calls():
         weights = [(q[s].transpose(0, 1) @ k[s].permute(1, 2, 0) * q.shape[-1] ** -0.5).softmax(-1) for s in some]
         return torch.cat([(w @ v[s].transpose(0, 1)).transpose(0, 1) for w, s in zip(weights, some, strict=True)])
 
-    grouped, _ = grouped_windows(None, q, k, v, scaling=8**-0.5, cu_seq_lens_q=ends)
+    grouped = grouped_windows(q, k, v, ends)
     assert (varlen_windows(kernel, q, k, v, ends, 16) - grouped).abs().max() < 1e-6
 
 
