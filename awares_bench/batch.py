@@ -41,10 +41,10 @@ class Batch:
         self.fed = [0] * rows  # tokens of the reply that are in the cache
         self.rows = list(range(rows))  # of the request that each row of the batch belongs to
         self.done: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # caches of rows that left the batch
-        self.cache = Cache(layers=[GrowingLayer(new) for _ in range(vlm.decoder.config.num_hidden_layers)])
+        self.cache = Cache(layers=[GrowingLayer() for _ in range(vlm.decoder.config.num_hidden_layers)])
         if past:
             for n, layer in enumerate(self.cache.layers):
-                layer.start(*([getattr(x, kind)[n] if x.keys else None for x in sessions] for kind in ("keys", "values")))
+                layer.start(*([getattr(x, kind)[n] if x.keys else None for x in sessions] for kind in ("keys", "values")), new)
 
     def _forward(self, embeds: Tensor, positions: Tensor, last: int) -> Tensor:
         """-> scores after each of the ``last`` columns (B, last, vocabulary), in float32."""

@@ -6,22 +6,22 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 ROOM = 64
-"""Tokens of room beside what is known to come: steps of decoding between two copies of the cache."""
+"""Tokens of room beside those that are known to come: steps of decoding between two copies of the cache."""
 
 
 class GrowingLayer(DynamicLayer):
-    """One decoder layer's keys and values, (B, H, L, D) views of buffers that are longer. room: tokens expected after the first."""
+    """One decoder layer's keys and values, (B, H, L, D) views of buffers that are longer."""
 
-    def __init__(self, room: int = 0):
+    def __init__(self):
         super().__init__()
-        self.room, self.buffers = room + ROOM, []
+        self.buffers: list[Tensor] = []
 
-    def start(self, keys: list[Tensor | None], values: list[Tensor | None]) -> None:
-        """Hold (H, L_b, D) of each row, padded on the left; None is a row without a past, not all are."""
+    def start(self, keys: list[Tensor | None], values: list[Tensor | None], new: int) -> None:
+        """Hold (H, L_b, D) of each row, padded on the left, with room for ``new`` tokens; None is a row without a past."""
         like = next(k for k in keys if k is not None)
         self.lazy_initialization(like, like)
         length = max(k.shape[1] for k in keys if k is not None)
-        self.buffers = [like.new_zeros((len(keys), like.shape[0], length + self.room, like.shape[2])) for _ in range(2)]
+        self.buffers = [like.new_zeros((len(keys), like.shape[0], length + new + ROOM, like.shape[2])) for _ in range(2)]
         for buffer, rows in zip(self.buffers, (keys, values), strict=True):
             for b, row in enumerate(rows):
                 if row is not None:
@@ -35,7 +35,7 @@ class GrowingLayer(DynamicLayer):
         before, states = self.get_seq_length(), (key_states, value_states)
         after = before + key_states.shape[2]
         if not self.buffers or after > self.buffers[0].shape[2]:
-            self.buffers = [s.new_empty((*s.shape[:2], after + self.room, s.shape[3])) for s in states]
+            self.buffers = [s.new_empty((*s.shape[:2], after + ROOM, s.shape[3])) for s in states]
             if before:
                 self.buffers[0][:, :, :before], self.buffers[1][:, :, :before] = self.keys, self.values
         for buffer, new in zip(self.buffers, states, strict=True):
