@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import DynamicCache
 
-from .growing import GrowingLayer
 from .pruning import Chunk
 from .session import Session
 from .writer import Writer
@@ -41,10 +40,27 @@ class Batch:
         self.fed = [0] * rows  # tokens of the reply that are in the cache
         self.rows = list(range(rows))  # of the request that each row of the batch belongs to
         self.done: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # caches of rows that left the batch
-        self.cache = Cache(layers=[GrowingLayer() for _ in range(vlm.decoder.config.num_hidden_layers)])
+        self.cache = DynamicCache(config=vlm.decoder.config)
         if past:
-            for n, layer in enumerate(self.cache.layers):
-                layer.start(*([getattr(x, kind)[n] if x.keys else None for x in sessions] for kind in ("keys", "values")), new)
+            for layer in range(vlm.decoder.config.num_hidden_layers):
+                self.cache.update(
+                    *(
+                        self._stack([getattr(s, kind)[layer] if s.keys else None for s in sessions])
+                        for kind in ("keys", "values")
+                    ),
+                    layer,
+                )
+
+    @staticmethod
+    def _stack(rows: list[Tensor | None]) -> Tensor:
+        """(H, L_b, D) per row -> (B, H, longest, D), padded on the left."""
+        like = next(r for r in rows if r is not None)
+        length = max(r.shape[1] for r in rows if r is not None)
+        out = like.new_zeros((len(rows), like.shape[0], length, like.shape[2]))
+        for b, row in enumerate(rows):
+            if row is not None:
+                out[b, :, length - row.shape[1] :] = row
+        return out
 
     def _forward(self, embeds: Tensor, positions: Tensor, last: int) -> Tensor:
         """-> scores after each of the ``last`` columns (B, last, vocabulary), in float32."""

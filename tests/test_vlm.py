@@ -4,12 +4,10 @@ import pytest
 import torch
 from awares_bench.baselines.full import Full
 from awares_bench.training import nano
-from transformers.cache_utils import DynamicLayer
 
 from awares_bench.crops import PAPER_GRID
 from awares_bench.engine import Engine, Failure, Job
 from awares_bench.features import FeatureStore
-from awares_bench.growing import ROOM, GrowingLayer
 from awares_bench.images import half
 from awares_bench.products import FEWEST_ROWS, fast_products, product
 from awares_bench.session import Request, Session
@@ -195,27 +193,6 @@ def test_products_in_the_engine_differ_by_rounding_and_leave_the_model_as_it_was
         assert layer.weight.grad is not None
         _ = 1 / 0
     assert "forward" not in vars(layer)
-
-
-@pytest.mark.parametrize("chunks", [(5, 1, 1), (5, ROOM + 3, 1, 2 * ROOM, 1)], ids=["within-room", "beyond-room"])
-def test_a_growing_cache_holds_what_a_copied_one_holds_also_when_rows_leave(chunks):
-    growing, copied = GrowingLayer(), DynamicLayer()
-    past = [torch.randn(2, n, 4) for n in (3, 7)]
-    growing.start([past[0], None, past[1]], [past[0], None, past[1]], new=5)
-    padded = [torch.zeros(3, 2, 7, 4) for _ in range(2)]
-    for out in padded:
-        out[0, :, 4:], out[2] = past
-    copied.update(*padded)
-    for i, n in enumerate(chunks):
-        new = torch.randn(2, 3 if i < 2 else 2, 2, n, 4)
-        theirs, mine = copied.update(*new), growing.update(*new)
-        if n == 1:  # a token moved nothing
-            assert mine[0].data_ptr() == growing.buffers[0].data_ptr()
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-        assert growing.get_seq_length() == copied.get_seq_length()
-        if i == 1:
-            for layer in (growing, copied):
-                layer.batch_select_indices(torch.tensor([0, 2]))
 
 
 def test_features_of_a_picture_seen_before_are_reused_and_change_nothing():
