@@ -58,7 +58,8 @@ def run(
     for name, value in (("tokens", tokens), ("batch", batch), ("answer", answer), ("repeats", repeats), ("documents", documents)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    vlm = load(pretrained, size, layers, dtype, device)
+    tower_only = set(parts) == {"vision"} and not pretrained
+    vlm = load(pretrained, size, layers, dtype, device, 1 if tower_only else None)
     rates = matmul_rates(vlm, tokens, batch)
     text, tower = vlm.model.config.text_config, vlm.model.config.vision_config
     about = {

@@ -6,6 +6,7 @@ random weights (``geometry``) replies are forced: which documents call, for one 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from .awares import CALL_BUDGET
 from .crops import PAPER_GRID
 from .geometry import decoder_flops, encode_flops, geometry, random_model
 from .images import half
+from .products import product
 from .session import Prepared, Request, Session
 from .trajectory import Turn, messages
 from .usage import Usage
@@ -255,20 +257,25 @@ class _Watch(LogitsProcessor):
         return out
 
 
-def load(pretrained: str | None, size: str | None, layers: int | None, dtype: str, device: str) -> VLM:
-    """A checkpoint, or random weights of a published size."""
+def load(
+    pretrained: str | None, size: str | None, layers: int | None, dtype: str, device: str, decoder: int | None = None
+) -> VLM:
+    """A checkpoint, or random weights of a published size; decoder: build only so many of its decoder's layers."""
     if pretrained:
         return VLM.load(resolve(pretrained), dtype, device)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
-    return VLM(*random_model(geometry(size or "nano", layers), getattr(torch, dtype), device))
+    return VLM(*random_model(geometry(size or "nano", layers, decoder), getattr(torch, dtype), device))
 
 
 def alternate(rows: list[Row], repeats: int, warm_up: int = 1) -> None:
     """Run every row ``repeats`` times, forwards and backwards in turn, after untimed rounds."""
     for n in range(-warm_up, repeats):
         for row in rows if n % 2 == 0 else rows[::-1]:
+            start = time.perf_counter()
             turns = [sum(turn, Usage()) for turn in row.run()]
+            said = f"round {n + 1} of {repeats}" if n >= 0 else "warm-up"
+            print(f"{said}: {row.name}, {time.perf_counter() - start:.2f} s", file=sys.stderr, flush=True)
             if n >= 0:
                 row.turns.append(turns)
 
@@ -284,7 +291,7 @@ def matmul_rates(vlm: VLM, rows: int, batch: int) -> tuple[float, float]:
             times = []
             for _ in range(10):
                 start = time.perf_counter()
-                torch.nn.functional.linear(x, weight)
+                product(x, weight)
                 vlm.synchronise()
                 times.append(time.perf_counter() - start)
             out.append(2 * n * weight.numel() / min(times))

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .attention_scores import Probe, probed
 from .geometry import geometry, random_model
+from .memory import peak, process_status, start_peak
 from .method import Pruner, Visual
 from .pruning import Chunk, look
 from .record import provenance
@@ -75,7 +76,7 @@ class Meter:
         self.vlm.synchronise()
         self.seconds.append(clock(self.vlm) - start)
         if self.memory:
-            self.peak = None if before is None or self.peak is None else max(self.peak, _peak(self.vlm) - before)
+            self.peak = None if before is None or self.peak is None else max(self.peak, peak(self.vlm.device) - before)
         return out
 
 
@@ -86,24 +87,11 @@ def clock(vlm: VLM) -> float:
 
 def _reset_peak(vlm: VLM) -> int | None:
     """Start a new peak -> bytes in use; on a CPU of the process, where Linux can say."""
-    if vlm.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(vlm.device)
-        return torch.cuda.memory_allocated(vlm.device)
-    if not sys.platform.startswith("linux"):
-        return None
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # memory that was freed and not returned would hide what is asked for next
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak(vlm: VLM) -> int:
-    return torch.cuda.max_memory_allocated(vlm.device) if vlm.device.type == "cuda" else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+    if not start_peak(vlm.device):
+        return None
+    return torch.cuda.memory_allocated(vlm.device) if vlm.device.type == "cuda" else process_status("VmRSS")
 
 
 class MeteredBatch(StagedBatch):

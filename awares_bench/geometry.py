@@ -45,10 +45,11 @@ _TOWER = {
 NAMES = (NANO, *_DECODERS)
 
 
-def geometry(name: str, layers: int | None = None) -> Qwen2_5_VLConfig:
+def geometry(name: str, layers: int | None = None, decoder: int | None = None) -> Qwen2_5_VLConfig:
     """The config of a published size, with the token ids of nano's tokenizer, which stands in for Qwen's.
 
     layers: build only the first so many layers of the decoder and of the tower; for trying out, never for a figure.
+    decoder: of the decoder only so many, where nothing but the tower is run.
     Raises ValueError for an unknown name.
     """
     if name not in NAMES:
@@ -68,10 +69,11 @@ def geometry(name: str, layers: int | None = None) -> Qwen2_5_VLConfig:
         config = Qwen2_5_VLConfig(
             text_config={**text, "tie_word_embeddings": tied}, vision_config=tower, tie_word_embeddings=tied, **marks
         )
-    if layers is not None:
-        text, tower = config.text_config, config.vision_config
-        text.num_hidden_layers = min(layers, text.num_hidden_layers)
+    text, tower = config.text_config, config.vision_config
+    if layers is not None or decoder is not None:
+        text.num_hidden_layers = min(decoder or layers, text.num_hidden_layers)
         text.layer_types = text.layer_types[: text.num_hidden_layers]
+    if layers is not None:
         tower.depth = min(layers, tower.depth)
         tower.fullatt_block_indexes = [i for i in tower.fullatt_block_indexes if i < tower.depth]
     return config

@@ -27,7 +27,8 @@ VERSION = 1
 class Record:
     """One document answered, or not. Missing is None, never 0.
 
-    rtr: retained token ratio over all turns. usage: one entry per turn (see ``Usage``). crops: what was asked for.
+    rtr: retained token ratio over all turns. usage: one entry per turn (see ``Usage``), and its peak memory where
+    one conversation is answered at a time. crops: what was asked for.
     models: who answered each turn, "" for the model under test; empty when no auxiliary model did.
     batch_size: conversations in flight; seconds of a batch above 1 are shares, not latencies.
     """
@@ -61,7 +62,10 @@ class Record:
             crops=list(trajectory.crops),
             rtr=trajectory.rtr,
             full_tokens=trajectory.full_tokens,
-            usage=[r.usage.as_dict() for r in trajectory.replies],
+            usage=[
+                r.usage.as_dict() | {"peak_memory_bytes": r.peak_memory_bytes if batch_size == 1 else None}
+                for r in trajectory.replies
+            ],
             image_sizes=[[list(image.size) for image in turn.images] for turn in trajectory.turns],
             events=[asdict(e) for e in trajectory.events],
             batch_size=batch_size,

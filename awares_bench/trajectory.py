@@ -62,6 +62,7 @@ class Reply:
 
     complete: the model ended the reply itself, or a stop string did; False when the token budget cut it.
     hidden:   the hidden state (D,) that a probe asked for, else empty.
+    peak_memory_bytes: most in use while the batch of this reply was answered (see ``memory``); None where nobody can say.
     """
 
     text: str
@@ -69,6 +70,7 @@ class Reply:
     usage: Usage = field(default_factory=Usage)
     complete: bool = True
     hidden: tuple[float, ...] = ()
+    peak_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)

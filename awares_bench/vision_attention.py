@@ -1,46 +1,66 @@
 """Qwen2.5-VL's vision tower with few calls: one per layer or per window size for attention, a matrix product for patches.
 
-Stock, the tower makes one attention call per 112-pixel window and embeds patches with a convolution that meets no two of
-them: on a CPU as slow as several layers, and slow in bfloat16 on GPUs too. Features differ by rounding only (tests).
+Stock, the tower makes one attention call per 112-pixel window, embeds patches with a convolution that meets no two of them,
+and rotates queries and keys through temporaries larger than any cache. Features differ by rounding only (tests).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
-from transformers import AttentionInterface
+from torch.nn.functional import scaled_dot_product_attention
+
+from .products import fast_products, product
 
 try:  # in PyTorch since 2.10; older ones group
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
 
-NAME = "flash_grouped_windows"  # a name with "flash" in it makes the tower pass cu_seq_lens instead of looping
-"""Key under which the function is known to transformers; only a tower whose config names it is affected."""
+NAME = "flash_grouped_windows"  # a name with "flash" in it makes the tower say how long the longest segment is
+
+BLOCK = 2**18
+"""Numbers rotated at a time on a CPU: 1 MiB in float32, which the cache holds."""
 
 
-def grouped_windows(
-    module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attention_mask=None,
-    scaling=None,
-    dropout=0.0,
-    cu_seq_lens_q=None,
-    max_length_q=None,
-    **_,
-):
-    """Attention within segments: segments of equal length share one call. q, k, v: (1, H, N, D) -> (1, N, H, D), None."""
-    if (probe := getattr(module, "probe", None)) is not None:  # see attention_scores.probed
-        probe(q, k, scaling, cu_seq_lens_q)
-    if fits_varlen(q, scaling):
-        return varlen_windows(varlen_attn, q, k, v, cu_seq_lens_q, int(max_length_q)), None
-    starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]
+def attend(attn, hidden: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], max_seqlen: int, **_) -> Tensor:
+    """The forward pass of a vision block's attention, segments between ``cu_seqlens``: (N, D) -> (N, D)."""
+    qkv = attn.qkv(hidden).view(len(hidden), 3, attn.num_heads, -1)
+    q, k = rotated(qkv[:, :2], *position_embeddings).permute(1, 2, 0, 3)[:, None]  # (1, H, N, d)
+    v = qkv[:, 2].transpose(0, 1)[None]
+    if (probe := getattr(attn, "probe", None)) is not None:  # see attention_scores.probed
+        probe(q, k, attn.scaling, cu_seqlens)
+    if fits_varlen(q):
+        out = varlen_windows(varlen_attn, q, k, v, cu_seqlens, max_seqlen)
+    else:
+        out = grouped_windows(q, k, v, cu_seqlens)
+    return attn.proj(out.reshape(len(hidden), -1))
+
+
+def rotated(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries and keys (N, 2, H, d) turned by the angles (N, d) of their places, in float32; in place without gradients."""
+    half = qk.shape[-1] // 2
+    cos, sin = (t[:, None, None, :half].float() for t in (cos, sin))  # both halves have the same angles
+    if qk.requires_grad:
+        return _rotated(qk, cos, sin)
+    rows = max(1, BLOCK // qk[0].numel()) if qk.device.type == "cpu" else len(qk)
+    for part in zip(qk.split(rows), cos.split(rows), sin.split(rows), strict=True):
+        part[0].copy_(_rotated(*part))
+    return qk
+
+
+def _rotated(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = qk.float().chunk(2, -1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1).to(qk.dtype)
+
+
+def grouped_windows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Attention within segments: segments of equal length share one call. q, k, v: (1, H, N, d) -> (1, N, H, d)."""
+    starts, lengths = cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1]
     heads, width = q.shape[1], q.shape[3]
     sizes, parts, places = torch.unique(lengths).tolist(), [], []
     for n in sizes:
@@ -50,26 +70,25 @@ def grouped_windows(
 
         def cut(t: Tensor, place: Tensor = place, n: int = n) -> Tensor:
             mine = t[0] if len(sizes) == 1 else t[0][:, place]
-            return mine.reshape(heads, -1, n, width).transpose(0, 1)  # (windows, H, n, D)
+            return mine.reshape(heads, -1, n, width).transpose(0, 1)  # (windows, H, n, d)
 
         if q.requires_grad and q.device.type == "cpu":  # in training on CPU, the fused backward is 2 to 6 times slower
-            weights = ((cut(q) * scaling) @ cut(k).transpose(-1, -2)).softmax(-1, dtype=torch.float32)
+            weights = ((cut(q) * width**-0.5) @ cut(k).transpose(-1, -2)).softmax(-1, dtype=torch.float32)
             out = weights.to(v.dtype) @ cut(v)
         else:
-            out = scaled_dot_product_attention(cut(q), cut(k), cut(v), scale=scaling)
+            out = scaled_dot_product_attention(cut(q), cut(k), cut(v))
         parts.append(out.transpose(1, 2).reshape(-1, heads, width))
         places.append(place)
     if len(sizes) == 1:
-        return parts[0][None], None
+        return parts[0][None]
     order = torch.cat(places)
     merged = parts[0].new_empty(q.shape[2], heads, width).index_copy(0, order, torch.cat(parts))
-    return merged[None], None
+    return merged[None]
 
 
-def fits_varlen(q: Tensor, scaling: float | None) -> bool:
+def fits_varlen(q: Tensor) -> bool:
     """Whether PyTorch's variable-length kernel takes this call: half precision on a GPU, without gradients."""
-    plain = scaling is None or abs(scaling * q.shape[-1] ** 0.5 - 1) < 1e-6
-    return varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not q.requires_grad and plain
+    return varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not q.requires_grad
 
 
 def varlen_windows(kernel, q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int) -> Tensor:
@@ -81,14 +100,17 @@ def varlen_windows(kernel, q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor,
 
 @contextmanager
 def windowed_attention(model) -> Iterator[None]:
-    """Within the block, ``model``'s vision tower (and no other) uses ``grouped_windows`` and embeds patches by a product."""
-    AttentionInterface.register(NAME, grouped_windows)
+    """Within the block, ``model``'s vision tower (and no other) attends with ``attend`` and embeds patches by a product."""
     tower = model.model.visual
     before, tower.config._attn_implementation = tower.config._attn_implementation, NAME
     weight = tower.patch_embed.proj.weight
-    tower.patch_embed.forward = lambda patches: linear(patches.to(weight.dtype), weight.flatten(1))  # (P, 1176) -> (P, D)
+    tower.patch_embed.forward = lambda patches: product(patches.to(weight.dtype), weight.flatten(1))  # (P, 1176) -> (P, D)
+    for block in tower.blocks:
+        block.attn.forward = partial(attend, block.attn)
     try:
-        yield
+        with fast_products(tower):
+            yield
     finally:
         tower.config._attn_implementation = before
-        del tower.patch_embed.forward
+        for module in (tower.patch_embed, *(block.attn for block in tower.blocks)):
+            del module.forward

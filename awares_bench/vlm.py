@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
@@ -26,7 +27,9 @@ from .crops import CropGrid
 from .features import FeatureStore
 from .grammar import CallGrammar
 from .images import within_aspect
+from .memory import peak, start_peak
 from .method import Pruner, Visual
+from .products import fast_products
 from .pruning import Chunk, Span, look
 from .session import Prepared, Request, Session
 from .staged import StagedBatch
@@ -103,6 +106,7 @@ class VLM:
         self.stop = set(stop if isinstance(stop, list) else [stop]) | {self.tokenizer.eos_token_id}
         self.constrained = constrained
         self._grammars: dict[CropGrid, CallGrammar] = {}
+        self._most = 0  # bytes at the peaks of replies that were counted one by one
         self._tokenizing = Lock()  # a fast tokenizer must not be configured while another thread uses it
         self.features: FeatureStore | None = None
         """Set to keep vision features of pictures that may be seen again."""
@@ -280,8 +284,13 @@ class VLM:
         Raises MemoryError when the device has no room; the sessions are then as they were.
         """
         before = [vars(r.session).copy() for r in requests]
+        self._most = self.peak_memory()
+        counted = start_peak(self.device)
         try:
-            return self._reply(requests, pruner)
+            with fast_products(self.decoder, self.model.lm_head):
+                replies = self._reply(requests, pruner)
+            most = peak(self.device) if counted else None
+            return [replace(reply, peak_memory_bytes=most) for reply in replies]
         except torch.cuda.OutOfMemoryError as error:
             for r, fields in zip(requests, before, strict=True):
                 vars(r.session).update(fields)
@@ -381,15 +390,15 @@ class VLM:
         """Answer once for nothing, so that no document pays for the first use of kernels and allocators."""
         picture = Image.new("RGB", (224, 224))
         self.reply([Request(Session(), Turn((picture,), "?"), 2)])
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        start_peak(self.device)
+        self._most = 0
 
     def peak_memory(self) -> int:
         """Most bytes in use so far: on the GPU by tensors, on a CPU by the whole process."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+            return max(self._most, torch.cuda.max_memory_allocated(self.device))
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return max(self._most, resident if sys.platform == "darwin" else resident * 1024)
 
     def synchronise(self) -> None:
         """Wait until the device has done what it was given, so that a clock may be read."""

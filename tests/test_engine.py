@@ -10,6 +10,8 @@ from awares_bench.awares import AwaRes
 from awares_bench.batch import Batch
 from awares_bench.crops import PAPER_GRID
 from awares_bench.engine import AHEAD, Engine, Failure, Job, Scripted
+from awares_bench.memory import start_peak
+from awares_bench.record import Record
 from awares_bench.schedule import Budget, choose
 from awares_bench.session import Request, Session
 from awares_bench.trajectory import Sample, Trajectory, Turn
@@ -145,6 +147,21 @@ def test_a_session_is_as_it_was_when_memory_ran_out_in_the_middle_of_keeping(mon
     _, again = ours(vlm, requests)
     _, fresh = ours(vlm, started())
     assert (again - fresh).abs().max() < TOLERANCE
+
+
+def test_peak_memory_is_each_document_s_own_where_one_is_answered_at_a_time():
+    if not start_peak(torch.device("cpu")):
+        pytest.skip("this system does not count a process's memory anew")
+    vlm, spike = tiny_vlm(), 600 * 2**20
+    (before,) = (o for _, o in Engine(vlm, Full(), 1).run(jobs(1)))
+    torch.ones(spike // 4)  # given back at once, and no document's
+    (after,) = (o for _, o in Engine(vlm, Full(), 1).run(jobs(1)))
+    assert 0 < after.replies[0].peak_memory_bytes < before.replies[0].peak_memory_bytes + spike / 2
+    vlm.reply([Request(Session(), Turn((picture(56, 56),), "?"), 2)])
+    assert vlm.peak_memory() > after.replies[0].peak_memory_bytes + spike / 2  # of the run, all of it
+    for batch_size, known in ((1, True), (2, False)):
+        (usage,) = Record.of(after, "t", 0, "test", "q", batch_size).usage
+        assert (usage["peak_memory_bytes"] is not None) is known
 
 
 def test_workers_change_no_token():

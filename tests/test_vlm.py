@@ -9,6 +9,7 @@ from awares_bench.crops import PAPER_GRID
 from awares_bench.engine import Engine, Failure, Job
 from awares_bench.features import FeatureStore
 from awares_bench.images import half
+from awares_bench.products import FEWEST_ROWS, fast_products, product
 from awares_bench.session import Request, Session
 from awares_bench.trajectory import Sample, Trajectory, Turn, messages
 from awares_bench.vision_attention import grouped_windows, varlen_windows
@@ -179,6 +180,21 @@ def test_the_tower_has_the_features_of_transformers_window_by_window(sizes):
     assert (vlm.encode(patches, grids) - stock).abs().max() < TOLERANCE
 
 
+def test_products_in_the_engine_differ_by_rounding_and_leave_the_model_as_it_was():
+    layer, other = torch.nn.Linear(40, 24), torch.nn.Linear(40, 24, bias=False)
+    for rows in (FEWEST_ROWS - 1, FEWEST_ROWS, 300):
+        x = torch.randn(2, rows, 40)
+        with torch.inference_mode(), fast_products(layer):
+            assert "forward" in vars(layer) and "forward" not in vars(other)
+            assert torch.allclose(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
+            assert torch.allclose(product(x, other.weight), other(x), atol=1e-5)
+    with pytest.raises(ZeroDivisionError), fast_products(layer):
+        layer(x).sum().backward()  # with gradients it is PyTorch's own
+        assert layer.weight.grad is not None
+        _ = 1 / 0
+    assert "forward" not in vars(layer)
+
+
 def test_features_of_a_picture_seen_before_are_reused_and_change_nothing():
     vlm, seen = tiny_vlm(), []
     turns = [Turn((picture(112, 84),), "Which?"), Turn((picture(112, 84, 4), picture(112, 84)), "Same?")]
@@ -210,7 +226,7 @@ def test_one_call_for_segments_of_any_length_is_the_grouped_calls():
         weights = [(q[s].transpose(0, 1) @ k[s].permute(1, 2, 0) * q.shape[-1] ** -0.5).softmax(-1) for s in some]
         return torch.cat([(w @ v[s].transpose(0, 1)).transpose(0, 1) for w, s in zip(weights, some, strict=True)])
 
-    grouped, _ = grouped_windows(None, q, k, v, scaling=8**-0.5, cu_seq_lens_q=ends)
+    grouped = grouped_windows(q, k, v, ends)
     assert (varlen_windows(kernel, q, k, v, ends, 16) - grouped).abs().max() < 1e-6
 
 
