@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from awares_bench.training import grpo, nano, recipe, rewards, sft
+from awares_bench.training import ablations, grpo, nano, recipe, rewards, sft
 from awares_bench.training.judges import JudgeError, anls, exact, relaxed
 from awares_bench.training.scoring import pack
 
@@ -220,3 +220,9 @@ def test_an_endpoint_that_does_not_answer_is_named():
 
     with pytest.raises(JudgeError, match="gave no answer in 2 tries"):
         Endpoint("http://127.0.0.1:9", "m", timeout=0.2, tries=2, wait=0).say("hello")
+
+
+@pytest.mark.parametrize("name", ablations.CHANGES)
+def test_every_ablation_is_a_recipe_that_differs_from_nano_grpo(name):
+    plain, changed = recipe.load(grpo.GRPO, "nano_grpo"), recipe.load(grpo.GRPO, "nano_grpo", ablations.CHANGES[name])
+    assert (changed == plain) == (name == "grpo")
