@@ -30,7 +30,7 @@ def test_train_validation_and_suite_seeds_are_disjoint():
     for stage in language.STAGES:
         for step, i in ((0, 0), (99_999, 255)):
             assert language.train_seed(stage, step, i) in world.SEEDS["train"]
-    assert language.train_seed("base", 99_999, 255) < language.train_seed("sft", 0, 0)
+    assert language.train_seed("base", 99_999, 255) < language.train_seed("light", 0, 0)
     for number in (0, 1, 1000):
         seeds = suite.suite_seeds(number, 1000)
         assert seeds[0] in world.SEEDS["suite"] and seeds[-1] in world.SEEDS["suite"]

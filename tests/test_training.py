@@ -86,35 +86,28 @@ def test_the_weighted_loss_is_the_hand_computed_one():
     assert abs(loss.item() - total / weight) < 1e-4
 
 
-@pytest.mark.parametrize("where", ["all", "cheapest", "one"])
-def test_an_awares_row_answers_directly_exactly_where_the_base_model_is_right_at_half_size(where):
-    writer = Writer(tiny_vlm().tokenizer)
-    phase = language.PHASES["sft"][0]
-
-    class Judge:
-        """Right about even seeds."""
-
-        def __init__(self, seed):
-            self.where, self.seed = where, seed
-
-        def low_is_enough(self, row):
-            assert len(row.grids) == 1 and row.grids[0] == (1, 8, 8)  # one half-size view
-            return self.seed % 2 == 0
-
+def test_a_joint_crop_row_asks_only_what_its_crops_hold_and_learns_no_call_that_is_wider_than_needed():
+    writer, phase, wide, later = Writer(tiny_vlm().tokenizer), language.PHASES["joint"][-1], 0, 0
     for family in world.FAMILIES:
-        for seed in range(6):
-            row = language.make_row(writer, family, seed, "awares", phase, curator=Judge(seed))
+        for seed in range(12):
+            row = language.make_row(writer, family, seed, "crop", phase)
             rng = world.stream(family, seed)
             image, panels = world.family_scene(rng, family)
-            order = rng.sample(panels, len(panels))
-            *_, evidence = world.ask(rng, panels, order[0])
-            assert (len(row.replies) == 1) == (seed % 2 == 0)
-            if seed % 2:
-                s, e = row.replies[0]
-                names = PAPER_GRID.parse(writer.tokenizer.decode(row.ids[s : e - 1])).names
-                boxes, most = [p.box for p in evidence], {"all": 0, "one": 1, "cheapest": 2}[where]
-                assert names == PAPER_GRID.cheapest_cover(boxes, *image.size, most=most) and len(names) <= max(most, 1)
-                assert set(row.weights[s:e]) == {language.CALL_WEIGHT}
+            boxes = {p.key: [q.box for q in panels if q.key == p.key] for p in panels}
+            text = writer.tokenizer.decode(row.ids)
+            asked = [
+                k
+                for turn in text.split("user\n")[1:]
+                for k in boxes
+                if f" {k} " in turn or f"field {k}?" in turn or f"the {k}?" in turn
+            ]
+            (s, e), *answers = row.replies
+            names = PAPER_GRID.parse(writer.tokenizer.decode(row.ids[s : e - 1])).names
+            assert len(asked) == len(answers) and all(PAPER_GRID.holds(names, boxes[k], *image.size) for k in asked)
+            cheapest = PAPER_GRID.area(PAPER_GRID.cheapest_cover(boxes[asked[0]], *image.size))
+            assert set(row.weights[s:e]) == {1.0 if PAPER_GRID.area(names) == cheapest and row.weights[s] else 0.0}
+            wide, later = wide + (row.weights[s] == 0), later + len(answers) - 1
+    assert 5 < wide < 36 and later > 10  # a quarter of 72
 
 
 def test_tower_targets_point_at_what_is_drawn():

@@ -9,9 +9,8 @@
            at once; on whole pictures from the start it stayed at chance for 600 (both measured).
 ``joint``  the tower learns too; two-turn rows go on asking about what else lies in the fetched crops (more reading per picture),
            and some fetch more than they need, so that no crop is strange to the model. Its result is the base model, nano-base.
-``sft``    two-turn trajectories: answer from half size where the model of the stage before already answers right there, else
-           call; loss weight 5 on the call (paper Sec. 3.2, 3.3). A share of single-turn full and half-size questions is
-           replayed, so that the controls keep their weights' worth.
+
+SFT and GRPO start from there, by the recipes ``nano_sft`` and ``nano_grpo``.
 
     python -m awares_bench.training.nano_language --stage base --tower runs/tower --out runs/base --steps 3000 --stop 2000
     python -m awares_bench.training.tower --start runs/base/checkpoint --walls 0 --steps 800 --lr 1e-3 --out runs/place
@@ -20,13 +19,11 @@
     python -m awares_bench.training.nano_language --stage where --start runs/light/checkpoint --steps 500 --out runs/where
     python -m awares_bench.training.nano_language --stage joint --start runs/where/checkpoint --steps 3600 --lr 1.5e-3 \
         --tower-lr 3e-4 --tower-frozen 0 --out runs/joint
-    python -m awares_bench.training.nano_language --stage sft --start runs/joint/checkpoint --steps 800 --lr 1e-3 --out runs/sft
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +39,8 @@ from torch.nn.functional import cross_entropy
 from awares_bench.crops import PAPER_GRID
 from awares_bench.vision_attention import windowed_attention
 
-CALL_WEIGHT = 5.0  # paper Sec. 4.3, ablation in Table 3
-STAGES = {"base": 0, "sft": 1, "light": 2, "where": 3, "joint": 4}
-KINDS = ("list", "where", "ask where", "full", "low", "crop", "awares")
+STAGES = {"base": 0, "light": 2, "where": 3, "joint": 4}
+KINDS = ("list", "where", "ask where", "full", "low", "crop")
 
 
 @dataclass(frozen=True)
@@ -121,18 +117,6 @@ PHASES = {
             ),
         )
     ),
-    "sft": (
-        Phase(
-            1.00,
-            (224, 224),
-            (3, 5),
-            {"awares": 0.5, "crop": 0.1, "where": 0.05, "full": 0.25, "low": 0.1},
-            (1, 2.5, 0.8, 1.5, 0.5, 1.2),
-            varied=False,
-            more=3,
-            wide=0.25,
-        ),
-    ),
 }
 
 
@@ -176,9 +160,7 @@ def _id(name: str) -> str:
     return next((i for i, known in PAPER_GRID.ids.items() if known == name), name)
 
 
-def make_row(
-    writer: Writer, family: str, seed: int, mode: str, phase: Phase, questions: int = 3, curator: Curator | None = None
-) -> Row:
+def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, questions: int = 3) -> Row:
     """One training conversation; ``full`` and ``low`` ask several questions about their picture, one after another."""
     w = world()
     rng = w.stream(family, seed)
@@ -200,15 +182,9 @@ def make_row(
         view = image if mode == "full" else half(image)
         return writer.row([([view] if i == 0 else [], text, answer, 1.0) for i, (text, answer, _) in enumerate(asked)])
     text, answer, evidence = asked[0]
-    direct = writer.row([([half(image)], text, answer, 1.0)], PAPER_GRID.prompt)
-    if mode == "awares" and curator.low_is_enough(writer.row([([half(image)], text, answer, 1.0)])):
-        return direct
-    most = 1 if curator and curator.where == "one" else 2
-    names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size, most=most)
-    if mode == "awares" and curator.where == "all":
-        names = ("all",)
-    call_weight, later = CALL_WEIGHT if mode == "awares" else phase.call, []
-    if mode == "crop" and questions > 1:
+    names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size)
+    call_weight, later = phase.call, []
+    if questions > 1:
         if rng.random() < phase.wide:
             names, call_weight = rng.choice(_holding(evidence, image.size)), 0.0
         for panel in order[1:]:
@@ -224,23 +200,7 @@ def _holding(panels: list, size: tuple[int, int]) -> list[tuple[str, ...]]:
     return [(name,) for name in (*PAPER_GRID.names, "all") if PAPER_GRID.holds((name,), [p.box for p in panels], *size)]
 
 
-class Curator:
-    """Labels a question low or high resolution as the paper does: by what the base model answers at half size.
-
-    where: crops that a call names: the ``cheapest`` one or two regions that cover the evidence, the cheapest ``one`` that
-        does, or ``all``; ``all`` too where the others find none.
-    """
-
-    def __init__(self, model, writer: Writer, where: str):
-        self.learner, self.writer, self.where = Learner(model.eval()), writer, where
-
-    def low_is_enough(self, row: Row) -> bool:
-        """Whether the base model's greedy answer to a half-size row, under its own system message, is the right one."""
-        torch.set_num_threads(1)  # this runs in the data worker
-        return self.learner.right([row], self.writer, "cpu")[0]
-
-
-def make_batch(writer: Writer, stage: str, step: int, steps: int, rows: int, curator: Curator | None = None) -> dict:
+def make_batch(writer: Writer, stage: str, step: int, steps: int, rows: int) -> dict:
     w, rng = world(), random.Random(f"{stage}/{step}")
     phases = [p for p in PHASES[stage] if step / steps < p.until]
     out, kinds = [], []
@@ -249,7 +209,7 @@ def make_batch(writer: Writer, stage: str, step: int, steps: int, rows: int, cur
         phase = rng.choice(earlier) if earlier and rng.random() < 0.1 else phases[0]
         mode = rng.choices(list(phase.mix), list(phase.mix.values()))[0]
         family = w.FAMILIES[i % len(w.FAMILIES)] if len(set(phase.families)) == 1 else rng.choices(w.FAMILIES, phase.families)[0]
-        out.append(make_row(writer, family, train_seed(stage, step, i), mode, phase, curator=curator))
+        out.append(make_row(writer, family, train_seed(stage, step, i), mode, phase))
         kinds.append(KINDS.index(mode))
     return collate(out, writer) | {"kinds": torch.tensor(kinds)}
 
@@ -317,12 +277,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", choices=list(STAGES), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tower", type=Path, help="run folder of the tower stage (base, light)")
-    parser.add_argument("--start", type=Path, help="checkpoint folder to go on from (light, where, sft)")
+    parser.add_argument("--start", type=Path, help="checkpoint folder to go on from (light, where, joint)")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--stop", type=int, help="stop after this step of the schedule (default: --steps)")
-    parser.add_argument(
-        "--where", choices=("one", "cheapest", "all"), default="one", help="crops that a call of a trajectory names (sft)"
-    )
     parser.add_argument("--rows", type=int, default=36, help="conversations per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--tower-lr", type=float, default=1e-4)
@@ -330,7 +287,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args(argv)
     torch.manual_seed(STAGES[a.stage])
-    curator = None
     tok = nano.nano_tokenizer()
     writer, model = Writer(tok), nano.build(tok).to(a.device)
     if a.start:
@@ -340,8 +296,6 @@ def main(argv: list[str] | None = None) -> None:
         model.model.visual.load_state_dict(state["tower"])
         if not a.start:
             calibrate(model, writer)
-    if a.stage == "sft":
-        curator = Curator(copy.deepcopy(model), writer, a.where)
     learner = Learner(model)
     tower = list(model.model.visual.parameters())
     language = [p for n, p in model.named_parameters() if ".visual." not in n]
@@ -372,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
         train(
             {"model": model},
             [Group(language, a.lr), Group(tower, a.tower_lr, frozen)],
-            lambda step: make_batch(writer, a.stage, step, a.steps, a.rows, curator),
+            lambda step: make_batch(writer, a.stage, step, a.steps, a.rows),
             loss_of,
             evaluate,
             a.out,
