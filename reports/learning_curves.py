@@ -14,12 +14,15 @@ from . import draw as drawing
 from . import names
 from .load import ReportError
 
+WATCHED = ("reward", "answer_score", "call_rate", "rtr")
+"""What a GRPO run is judged by while it runs; its loss says little."""
+
 
 def read(logs: list[Path]) -> pd.DataFrame:
     """Logs (``run/log.jsonl`` or ``NAME.jsonl``) -> run, step, seconds, kind ("loss" or "evaluation"), group, series, value.
 
-    A line is ``{"step", "seconds", "loss", parts…}`` or ``{"step", "evaluation": {name: number or {name: number}}}``. An unfinished last
-    line is left out; other broken lines are refused.
+    A line is ``{"step", "seconds", "loss", parts…}``, ``{"step", "evaluation": {name: number or {name: number}}}``, or GRPO's with a
+    ``reward``, whose ``WATCHED`` figures stand for an evaluation. An unfinished last line is left out; other broken lines are refused.
     """
     rows = []
     for path in logs:
@@ -33,10 +36,9 @@ def read(logs: list[Path]) -> pd.DataFrame:
                     break
                 raise ReportError(f"{path}, line {number} is not JSON ({error})") from error
             same = {"run": run, "step": entry.get("step"), "seconds": entry.get("seconds")}
-            kind = "evaluation" if "evaluation" in entry else "loss"
-            told = (
-                entry["evaluation"] if kind == "evaluation" else {k: v for k, v in entry.items() if k not in ("step", "seconds")}
-            )
+            told = entry.get("evaluation") or {k: entry[k] for k in WATCHED if k in entry and "reward" in entry}
+            kind = "evaluation" if told else "loss"
+            told = told or {k: v for k, v in entry.items() if k not in ("step", "seconds")}
             rows += [same | {"kind": kind, "group": k.split("/")[0], "series": k, "value": v} for k, v in _numbers(told)]
     return pd.DataFrame(rows, columns=["run", "step", "seconds", "kind", "group", "series", "value"])
 
