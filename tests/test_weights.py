@@ -31,26 +31,18 @@ def outcomes():
 def test_full_reads_what_low_cannot_and_awares_lies_between_them(outcomes):
     documents, runs, right = outcomes
     full, low, awares = (sum(right[name]) / len(documents) for name in ("full", "low", "awares"))
-    assert full > 0.85 and full - low > 0.15
-    assert low + 0.4 * (full - low) < awares < full
-    assert sum(t.rtr for t in runs["awares"].values()) / len(documents) < 0.6
+    assert full > 0.95 and full - low > 0.15
+    assert low + 0.6 * (full - low) < awares <= full
+    assert sum(t.rtr for t in runs["awares"].values()) / len(documents) < 0.5
 
 
 def test_calls_name_the_region_of_the_evidence(outcomes):
     documents, runs, _ = outcomes
     called = [(d, runs["awares"][i].crops) for i, d in enumerate(documents) if runs["awares"][i].crops]
-    covered = [
-        all(any(_inside(e, box) for box in PAPER_GRID.boxes(*d.image.size, crops)) for e in d.evidence) for d, crops in called
-    ]
+    covered = [PAPER_GRID.holds(crops, d.evidence, *d.image.size) for d, crops in called]
     small = [crops for _, crops in called if PAPER_GRID.area(crops) <= 0.5]
-    assert sum(covered) / len(called) > 0.5  # a region drawn at random with the same areas covers about one in five
+    assert sum(covered) / len(called) > 0.8  # a region drawn at random with the same areas covers about one in five
     assert len(small) / len(called) > 0.5 and len(set(small)) >= 6
-
-
-def _inside(box, region, slack=2):
-    return all(a >= b - slack for a, b in zip(box[:2], region[:2], strict=True)) and all(
-        a <= b + slack for a, b in zip(box[2:], region[2:], strict=True)
-    )
 
 
 def test_calls_are_well_formed_and_come_where_the_half_size_view_is_not_enough(outcomes):
@@ -60,6 +52,13 @@ def test_calls_are_well_formed_and_come_where_the_half_size_view_is_not_enough(o
     wrong = [not r for r in right["low"]]
     caught = sum(c and w for c, w in zip(called, wrong, strict=True))
     assert caught / sum(wrong) > sum(called) / len(called)  # better than calling at random
+
+
+def test_adapters_of_the_package_are_the_base_with_something_added():
+    base, sft = (VLM.load(resolve(name)).model.state_dict() for name in ("nano-base", "nano-sft"))
+    assert base.keys() == sft.keys()
+    moved = {name for name in base if not base[name].equal(sft[name])}
+    assert moved == {name for name in base if "language_model.layers" in name and "_proj.weight" in name}
 
 
 def test_stock_transformers_loads_them():
