@@ -40,7 +40,13 @@ def main(wanted: list[str]) -> None:
         if name == "weight_1":
             sft.run(recipe.load(sft.SFT, "nano_sft", [*said, "call_weight=1"]))
         else:
-            grpo.run(recipe.load(grpo.GRPO, "nano_grpo", [*said, f"steps={STEPS}", f"save_every={STEPS}", f"log_every={STEPS // 15}", *CHANGES[name]]))
+            grpo.run(
+                recipe.load(
+                    grpo.GRPO,
+                    "nano_grpo",
+                    [*said, f"steps={STEPS}", f"save_every={STEPS}", f"log_every={STEPS // 15}", *CHANGES[name]],
+                )
+            )
 
 
 if __name__ == "__main__":
