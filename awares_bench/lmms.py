@@ -248,8 +248,11 @@ REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
 
 def task_index(include_path: str | None = None) -> TaskManager:
-    """lmms-eval's tasks and this package's, and those of a folder. A task is loaded anew, its module's globals too, each time."""
-    folders = [str(files("awares_bench.tasks") / "."), *([include_path] if include_path else [])]
+    """lmms-eval's tasks and this package's, and those of a folder, whose own win over others of the same name (lmms-eval takes the first).
+
+    A task is loaded anew, its module's globals too, each time.
+    """
+    folders = [*([include_path] if include_path else []), str(files("awares_bench.tasks") / ".")]
     return TaskManager("WARNING", include_path=folders)
 
 

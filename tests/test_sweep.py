@@ -144,3 +144,10 @@ def test_a_sweep_saves_what_lmms_evals_command_saves_resumes_and_goes_on_after_a
         assert {k: v for k, v in ours["results"][task].items() if "stderr" not in k} == {
             k: v for k, v in theirs["results"][task].items() if "stderr" not in k
         }
+
+
+def test_a_folder_s_tasks_win_over_the_package_s_of_the_same_name(tmp_path):
+    (tmp_path / "nano_doc.yaml").write_text((FOLDER / "nano_doc.yaml").read_text())
+    index = import_module("awares_bench.lmms").task_index(str(tmp_path)).task_index
+    assert index["nano_doc"]["yaml_path"] == str(tmp_path / "nano_doc.yaml")
+    assert index["nano_pope"]["yaml_path"] == str(FOLDER / "nano_pope.yaml")
