@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from awares_bench.method import Pruner, Visual
 
@@ -36,11 +37,17 @@ class DivPrune(Pruner):
 
 
 def _cosines(x: Tensor, block: int = 512) -> Tensor:
-    """(V, D) -> (V, V) in float32; the features are converted a block at a time."""
+    """(V, D) -> (V, V) in float32, a block at a time, and symmetric to the bit.
+
+    The two tokens of a closest pair are equally lonely: rounding that differs between (i, j) and (j, i) would choose between them.
+    """
     out = torch.empty(len(x), len(x), device=x.device)
-    norms = torch.cat([b.float().norm(dim=1) for b in x.split(block)]).clamp(min=1e-12)
     for i in range(0, len(x), block):
-        rows = x[i : i + block].float()
-        for j in range(0, len(x), block):
-            out[i : i + block, j : j + block] = rows @ x[j : j + block].float().T
-    return out.div_(norms[:, None]).div_(norms)
+        rows = normalize(x[i : i + block].float(), dim=1)
+        for j in range(0, i + 1, block):
+            part = rows @ normalize(x[j : j + block].float(), dim=1).T
+            if j == i:
+                part = part.tril() + part.tril(-1).T
+            out[i : i + block, j : j + block] = part
+            out[j : j + block, i : i + block] = part.T
+    return out

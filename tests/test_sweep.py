@@ -55,7 +55,7 @@ def test_the_shipped_recipes_hold_what_they_promise():
     pruners = {n for n in registry.names() if issubclass(registry.method_class(n), Pruner)}
     for name in pruners:
         assert {c.options["retention"] for c in nano if c.method == name} == {0.25, 0.5, 0.7}
-    untrained = {n for n in registry.names() if n not in pruners} - {"visionthink", "cropvlm"}
+    untrained = {n for n in registry.names() if n not in pruners} - {"visionthink"}
     assert {c.method for c in nano} == pruners | untrained
     table = sweep.read("paper_table1").cells
     assert {
@@ -86,7 +86,7 @@ def test_the_shipped_recipes_hold_what_they_promise():
 def test_a_recipe_that_cannot_be_run_says_why_before_anything_is_loaded(tmp_path, text, said):
     with pytest.raises(ValueError, match=said):
         sweep.read(recipe(tmp_path, text))
-    with pytest.raises(ValueError, match="no recipe nothing; pass a YAML file or one of: nano, paper_table1"):
+    with pytest.raises(ValueError, match="no recipe nothing; pass a YAML file or one of: nano, nano_ablations, paper_table1"):
         sweep.read("nothing")
 
 
