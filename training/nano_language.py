@@ -8,7 +8,9 @@
            Growing is what makes it learn: with one panel a region is read off within 50 steps and carries over to five panels
            at once; on whole pictures from the start it stayed at chance for 600 (both measured).
 ``joint``  the tower learns too; two-turn rows go on asking about what else lies in the fetched crops (more reading per picture),
-           and some fetch more than they need, so that no crop is strange to the model. Its result is the base model, nano-base.
+           and some fetch more than they need, so that no crop is strange to the model.
+``read``   mostly two-turn rows about small writing. After ``joint`` the second turn gave the half-size guess again on a fifth of
+           the questions that half size had wrong (the whole picture reads them all). Its result is the base model, nano-base.
 
 SFT and GRPO start from there, by the recipes ``nano_sft`` and ``nano_grpo``.
 
@@ -19,6 +21,8 @@ SFT and GRPO start from there, by the recipes ``nano_sft`` and ``nano_grpo``.
     python -m awares_bench.training.nano_language --stage where --start runs/light/checkpoint --steps 500 --out runs/where
     python -m awares_bench.training.nano_language --stage joint --start runs/where/checkpoint --steps 3600 --lr 1.5e-3 \
         --tower-lr 3e-4 --tower-frozen 0 --out runs/joint
+    python -m awares_bench.training.nano_language --stage read --start runs/joint/checkpoint --steps 2400 --lr 1e-3 \
+        --tower-lr 2e-4 --tower-frozen 0 --out runs/read
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from torch.nn.functional import cross_entropy
 from awares_bench.crops import PAPER_GRID
 from awares_bench.vision_attention import windowed_attention
 
-STAGES = {"base": 0, "light": 2, "where": 3, "joint": 4}
+STAGES = {"base": 0, "light": 2, "where": 3, "joint": 4, "read": 5}
 KINDS = ("list", "where", "ask where", "full", "low", "crop")
 
 
@@ -50,7 +54,7 @@ class Phase:
     families: how often each comes up. varied: see ``ask`` of the world.
     call: loss weight of the call in ``crop`` rows, which always call.
     more: further questions of a ``crop`` row, about panels that lie in its crops. wide: share of such rows that fetch other
-        regions than the cheapest: ones that hold the evidence too.
+        regions than the cheapest: ones that hold the evidence too. small: share of such rows that ask about small writing first.
     """
 
     until: float
@@ -62,6 +66,7 @@ class Phase:
     call: float = 0.0
     more: int = 0
     wide: float = 0.0
+    small: float = 0.0
 
 
 PHASES = {
@@ -117,6 +122,20 @@ PHASES = {
             ),
         )
     ),
+    "read": (
+        Phase(
+            1.00,
+            (224, 224),
+            (3, 5),
+            {"list": 0.01, "where": 0.04, "ask where": 0.1, "full": 0.05, "low": 0.1, "crop": 0.7},
+            (2.4, 3, 1.2, 1.2, 0.5, 0.9),
+            varied=False,
+            call=1.0,
+            more=3,
+            wide=0.25,
+            small=0.8,
+        ),
+    ),
 }
 
 
@@ -170,6 +189,8 @@ def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, qu
         regions = [region_id(p, image.size) for p in panels] if mode == "where" else None
         return list_row(writer, half(image) if rng.random() < (0.8 if regions else 0.3) else image, panels, regions)
     order = rng.sample(panels, len(panels)) if questions > 1 else [rng.choice(panels)]
+    if mode == "crop" and questions > 1 and phase.small and rng.random() < phase.small:
+        order.sort(key=lambda p: p.large)
     asked = []
     for panel in order[: questions if mode in ("full", "low", "ask where") else 1]:
         question, answer, options, evidence = w.ask(rng, panels, panel, phase.varied)
@@ -277,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", choices=list(STAGES), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tower", type=Path, help="run folder of the tower stage (base, light)")
-    parser.add_argument("--start", type=Path, help="checkpoint folder to go on from (light, where, joint)")
+    parser.add_argument("--start", type=Path, help="checkpoint folder to go on from (light, where, joint, read)")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--stop", type=int, help="stop after this step of the schedule (default: --steps)")
     parser.add_argument("--rows", type=int, default=36, help="conversations per step")
