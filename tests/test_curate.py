@@ -6,12 +6,15 @@ from types import SimpleNamespace
 import pyarrow.parquet
 import pytest
 from awares_bench.training import curate, examples, judges, oracles, recipe
-from awares_bench.training.rollout import Sampled
-from awares_bench.training.scoring import Features
+from awares_bench.training.rollout import Sampled, banned
+from awares_bench.training.scoring import Features, Scorer, pack, render
 
 from awares_bench.awares import AwaRes
 from awares_bench.crops import PAPER_GRID
+from awares_bench.registry import method_class
 from awares_bench.trajectory import Sample
+from awares_bench.vlm import VLM
+from awares_bench.weights import resolve
 
 from .tiny import picture, tiny_vlm
 
@@ -48,6 +51,30 @@ def test_labels_follow_the_rule_and_ties_are_split_by_correctness(low, full, tie
     assert row["label"] == row["second"] == label
     (failed,) = curate.label(made, table, [{"index": 0, "low": None, "full": None, "error": "x"}], judges.exact)
     assert failed["label"] is None and failed["verdict"] is None
+
+
+@pytest.mark.parametrize("full, sure, label", [("42", 0.6, "HR"), ("42", 0.95, "LR"), ("1", 0.6, "LR")])
+def test_a_right_answer_that_the_model_was_not_sure_of_is_no_sign_that_half_size_is_enough(full, sure, label):
+    made = recipe.check(curate.Curate, {"start": "s", "data": "d", "out": "o", "judge": "exact", "sure": 0.9})
+    row = {"index": 0, "low": "42", "full": full, "sure": sure, "error": None}
+    (row,) = curate.label(made, [{"question": "q", "answers": ["42"]}], [row], judges.exact)
+    assert row["label"] == label and row["right_low"]
+
+
+def test_how_sure_a_model_is_of_its_half_size_answer_is_the_probability_of_the_reply():
+    said = {"start": "nano-base", "data": "nano:6", "out": "o", "judge": "exact", "max_new_tokens": 8, "batch": 4}
+    vlm, table = VLM.load(resolve("nano-base")), curate.nano_rows(6)
+    rows = [{"index": i} for i in range(6)]
+    plain = curate.answer(recipe.check(curate.Curate, said), table, rows, vlm)
+    found = curate.answer(recipe.check(curate.Curate, said | {"sure": 0.5}), table, rows, vlm)
+    assert [(r["low"], r["full"], r["error"]) for r in found] == [(r["low"], r["full"], None) for r in plain]
+    assert all(r["sure"] is None for r in plain)
+    scorer = Scorer(vlm.model, banned(vlm))
+    for row in found:
+        one = render(vlm, method_class("low")(), examples.sample(table[row["index"]], 0, 2000), [row["low"]])
+        packed = pack([[one]], vlm)
+        scores, _ = scorer(packed, Features(vlm)(packed.views))
+        assert row["sure"] == pytest.approx(scores.sum().exp().item(), abs=1e-4)
 
 
 def test_a_chat_judge_is_asked_in_both_orders_and_must_agree():

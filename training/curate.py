@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from awares_bench.training import examples, judges, oracles
 from awares_bench.training.recipe import RecipeError, Run, claim, key
+from awares_bench.training.rollout import InStep, Sampler
 from awares_bench.training.scoring import Features
 from awares_bench.training.trainer import device_of, open_vlm
 from awares_bench.training.world import world
@@ -30,6 +32,7 @@ from awares_bench.awares import AwaRes
 from awares_bench.crops import PAPER_GRID
 from awares_bench.engine import Engine, Failure, Job
 from awares_bench.registry import method_class
+from awares_bench.trajectory import Trajectory
 from awares_bench.vlm import VLM
 
 NANO_START = 8 << 36
@@ -45,6 +48,8 @@ class Curate(Run):
     judge:      ``exact``, ``relaxed``, ``anls``, ``local`` or ``endpoint`` (paper: a 70B language model)
     second_judge: a rule whose labels are compared with the judge's, as paper Table 2 does; none by default
     ties:       ``split``: both right is LR, both wrong is dropped; ``paper``: both are LR
+    sure:       probability that the base model must give its whole half-size answer for that to be enough; a right one below it
+                is a lucky guess, labelled HR where full size is right. 0, the default, labels as the paper does
     oracle:     ``boxes`` of the dataset, ``search`` on the base model, ``endpoint`` of a grounding model (paper)
     parallel:   questions put to an endpoint at once; a local judge takes them one by one
     mapping:    ``coverage``, ``iou_argmax`` or ``iou_literal`` (paper Eq. 3), see ``oracles.crops_for``
@@ -61,6 +66,7 @@ class Curate(Run):
     judge_url: str = key("")
     second_judge: str = key("", one_of=("", *judges.RULES))
     ties: str = key("split", one_of=("split", "paper"))
+    sure: float = key(0.0, low=0, high=1)
     oracle: str = key("search", one_of=("boxes", "search", "endpoint"))
     oracle_model: str = key("")
     oracle_url: str = key("")
@@ -164,15 +170,27 @@ def _question(recipe: Curate, row: dict) -> str:
 
 
 def answer(recipe: Curate, table, some: list[dict], vlm: VLM) -> list[dict]:
-    """Stage a: the base model's greedy answers at half and at full size."""
-    found = [dict(r) for r in some]
+    """Stage a: the base model's greedy answers at half and at full size, and how likely it found the one at half size."""
+    found = [dict(r, sure=None) for r in some]
     for name in ("low", "full"):
         samples = [examples.sample(table[r["index"]], r["index"], recipe.largest_side) for r in some]
         jobs = [Job(type(s)(s.images, s.question + recipe.suffix, s.key), recipe.max_new_tokens) for s in samples]
-        for i, outcome in Engine(vlm, method_class(name)(), recipe.batch).run(jobs):
-            found[i][name] = None if isinstance(outcome, Failure) else outcome.answer
-            found[i]["error"] = outcome.error if isinstance(outcome, Failure) else None
+        policy, likely = method_class(name)(), name == "low" and recipe.sure
+        for i, outcome in _likely(vlm, policy, jobs, recipe.batch) if likely else Engine(vlm, policy, recipe.batch).run(jobs):
+            failed = isinstance(outcome, Failure)
+            found[i][name] = None if failed else outcome.answer
+            found[i]["error"] = outcome.error if failed else found[i].get("error")
+            if likely and not failed:
+                found[i]["sure"] = math.exp(sum(outcome.replies[-1].logps))
     return found
+
+
+def _likely(vlm: VLM, policy, jobs: list[Job], batch: int) -> Iterator[tuple[int, Trajectory | Failure]]:
+    """As the engine's run, with the log-probabilities of the greedy replies."""
+    features = Features(vlm, 0)
+    for start in range(0, len(jobs), batch):
+        for i, outcome in InStep(Sampler(vlm, features, 0.0), policy).run(jobs[start : start + batch]):
+            yield start + i, outcome
 
 
 def label(recipe: Curate, table, some: list[dict], grader) -> list[dict]:
@@ -196,6 +214,8 @@ def label(recipe: Curate, table, some: list[dict], grader) -> list[dict]:
             by_rule = 2 * made["right_full"] if made["right_full"] != made["right_low"] else 0
             by_rule = 1 if made["right_low"] and not made["right_full"] else by_rule
             made["verdict"] = verdicts[r["index"]] if compare else by_rule
+            if recipe.sure and made["right_low"] and made["right_full"] and r["sure"] < recipe.sure:
+                made["verdict"] = 2
             made["label"] = _label(made["verdict"], made["right_low"] or made["right_full"], recipe.ties)
             if recipe.second_judge:
                 other = judges.judge(recipe.second_judge)
@@ -287,6 +307,7 @@ def summarise(recipe: Curate, labelled: list[dict], cropped: list[dict]) -> dict
         "share_HR": round(hr / len(known), 4) if known else None,
         "right_low": _share(labelled, "right_low"),
         "right_full": _share(labelled, "right_full"),
+        "lucky": round(sum(r["label"] == "HR" and r["right_low"] for r in known) / len(known), 4) if known else None,
         "crops": dict(chosen.most_common()),
         "share_without_crops": round(chosen["none"] / len(cropped), 4) if cropped else None,
         "mean_area_of_HR": round(sum(PAPER_GRID.area(r["crops"]) for r in cropped) / len(cropped), 4) if cropped else None,
