@@ -171,8 +171,8 @@ def test_micro_batches_and_processes_change_nothing(place):
     assert [p.wait(300) for p in ranks] == [0, 0]
     two = figures(place / "two")
     for step in one:
-        assert finer[step] == pytest.approx(one[step], rel=1e-4, abs=1e-5)
-        assert two[step] == pytest.approx(one[step], rel=1e-4, abs=1e-5)
+        assert finer[step] == pytest.approx(one[step], rel=1e-6, abs=1e-7)
+        assert two[step] == pytest.approx(one[step], rel=1e-6, abs=1e-7)
 
 
 def test_recipes_that_cannot_work_say_so_before_anything_loads(place, capsys, tmp_path):
