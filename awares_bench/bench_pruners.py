@@ -95,14 +95,17 @@ def _reset_peak(vlm: VLM) -> int | None:
 
 
 class MeteredBatch(StagedBatch):
-    """A prefill whose cuts and raters are metered."""
+    """A prefill whose raters, their queries and cuts are metered."""
 
     def __init__(self, meter: Meter, *args):
         self.meter = meter
         super().__init__(*args)
 
-    def _raters(self, chunk: Chunk) -> Tensor | None:
-        return self.meter(super()._raters, chunk)
+    def _choose_raters(self) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        return self.meter(super()._choose_raters)
+
+    def _ask(self, *args) -> None:
+        self.meter(super()._ask, *args)
 
     def _cut(self, *args) -> Chunk:
         return self.meter(super()._cut, *args)
