@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from .products import products
 
 BLOCK = 2**19
 """Scores held at a time: 2 MiB, and as much again for their softmax; near a core's cache."""
@@ -37,18 +40,17 @@ def raster_order(rows: int, columns: int, window: int, device: torch.device) -> 
 
 
 def column_attention(q: Tensor, k: Tensor, scaling: float, block: int = BLOCK) -> Tensor:
-    """Attention that each key receives, the mean over heads and queries: (S, H, N, d) twice -> (S, N), S segments of N."""
-    segments, heads, n, width = q.shape
-    q, k = q.reshape(-1, n, width), k.reshape(-1, n, width)  # (S * H, N, d)
+    """Attention that each key receives, the mean over heads and queries: (H, N, d) twice -> (N,)."""
+    heads, n, _ = q.shape
     together = max(1, block // (n * n))  # heads in one product
     step = max(1, min(n, block // n)) if together == 1 else n  # queries in one product
-    out = torch.zeros(len(q), n, device=q.device)
-    for a in range(0, len(q), together):
-        keys = k[a : a + together].float().transpose(1, 2)
+    out = torch.zeros(n, device=q.device)
+    for a in range(0, heads, together):
+        keys = k[a : a + together].float().contiguous()
         for i in range(0, n, step):
-            scores = (q[a : a + together, i : i + step].float() * scaling) @ keys
-            out[a : a + together] += scores.softmax(-1).sum(1)
-    return out.view(segments, heads, n).mean(1) / n
+            scores = products(q[a : a + together, i : i + step].float() * scaling, keys)
+            out += scores.softmax(-1).sum((0, 1))
+    return out / (heads * n)
 
 
 @dataclass
@@ -66,15 +68,8 @@ class Probe:
             self.metric = k[0].mean(0, dtype=torch.float32)
         if not self.attention_wanted:
             return
-        if len(boundaries) == 2:
-            self.attention = column_attention(q, k, scaling)[0]
-            return
-        starts, lengths = boundaries[:-1].long(), boundaries.diff().long()
-        self.attention = torch.empty(q.shape[2], device=q.device)
-        for n in lengths.unique().tolist():
-            place = (starts[lengths == n, None] + torch.arange(n, device=q.device)).reshape(-1)
-            parts = [t[0][:, place].unflatten(1, (-1, n)).transpose(0, 1) for t in (q, k)]  # (S, H, n, d)
-            self.attention[place] = column_attention(*parts, scaling).reshape(-1)
+        pieces = pairwise(boundaries.tolist())
+        self.attention = torch.cat([column_attention(q[0, :, a:b], k[0, :, a:b], scaling) for a, b in pieces])
 
 
 @contextmanager
@@ -99,15 +94,14 @@ class AttentionRows:
 
     q: (H, R, d) and keys: (G, K, d) after RoPE, G key heads shared by the H query heads.
     rows: (R,) place of each query among the K keys: it sees itself and what is before. columns: the V places of the image's tokens.
-    row_phases, column_phases: (R, 2d) and (V, 2d), cosines and sines of the rotary embedding.
+    phases: cosines and sines (L, d) of the rotary embedding at the last L keys, which the image and the queries are among.
     """
 
     q: Tensor
     keys: Tensor
     rows: Tensor
     columns: slice
-    row_phases: Tensor
-    column_phases: Tensor
+    phases: tuple[Tensor, Tensor]
 
     def per_head(self, divisor: Tensor | None = None, block: int = BLOCK) -> Tensor:
         """Mean over the R queries of the attention, divided by ``divisor`` (R, V) if given: (H, V)."""
@@ -127,5 +121,6 @@ class AttentionRows:
 
     def rotary_kernel(self) -> Tensor:
         """Inner product of all-ones vectors rotated to each query's and each token's place, over sqrt(d): (R, V)."""
-        width = self.q.shape[2]
-        return self.row_phases.float() @ self.column_phases.float().T * width**-0.5
+        length, width = self.keys.shape[1:]
+        rows, columns = self.rows - length, slice(self.columns.start - length, self.columns.stop - length)  # from the end
+        return sum(t[rows].float() @ t[columns].float().T for t in self.phases) * width**-0.5

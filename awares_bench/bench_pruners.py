@@ -29,6 +29,7 @@ from .attention_scores import Probe, probed
 from .geometry import geometry, random_model
 from .memory import peak, process_status, start_peak
 from .method import Pruner, Visual
+from .products import fast_products
 from .pruning import Chunk, look
 from .record import provenance
 from .session import Session
@@ -95,14 +96,17 @@ def _reset_peak(vlm: VLM) -> int | None:
 
 
 class MeteredBatch(StagedBatch):
-    """A prefill whose cuts and raters are metered."""
+    """A prefill whose raters, their queries and cuts are metered."""
 
     def __init__(self, meter: Meter, *args):
         self.meter = meter
         super().__init__(*args)
 
-    def _raters(self, chunk: Chunk) -> Tensor | None:
-        return self.meter(super()._raters, chunk)
+    def _choose_raters(self) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        return self.meter(super()._choose_raters)
+
+    def _ask(self, *args) -> None:
+        self.meter(super()._ask, *args)
 
     def _cut(self, *args) -> Chunk:
         return self.meter(super()._cut, *args)
@@ -149,18 +153,19 @@ def run(
     placed = mrope_positions(ids, [grid], vlm.image_token)
 
     layers, costs = _Layers(vlm), [Cost(type(p).__module__.rsplit(".", 1)[-1]) for p in chosen]
-    for round_ in range(repeats + 1):  # the first warms up, and looks at memory instead of the clock; the others alternate
-        chunks = [vlm.embed(ids, placed, [image]) for image in vlm.see(patches, [grid] * batch)]
-        StagedBatch(vlm, [Session() for _ in chunks], chunks, chosen[0], {}).prefill()
-        layers.close_round(whole)
-        for pruner, cost in zip(chosen, costs, strict=True):
-            meter = Meter(vlm, memory=round_ == 0)
-            cost.visual = _decide(meter, pruner, whole, patches, grid, ids, placed)
-            if meter.memory:
-                cost.extra_bytes = meter.peak
-            else:
-                cost.rounds.append(sum(meter.seconds))
-            layers.forget()
+    with fast_products(vlm.decoder):  # as where it answers
+        for round_ in range(repeats + 1):  # the first warms up, and looks at memory instead of the clock; the others alternate
+            chunks = [vlm.embed(ids, placed, [image]) for image in vlm.see(patches, [grid] * batch)]
+            StagedBatch(vlm, [Session() for _ in chunks], chunks, chosen[0], {}).prefill()
+            layers.close_round(whole)
+            for pruner, cost in zip(chosen, costs, strict=True):
+                meter = Meter(vlm, memory=round_ == 0)
+                cost.visual = _decide(meter, pruner, whole, patches, grid, ids, placed)
+                if meter.memory:
+                    cost.extra_bytes = meter.peak
+                else:
+                    cost.rounds.append(sum(meter.seconds))
+                layers.forget()
     layers.remove()
     prefills = layers.rounds[1:]
     for cost in costs:

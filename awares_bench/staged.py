@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention_scores import AttentionRows
 from .batch import Batch
@@ -29,7 +29,7 @@ class StagedBatch(Batch):
         super().__init__(vlm, sessions, chunks)
         self.pruner, self.stages, self.chunks = pruner, stages, chunks
         self.columns = self.mask.shape[1]  # of the prompt, at the first layer
-        self.raters = [self._raters(c) for c in chunks]  # counted back from the end, which no cut moves
+        self.raters, self.asked = self._choose_raters()
         layers = len(vlm.decoder.layers)
         self.past = [[s.keys[layer].shape[1] if s.keys else 0 for s in sessions] for layer in range(layers)]
         self.shifts = torch.tensor([s.shifts or [0] * layers for s in sessions], device=vlm.device).T.clone()  # (layers, B)
@@ -37,14 +37,19 @@ class StagedBatch(Batch):
         self.first = torch.stack([c.positions[0, 0] for c in chunks])
         self.held: list[Tensor] = []  # per layer, (B, L): where the prompt has a token
 
-    def _raters(self, chunk: Chunk) -> Tensor | None:
-        """Places of the text tokens after the last image whose attention ranks the visual tokens: (R,), counted from the end."""
+    def _choose_raters(self) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        """Places of every row's raters, and where all of them are: row and place. Counted back from the end, which no cut moves."""
+        places = [self._raters(c) for c in self.chunks]
+        return places, (torch.cat([torch.full_like(p, b) for b, p in enumerate(places)]), torch.cat(places))
+
+    def _raters(self, chunk: Chunk) -> Tensor:
+        """Places of the text tokens after the last image whose attention ranks the visual tokens: (R,), -1 the last of the chunk."""
         if not chunk.spans:
-            return None
+            return torch.empty(0, dtype=torch.long, device=self.vlm.device)
         visual = [chunk.embeds[s.start : s.stop] for s in chunk.spans]
         visual = visual[0] if len(visual) == 1 else torch.cat(visual)  # one image is not copied
         text = chunk.embeds[chunk.spans[-1].stop :]
-        return len(text) - self.pruner.raters(visual, text)
+        return self.pruner.raters(visual, text) - len(text)
 
     def prefill(self) -> Tensor:
         decoder, hidden, positions = self.vlm.decoder, self.embeds, self.positions
@@ -54,21 +59,24 @@ class StagedBatch(Batch):
             entering.append([c.visual for c in self.chunks])
             shift = self.before[layer] * (not self._repacked(layer))
             rope = decoder.rotary_emb(hidden, positions + shift[None, :, None])
-            before, hidden = hidden, self._layer(layer, hidden, rope)
-            if layer in self.stages:
-                self.chunks = [self._cut(layer, b, before[b], hidden[b], positions[:, b], rope) for b in self.rows]
-                hidden, positions = self._padded(self.chunks)
-                if self.pruner.repacks:
-                    positions = self._repack(layer, positions)
+            if layer not in self.stages:
+                hidden = self._layer(layer, hidden, rope)
+                continue
+            with decoder.layers[layer].self_attn.q_proj.register_forward_hook(partial(self._ask, rope)):
+                hidden = self._layer(layer, hidden, rope)
+            self.chunks = [self._cut(layer, b, hidden[b], positions[:, b], rope) for b in self.rows]
+            hidden, positions = self._padded(self.chunks)
+            if self.pruner.repacks:
+                positions = self._repack(layer, positions)
         self.visual = torch.tensor(entering, dtype=torch.float64).mean(0).tolist()
         return self.vlm.model.lm_head(decoder.norm(hidden[:, -1:])).float()
 
-    def _cut(self, layer: int, b: int, before: Tensor, after: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor]) -> Chunk:
-        """Row ``b`` reduced between ``layer`` and the next; before, after: its hidden states (L, D) on both sides of the layer."""
+    def _cut(self, layer: int, b: int, hidden: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor]) -> Chunk:
+        """Row ``b`` reduced between ``layer`` and the next; hidden: its states (L, D) there."""
         chunk = self.chunks[b]
-        new = slice(len(after) - len(chunk.embeds), None)
-        see = partial(self._see, layer, b, before[new], tuple(t[b, new] for t in rope))
-        return Chunk(after[new], positions[:, new], chunk.after, chunk.spans).cut(self.pruner, self.stages[layer], see)
+        new = len(chunk.embeds)
+        see = partial(self._see, layer, b, new, (rope[0][b], rope[1][b]))
+        return Chunk(hidden[-new:], positions[:, -new:], chunk.after, chunk.spans).cut(self.pruner, self.stages[layer], see)
 
     def _forward(self, embeds: Tensor, positions: Tensor, last: int) -> Tensor:
         hidden, rope = embeds, None
@@ -105,22 +113,22 @@ class StagedBatch(Batch):
             positions[:, b, length - len(c.embeds) :] = c.positions
         return hidden, positions
 
-    def _see(self, layer: int, b: int, hidden: Tensor, rope: tuple[Tensor, Tensor], span: Span) -> Visual:
-        """What the pruner may see of an image after ``layer``: hidden (L, D) is what entered the layer, rope its cosines and sines."""
-        module = self.vlm.decoder.layers[layer]
-        raters = len(hidden) - self.raters[b]
-        h = module.input_layernorm(hidden[raters])
-        q = module.self_attn.q_proj(h).view(len(h), -1, module.self_attn.head_dim).transpose(0, 1)  # (H, R, d)
-        phases = torch.cat(rope, -1)  # (L, 2d)
-        mine = phases[raters]
-        cos, sin = mine.chunk(2, -1)
+    def _ask(self, rope: tuple[Tensor, Tensor], module: nn.Module, args: tuple, made: Tensor) -> None:
+        """Keep the raters' queries as a layer makes them, (B, L, H * d), turned to their places: (R, H, d) a row."""
+        at = self.asked
+        cos, sin = (t[at][:, None] for t in rope)
+        q = made[at].unflatten(-1, (-1, cos.shape[-1]))
         low, high = q.chunk(2, -1)
-        q = q * cos + torch.cat([-high, low], -1) * sin
+        q = torch.addcmul(q * cos, torch.cat([-high, low], -1), sin)
+        self.queries = q.split([len(r) for r in self.raters])
+
+    def _see(self, layer: int, b: int, new: int, rope: tuple[Tensor, Tensor], span: Span) -> Visual:
+        """What the pruner may see of an image after ``layer``, among the ``new`` tokens of row ``b``; rope: cosines and sines there."""
         past, left = self.past[layer][b], max(self.past[layer])
         keys = self.cache.layers[layer].keys[b]  # (G, padding and K, d)
-        keys = keys[:, -len(hidden) :] if not past else torch.cat([keys[:, left - past : left], keys[:, -len(hidden) :]], 1)
+        keys = keys[:, -new:] if not past else torch.cat([keys[:, left - past : left], keys[:, -new:]], 1)
         columns = slice(past + span.start, past + span.stop)
-        rows = AttentionRows(q, keys, past + raters, columns, mine, phases[span.start : span.stop])
+        rows = AttentionRows(self.queries[b].transpose(0, 1), keys, past + new + self.raters[b], columns, rope)
         return replace(span.visual, rows=rows)
 
     def _repacked(self, layer: int) -> bool:

@@ -10,7 +10,6 @@ Differs  scores in raster order (released: window order, near random), the image
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -61,37 +60,33 @@ class HoloV(Pruner):
         """Quotas by band, then the most attended tokens of each; in NumPy, whose small steps are cheap."""
         attention, total = self.score(image).cpu().numpy(), len(image.features)  # one copy, then no waiting for the GPU
         bands = self.bands(total, n)
-        ends = list(accumulate(total // bands + (i < total % bands) for i in range(bands)))
-        parts = np.split(attention, ends[:-1])
-        chosen = []
-        for part, end, quota in zip(parts, ends, self.quotas(parts, n), strict=True):
-            best = _best(part)[:quota] if quota < len(part) else np.arange(len(part))
-            chosen.append(end - len(part) + (np.sort(best) if self.compat == "corrected" else best))
-        indices = torch.from_numpy(np.concatenate(chosen)).to(image.features.device)
+        sizes = np.full(bands, total // bands)
+        sizes[: total % bands] += 1
+        starts = sizes.cumsum() - sizes
+        quota = self.quotas(np.add.reduceat(attention, starts) / sizes.astype(np.float32), sizes, n)
+        band = np.repeat(np.arange(bands), sizes)
+        # best first within each band, the first of equals first; a band that goes on whole stays in order
+        order = np.lexsort((np.where(quota < sizes, -1, 0)[band] * attention, band))
+        chosen = order[np.arange(total) - starts[band] < quota[band]]
+        indices = torch.from_numpy(np.sort(chosen) if self.compat == "corrected" else chosen).to(image.features.device)
         features, missing = image.features[indices], n - len(indices)
         if not missing:
             return features, indices
         zeros = features.new_zeros((missing, features.shape[1]))  # released: full bands are made up for with zeros
         return torch.cat([features, zeros]), torch.cat([indices, indices.new_full((missing,), -1)])
 
-    def quotas(self, parts: list[np.ndarray], n: int) -> list[int]:
+    def quotas(self, mean: np.ndarray, sizes: np.ndarray, n: int) -> np.ndarray:
         """Tokens to keep of each band, by its mean attention; corrected: what a full band cannot use goes to the largest others."""
-        sizes, mean = np.array([len(p) for p in parts]), np.array([p.mean() for p in parts])
         score = np.float32((ALPHA + BETA) * SCALE) * mean
         if self.compat != "corrected":
             score = np.where(sizes > 1, score, mean)  # released: one token is not scaled
         weight = score / (score.sum() + np.float32(EPSILON))
-        order = _best(weight)
-        quota = np.floor(weight * np.float32(n)).astype(int)
+        order = np.argsort(-weight, kind="stable")
+        quota = (weight * np.float32(n)).astype(int)  # rounded down: no weight is negative
         quota[order[: n - quota.sum()]] += 1
         while self.compat == "corrected" and (over := int(np.maximum(quota - sizes, 0).sum())):
             quota = np.minimum(quota, sizes)
             room = order[quota[order] < sizes[order]][:over]
             quota[room] += over // len(room)
             quota[room[: over % len(room)]] += 1
-        return quota.tolist()
-
-
-def _best(scores: np.ndarray) -> np.ndarray:
-    """Places from the highest score to the lowest, the first of equals first."""
-    return np.argsort(-scores, kind="stable")
+        return quota

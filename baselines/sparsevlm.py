@@ -58,9 +58,8 @@ class SparseVLM(Pruner):
 
     def raters(self, visual: Tensor, text: Tensor) -> Tensor:
         """Words to which the visual tokens are, on average, more than averagely similar; the last one where there are none."""
-        text, total = text.float(), torch.zeros(len(text), device=text.device)
-        for some in visual.split(512):
-            total += (some.float() @ text.T).softmax(1).sum(0)
+        text = text.float().T
+        total = sum((some.float() @ text).softmax(1).sum(0) for some in visual.split(512))
         found = (total > total.mean()).nonzero().squeeze(1)
         return found if len(found) else super().raters(visual, text)
 
@@ -85,17 +84,18 @@ class SparseVLM(Pruner):
         while recycle and self.compat == "corrected" and kept > 1 and kept + recycled(total - kept)[1] > n:
             kept -= 1
         order = self.score(image).argsort(descending=True, stable=True)
-        chosen, pruned = order[:kept].sort().values, order[kept:]
-        again, clusters = recycled(len(pruned))
+        again, clusters = recycled(total - kept)
         if not recycle or not again or (self.compat == "corrected" and kept + clusters > n):
+            chosen = order[:kept].sort().values
             return image.features[chosen], chosen
-        again = pruned[:again]
+        again = order[kept : kept + again]
         centres, means = cluster(image.features[again], clusters)
         centres = again[centres]
-        indices, merged = torch.cat([chosen, centres]), slice(kept, None)
         if self.compat == "corrected":
-            indices = indices.sort().values
+            indices = torch.cat([order[:kept], centres]).sort().values
             merged = torch.searchsorted(indices, centres)
+        else:
+            indices, merged = torch.cat([order[:kept].sort().values, centres]), slice(kept, None)
         features = image.features[indices]  # one copy; the centres' rows then take their clusters' means
         features[merged] = means.to(features.dtype)
         return features, indices
@@ -116,14 +116,12 @@ def cluster(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     x = x.float()
     if n == 1:  # all densities are equal, and the first is the centre
         return torch.zeros(1, dtype=torch.long, device=x.device), x.mean(0, keepdim=True)
-    distance = torch.cdist(x, x) / x.shape[1] ** 0.5  # (M, M)
-    density = (-distance.topk(min(n, len(x)), largest=False).values.square().mean(1)).exp()
-    order = density.argsort(descending=True, stable=True)
-    rank = order.argsort()
-    denser = rank[None, :] < rank[:, None]
-    apart = distance.masked_fill(~denser, torch.inf).amin(1).clamp(max=distance.max())
+    distance = torch.cdist(x, x)  # (M, M)
+    density = (distance.topk(min(n, len(x)), largest=False).values.square().mean(1) / -x.shape[1]).exp()
+    rank = density.argsort(descending=True, stable=True).argsort()
+    apart = distance.masked_fill(rank >= rank[:, None], distance.max()).amin(1)  # from the nearest that is denser
     centres = (density * apart).argsort(descending=True, stable=True)[:n]
-    nearest = distance[:, centres].argmin(1)
-    nearest[centres] = torch.arange(len(centres), device=x.device)
-    member = (nearest == torch.arange(len(centres), device=x.device)[:, None]).float()  # (n, M)
+    nearest, number = distance[:, centres].argmin(1), torch.arange(n, device=x.device)
+    nearest[centres] = number
+    member = (nearest == number[:, None]).float()  # (n, M)
     return centres, member @ x / member.sum(1, keepdim=True)

@@ -55,16 +55,17 @@ class VisionZip(Pruner):
         if not contextual or not len(left):
             return image.features[kept], kept
         step = max(1, len(left) // contextual)
-        targets = left[::step][:contextual].contiguous()
-        nearest = (image.metric[left] @ normalize(image.metric[targets], dim=1).T).argmax(1)
+        spread = slice(0, step * contextual, step)
+        targets, keys, rest = left[spread].contiguous(), image.metric[left], image.features[left].float()
+        nearest = (keys @ normalize(keys[spread], dim=1).T).argmax(1)
         number = torch.arange(len(targets), device=left.device)
-        nearest[::step][:contextual] = number  # a target stays with itself
+        nearest[spread] = number  # a target stays with itself
         # a product with the members' marks, not index_add, so that a GPU gives the same bits each time
         member = (nearest == number[:, None]).float()  # (targets, left)
-        own, total = image.features[targets].float(), member @ image.features[left].float()
-        size = member.sum(1, keepdim=True)
-        merged = own + (total - own) / (size - 1).clamp(min=1) if self.compat == "official" else total / size
-        merged = torch.where(size == 1, own, merged).to(image.features.dtype)
+        total, size = member @ rest, member.sum(1, keepdim=True)
+        if self.compat == "official":
+            total, size = rest[spread] + (total - rest[spread]) / (size - 1).clamp(min=1), 1
+        merged = (total / size).to(image.features.dtype)
         chosen = torch.cat([kept, targets]).sort().values
         features = image.features[chosen]  # one copy; the targets' rows then take their averages
         features[torch.searchsorted(chosen, targets)] = merged

@@ -59,9 +59,7 @@ def image(v: int = 45, grid: tuple[int, int] = (5, 9), seed: int = 0) -> Visual:
     """A picture's tokens as every pruner may see them."""
     g = torch.Generator().manual_seed(seed)
     q, k = torch.randn(4, 3, 16, generator=g), torch.randn(2, v + 8, 16, generator=g)
-    rows = AttentionRows(
-        q, k, torch.arange(v + 5, v + 8), slice(3, v + 3), torch.rand(3, 32, generator=g), torch.rand(v, 32, generator=g)
-    )
+    rows = AttentionRows(q, k, torch.arange(v + 5, v + 8), slice(3, v + 3), torch.rand(2, v + 8, 16, generator=g).unbind())
     return Visual(
         torch.randn(v, 12, generator=g),
         grid,
@@ -284,8 +282,8 @@ def test_kernels_keep_the_same_tokens(cls, attention):
 
 @pytest.mark.parametrize("block", [1, 50, 1 << 22])
 def test_column_attention_is_the_mean_of_the_softmax_whatever_the_block(block):
-    q, k = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
-    right = (q @ k.transpose(2, 3) * 0.3).softmax(-1).mean((1, 2))
+    q, k = torch.randn(3, 7, 8), torch.randn(3, 7, 8)
+    right = (q @ k.transpose(1, 2) * 0.3).softmax(-1).mean((0, 1))
     torch.testing.assert_close(column_attention(q, k, 0.3, block), right)
 
 
@@ -418,7 +416,7 @@ def test_deciding_takes_at_most_100_MiB_at_4096_tokens_of_7B():
         meter(probe, q, k, 80**-0.5, torch.tensor([0, 4 * v]))
         rows = AttentionRows(
             torch.randn(28, text, 128, generator=g), torch.randn(4, v + text, 128), torch.arange(v, v + text), slice(0, v),
-            torch.rand(text, 256), torch.rand(v, 256),
+            torch.rand(2, v + text, 128).unbind(),
         )  # fmt: skip
         (seen,) = meter(look, features, [(64, 64)], probe, None, 4)
         for pruner in [c(r) for c in pruners() for r in (0.1, 0.7)] + [SparseVLM(0.5, "plus")]:
