@@ -36,8 +36,8 @@ FEW = 2**19
 LONG = 512
 """Tokens of a segment that attends by products on a CPU."""
 
-BY_PRODUCTS = ONEDNN and not torch.cpu._is_amx_tile_supported()
-"""Without AMX, PyTorch's fused attention is MKL's products, which take twice as long on AMD's processors (see products)."""
+BY_PRODUCTS = ONEDNN and not getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+"""Without AMX (PyTorch before 2.6 does not say), PyTorch's fused attention is MKL's products, which take twice as long on AMD's processors (see products)."""
 
 
 def by_rows(layer, x: Tensor) -> Tensor:
