@@ -20,6 +20,7 @@ MUTATIONS = [
     ("second turn starts one late", "awares_bench/batch.py", "self.after[b] + self.fed[b]", "self.after[b] + self.fed[b] + 1", "test_vlm"),
     ("a draft that did not hold stays in the cache", "awares_bench/batch.py", "[1] * n + [0] * (len(f) - n)", "[1] * len(f)", "test_grammar"),
     ("windows in the wrong order", "awares_bench/vision_attention.py", "index_copy(0, order,", "index_copy(0, order.flip(0),", "test_vlm"),
+    ("attention by products without its scale", "awares_bench/vision_attention.py", "q.float() * q.shape[1] ** -0.5", "q.float()", "test_vlm"),
     ("queries turned the wrong way", "awares_bench/vision_attention.py", "torch.addcmul(a * cos, b, sin, value=-1)", "torch.addcmul(a * cos, b, sin)", "test_vlm"),
     ("features of another picture", "awares_bench/features.py", "patches.contiguous().numpy().tobytes() + repr(grid).encode()", "repr(grid).encode()", "test_vlm"),
     ("tokens of a batch counted without padding", "awares_bench/schedule.py", "len(costs) * max(costs) <= self.tokens", "sum(costs) <= self.tokens", "test_engine"),

@@ -4,7 +4,9 @@ import pytest
 import torch
 from awares_bench.baselines.full import Full
 from awares_bench.training import nano
+from torch.nn.functional import scaled_dot_product_attention
 
+from awares_bench import vision_attention
 from awares_bench.crops import PAPER_GRID
 from awares_bench.engine import Engine, Failure, Job
 from awares_bench.features import FeatureStore
@@ -12,7 +14,7 @@ from awares_bench.images import half
 from awares_bench.products import FEWEST_ROWS, fast_products, product
 from awares_bench.session import Request, Session
 from awares_bench.trajectory import Sample, Trajectory, Turn, messages
-from awares_bench.vision_attention import grouped_windows, varlen_windows
+from awares_bench.vision_attention import by_products, grouped_windows, varlen_windows
 from awares_bench.vlm import VLM, CheckpointError, mrope_positions
 
 from .tiny import picture, tiny_vlm
@@ -180,8 +182,40 @@ def test_the_tower_has_the_features_of_transformers_window_by_window(sizes):
     assert (vlm.encode(patches, grids) - stock).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("sizes", [[(224, 224)] * 3, [(300, 84), (112, 112), (140, 420)]], ids=["equal-windows", "mixed"])
+def test_the_tower_has_the_same_features_in_parts_and_by_products(sizes, monkeypatch):
+    vlm = tiny_vlm()
+    views = [vlm.pixels(picture(*size, seed=i))[:2] for i, size in enumerate(sizes)]
+    patches, grids = [p for p, _ in views], [g for _, g in views]
+    whole, tower, seen = vlm.encode(patches, grids), vlm.model.model.visual, []
+    with torch.no_grad():
+        stock = tower(torch.cat(patches), grid_thw=torch.tensor(grids)).pooler_output
+    for name, value in {"FEW": 0, "ROWS": 48, "LONG": 1, "BY_PRODUCTS": True}.items():
+        monkeypatch.setattr(vision_attention, name, value)
+    hook = tower.blocks[0].mlp.up_proj.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
+    parts = vlm.encode(patches, grids)
+    hook.remove()
+    assert max(seen) == 48 and sum(seen) == sum(len(p) for p in patches)
+    assert (parts - stock).abs().max() < TOLERANCE and (parts - whole).abs().max() < TOLERANCE
+    assert not torch.equal(parts, whole)  # or attention did not go by products
+    assert not any("forward" in vars(m) for m in tower.modules())
+
+
+def test_attention_by_products_in_half_precision_is_as_near_to_float32_as_the_fused_one():
+    q, k, v = torch.randn(3, 1, 2, 700, 40, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
+    fused, true = (scaled_dot_product_attention(*(t.to(kind) for t in (q, k, v))) for kind in (torch.bfloat16, torch.float32))
+    with torch.inference_mode():
+        ours = torch.stack([by_products(*head) for head in zip(q[0], k[0], v[0], strict=True)])[None]
+    assert ours.dtype == torch.bfloat16
+    assert (ours - true).abs().mean() <= (fused - true).abs().mean()
+
+
 def test_products_in_the_engine_differ_by_rounding_and_leave_the_model_as_it_was():
     layer, other = torch.nn.Linear(40, 24), torch.nn.Linear(40, 24, bias=False)
+    halved, x = torch.nn.Linear(40, 24).bfloat16(), torch.randn(64, 40).bfloat16()
+    with torch.inference_mode():
+        true = torch.nn.functional.linear(x.double(), halved.weight.double(), halved.bias.double())
+        assert (product(x, halved.weight, halved.bias) - true).abs().mean() <= 1.01 * (halved(x) - true).abs().mean()
     for rows in (FEWEST_ROWS - 1, FEWEST_ROWS, 300):
         x = torch.randn(2, rows, 40)
         with torch.inference_mode(), fast_products(layer):
