@@ -1,4 +1,4 @@
-"""Checkpoints for ``awares-bench run nano_ablations``: GRPO of 150 steps without one of its parts, SFT without the weight on calls.
+"""Checkpoints for ``awares-bench run nano_ablations``: GRPO of 75 steps without one of its parts, SFT without the weight on calls.
 
     python -m awares_bench.training.ablations [NAME-SEED ...]
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from awares_bench.training import grpo, recipe, sft
 
-STEPS = 150
-"""Of GRPO, half of the nano recipe's."""
+STEPS = 75
+"""Of GRPO; about a seventh of the nano recipe's."""
 
 CHANGES = {
     "grpo": [],

@@ -21,8 +21,8 @@ SFT and GRPO start from there, by the recipes ``nano_sft`` and ``nano_grpo``.
     python -m awares_bench.training.nano_language --stage where --start runs/light/checkpoint --steps 500 --out runs/where
     python -m awares_bench.training.nano_language --stage joint --start runs/where/checkpoint --steps 3600 --lr 1.5e-3 \
         --tower-lr 3e-4 --tower-frozen 0 --out runs/joint
-    python -m awares_bench.training.nano_language --stage read --start runs/joint/checkpoint --steps 2400 --lr 1e-3 \
-        --tower-lr 2e-4 --tower-frozen 0 --out runs/read
+    python -m awares_bench.training.nano_language --stage read --start runs/joint/checkpoint --steps 2400 --lr 4e-4 \
+        --tower-lr 1e-4 --tower-frozen 0 --out runs/read
 """
 
 from __future__ import annotations
