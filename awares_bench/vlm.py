@@ -78,7 +78,8 @@ def count_visual_tokens(processor, limits: dict[str, int], image: Image.Image) -
     """Merged visual tokens of an image under a processor's limits (shortest_edge, longest_edge in pixels), without encoding it."""
     image, _ = within_aspect(image)
     ip = processor.image_processor
-    return ip.get_number_of_image_patches(image.height, image.width, {"size": limits}) // ip.merge_size**2
+    given = {"min_pixels": limits["shortest_edge"], "max_pixels": limits["longest_edge"]}  # it does not read ``size``
+    return ip.get_number_of_image_patches(image.height, image.width, given) // ip.merge_size**2
 
 
 class VLM:

@@ -163,6 +163,13 @@ def test_usage_counts_what_was_fed():
         assert vlm.visual_tokens(picture(*size)) == grid[1] * grid[2] // 4
 
 
+def test_tokens_are_counted_under_the_limits_that_pictures_are_made_with():
+    vlm = VLM(tiny_vlm().model, tiny_vlm().processor, min_pixels=64 * 28 * 28, max_pixels=100 * 28 * 28)
+    for size in ((112, 112), (224, 252), (1120, 840)):  # below, within, above
+        patches, _, _ = vlm.pixels(picture(*size))
+        assert 64 <= vlm.visual_tokens(picture(*size)) == len(patches) // 4 <= 100
+
+
 def test_the_tower_is_left_as_it_was_also_after_an_exception():
     vlm = tiny_vlm()
     before = vlm.model.model.visual.config._attn_implementation
