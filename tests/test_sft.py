@@ -176,6 +176,22 @@ def test_launch_files_are_read_by_accelerate(name, kind):
     assert said.training_script == "awares_bench.cli" and said.training_script_args == ["train", "sft", "paper_sft_7b"]
 
 
+def test_sharding_that_accelerate_leaves_out_is_an_error(place, monkeypatch):
+    """On CPUs accelerate drops FSDP without a word, and each process would hold everything."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(recipe.RecipeError, match="FSDP was asked for"):
+        sft.build(recipe.check(sft.SFT, settings(place, "dropped")), dry=True)
+
+
+def test_every_process_loads_on_its_own_gpu(place, monkeypatch):
+    from awares_bench.training.trainer import device_of
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    said = {name: device_of(recipe.check(sft.SFT, settings(place, "x", device=name))) for name in ("auto", "cuda", "cpu")}
+    assert said == {"auto": "cuda:3", "cuda": "cuda:3", "cpu": "cpu"}
+
+
 def test_a_recipe_is_checked_before_anything_loads(place, capsys):
     path = place / "r.yaml"
     for said, words in (
