@@ -1,7 +1,6 @@
 """GRPO: the reward's arithmetic, the loss against one written out by hand, exact resume, processes and micro-batches alike, warnings."""
 
 import json
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,7 +13,9 @@ from awares_bench.training.scoring import pack
 
 from awares_bench.cli import main
 from awares_bench.trajectory import Event, Trajectory, Turn
+from awares_bench.vlm import VLM
 
+from .ranks import FSDP2, launched, ranks
 from .test_sft import figures, write_rows
 from .tiny import tiny_vlm
 
@@ -162,17 +163,34 @@ def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_digits(place, tunin
 def test_micro_batches_and_processes_change_nothing(place):
     one = train(place, "one", steps=2)
     finer = train(place, "finer", steps=2, micro_batch=1)
-    ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": "2"}
-    said = json.dumps(settings(place, "two", steps=2))
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", COMMAND, said], env=os.environ | ports | {"RANK": r, "LOCAL_RANK": r})
-        for r in "01"
-    ]
-    assert [p.wait(300) for p in ranks] == [0, 0]
+    assert ranks(COMMAND, settings(place, "two", steps=2)) == [0, 0]
     two = figures(place / "two")
     for step in one:
         assert finer[step] == pytest.approx(one[step], rel=1e-6, abs=1e-7)
         assert two[step] == pytest.approx(one[step], rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_fsdp2_rolls_out_and_trains_as_one_process(place, tuning):
+    """The processes decode different numbers of steps between the gathers of sharded weights, and end with the same rollouts."""
+    import pandas
+
+    one = train(place, f"alone-{tuning}", tuning=tuning, steps=2)
+    said = settings(place, f"sharded-{tuning}", tuning=tuning, steps=2)
+    assert ranks(FSDP2 + COMMAND, said, launched("fsdp2")) == [0, 0]
+    assert (place / f"sharded-{tuning}" / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir()
+    two = figures(place / f"sharded-{tuning}")
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-5, abs=1e-7)
+        said = [
+            sorted(
+                (row.id, *row.replies) for f in folder.glob(f"{step:06d}*.parquet") for row in pandas.read_parquet(f).itertuples()
+            )
+            for folder in (place / f"{x}-{tuning}" / "completions" for x in ("alone", "sharded"))
+        ]
+        assert said[0] == said[1] and len(said[0]) == 16
+    assert VLM.load(str(place / f"sharded-{tuning}" / "checkpoint"), device="cpu")
 
 
 def test_recipes_that_cannot_work_say_so_before_anything_loads(place, capsys, tmp_path):

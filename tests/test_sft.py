@@ -1,7 +1,6 @@
 """SFT: one loss whatever the split into micro-batches and processes, exact resume, a result that evaluation loads, clear errors."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from awares_bench.awares import AwaRes
 from awares_bench.cli import main
 from awares_bench.vlm import VLM
 
+from .ranks import FSDP2, launched, ranks
 from .tiny import picture, tiny_vlm
 
 REPLIES = (["42"], ["GET_CROPS: ['1', '6']", "left"], ["GET_CROPS: ['3']", "19"], ["yes"])
@@ -49,6 +49,15 @@ def settings(place, out, **more):
 def train(place, out, **more):
     sft.run(recipe.check(sft.SFT, settings(place, out, **more)))
     return figures(place / out)
+
+
+COMMAND = (
+    "import sys, json; from awares_bench.training import recipe, sft; sft.run(recipe.check(sft.SFT, json.loads(sys.argv[1])))"
+)
+DIES = """
+import os; from awares_bench.training import sft; old = sft.SFTTrainer.compute_loss
+sft.SFTTrainer.compute_loss = lambda s, *a, **k: os.kill(os.getpid(), 9) if s.state.global_step == 3 else old(s, *a, **k)
+"""
 
 
 def figures(folder):
@@ -86,14 +95,8 @@ def test_the_loss_is_the_weighted_mean_and_the_same_for_every_micro_batch(place,
 def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_digits(place, tuning):
     whole = train(place, f"uncut-{tuning}", tuning=tuning, lora_dropout=0.1)
     out = place / f"cut-{tuning}"
-    code = (
-        "import os, sys, json; from awares_bench.training import recipe, sft, trainer;"
-        "old = sft.SFTTrainer.compute_loss;"
-        "sft.SFTTrainer.compute_loss = lambda s, *a, **k: os.kill(os.getpid(), 9) if s.state.global_step == 3 else old(s, *a, **k);"
-        "sft.run(recipe.check(sft.SFT, json.loads(sys.argv[1])))"
-    )
     said = settings(place, out.name, tuning=tuning, lora_dropout=0.1)
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(said)], capture_output=True)
+    done = subprocess.run([sys.executable, "-c", DIES + COMMAND, json.dumps(said)], capture_output=True)
     assert done.returncode == -9
     assert sorted(figures(out)) == [1, 2, 3] and not (out / "checkpoint").exists()
     (out / "checkpoint-3").mkdir()  # a save that the kill cut short
@@ -103,19 +106,35 @@ def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_digits(place, tunin
 @pytest.mark.slow
 def test_two_processes_have_the_loss_of_one(place):
     one = train(place, "one", tuning="full", micro_batch=2)
-    code = (
-        "import sys, json; from awares_bench.training import recipe, sft; sft.run(recipe.check(sft.SFT, json.loads(sys.argv[1])))"
-    )
-    said = settings(place, "two", tuning="full", micro_batch=2)
-    ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", code, json.dumps(said)], env=os.environ | ports | {"RANK": r, "LOCAL_RANK": r})
-        for r in "01"
-    ]
-    assert [p.wait(300) for p in ranks] == [0, 0]
+    assert ranks(COMMAND, settings(place, "two", tuning="full", micro_batch=2)) == [0, 0]
     two = figures(place / "two")
     for step in one:
         assert two[step] == pytest.approx(one[step], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_fsdp2_trains_resumes_and_exports_as_one_process(place, tuning):
+    """FSDP2 shards the weights of both processes; killed between checkpoints, then resumed, with activations recomputed."""
+    from safetensors.torch import load_file
+
+    more = {"tuning": tuning, "micro_batch": 1, "lora_dropout": 0.0}
+    one = train(place, f"alone-{tuning}", **more)
+    said = settings(place, f"sharded-{tuning}", checkpointing=True, **more)
+    assert ranks(FSDP2 + DIES + COMMAND, said, launched("fsdp2")) == [-9, -9]
+    assert sorted(figures(place / f"sharded-{tuning}")) == [1, 2, 3]
+    assert (place / f"sharded-{tuning}" / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir()
+    assert ranks(FSDP2 + COMMAND, said, launched("fsdp2")) == [0, 0]
+    two = figures(place / f"sharded-{tuning}")
+    assert two.keys() == one.keys()
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-5)
+    files = (f"alone-{tuning}/checkpoint", f"sharded-{tuning}/checkpoint", "start")
+    mine, theirs, start = (load_file(place / name / "model.safetensors") for name in files)
+    apart, moved = (
+        sum((w.float() - other[n].bfloat16().float()).abs().sum() for n, w in mine.items()) for other in (theirs, start)
+    )
+    assert mine.keys() == theirs.keys() and apart < 0.01 * moved
 
 
 def test_the_result_loads_in_evaluation_and_says_what_the_adapters_say(place):
@@ -142,7 +161,7 @@ def test_the_result_loads_in_evaluation_and_says_what_the_adapters_say(place):
         assert (Scorer(alone.model)(packed, features)[0] - adapted).abs().max() < 0.1 * moved
 
 
-@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("zero2", "DEEPSPEED")])
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("zero2", "DEEPSPEED"), ("fsdp2", "FSDP")])
 def test_launch_files_are_read_by_accelerate(name, kind):
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
@@ -154,6 +173,22 @@ def test_launch_files_are_read_by_accelerate(name, kind):
     told = ["--config_file", path, "--num_processes", "2", "-m", "awares_bench.cli", "train", "sft", "paper_sft_7b"]
     said = launch_command_parser().parse_args(told)
     assert said.training_script == "awares_bench.cli" and said.training_script_args == ["train", "sft", "paper_sft_7b"]
+
+
+def test_sharding_that_accelerate_leaves_out_is_an_error(place, monkeypatch):
+    """On CPUs accelerate drops FSDP without a word, and each process would hold everything."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(recipe.RecipeError, match="FSDP was asked for"):
+        sft.build(recipe.check(sft.SFT, settings(place, "dropped")), dry=True)
+
+
+def test_every_process_loads_on_its_own_gpu(place, monkeypatch):
+    from awares_bench.training.trainer import device_of
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    said = {name: device_of(recipe.check(sft.SFT, settings(place, "x", device=name))) for name in ("auto", "cuda", "cpu")}
+    assert said == {"auto": "cuda:3", "cuda": "cuda:3", "cpu": "cpu"}
 
 
 def test_a_recipe_is_checked_before_anything_loads(place, capsys):

@@ -22,7 +22,17 @@ from awares_bench.training.judges import judge
 from awares_bench.training.recipe import RecipeError, Tuning, claim, key
 from awares_bench.training.rollout import Rollout, banned, rollouts
 from awares_bench.training.scoring import Scorer, pack
-from awares_bench.training.trainer import ExactTrainer, arguments, describe, device_of, open_vlm, per_process, policy_of, prepare
+from awares_bench.training.trainer import (
+    ExactTrainer,
+    arguments,
+    describe,
+    device_of,
+    open_vlm,
+    per_process,
+    policy_of,
+    prepare,
+    whole,
+)
 from awares_bench.training.watch import Watch
 from torch import Tensor
 
@@ -127,7 +137,7 @@ class GRPOTrainer(ExactTrainer):
         batches = self.take(epoch_iterator, num_batches)
         prompts, r, step = [p for batch in batches for p in batch], self.recipe, self.state.global_step
         self.scorer.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), whole(self.scorer):
             seed = f"{r.seed}/{step}"
             samples = [p.sample for p in prompts]
             made, sampler = rollouts(
@@ -162,7 +172,7 @@ class GRPOTrainer(ExactTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         r, groups = self.recipe, inputs
         packed = pack([[x.conversation for x in g.rollouts] for g in groups], self.vlm, self.args.device)
-        scores, entropy = model(packed, self.seen(packed.views))
+        scores, entropy = self.score(model, packed)
         some, device = [x for g in groups for x in g.rollouts], scores.device
         advantage = torch.tensor([a for g in groups for a in g.advantages], device=device)[packed.owner]  # (N,)
         length = torch.tensor([x.written for x in some], device=device, dtype=scores.dtype)[packed.owner]
@@ -266,8 +276,9 @@ def run(recipe: GRPO) -> None:
     """Train, resuming where the folder stopped; the result is ``out/checkpoint``, which evaluation loads."""
     trainer = build(recipe)
     trainer.go()
+    result = trainer.result()
     if trainer.args.should_save:
-        finish(trainer.scorer, trainer.vlm, Path(trainer.args.output_dir), "grpo", recipe)
+        finish(*result, Path(trainer.args.output_dir), "grpo", recipe)
 
 
 def dry_run(recipe: GRPO, say=print) -> None:

@@ -66,7 +66,7 @@ class SFTTrainer(ExactTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         packed = pack([[c] for c in inputs], self.vlm, self.args.device)
-        scores, _ = model(packed, self.seen(packed.views))
+        scores, _ = self.score(model, packed)
         called = packed.weight != 1
         for name, on in (("nll_call", called), ("nll_answer", ~called)):
             if on.any():
@@ -90,8 +90,9 @@ def run(recipe: SFT) -> None:
     """Train, resuming where the folder stopped; the result is ``out/checkpoint``, which evaluation loads."""
     trainer = build(recipe)
     trainer.go()
+    result = trainer.result()
     if trainer.args.should_save:
-        finish(trainer.scorer, trainer.vlm, Path(trainer.args.output_dir), "sft", recipe)
+        finish(*result, Path(trainer.args.output_dir), "sft", recipe)
 
 
 def dry_run(recipe: SFT, say=print) -> None:

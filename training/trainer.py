@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from awares_bench.training.cropper import Part
 from awares_bench.training.recipe import RecipeError, Tuning
-from awares_bench.training.scoring import Conversation, Features, Scorer
+from awares_bench.training.scoring import Conversation, Features, Packed, Scorer
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from awares_bench.method import options, unknown_option
@@ -23,8 +26,10 @@ WHOLE = "whole"  # written last into a checkpoint: a run killed while saving lea
 
 
 def device_of(recipe) -> str:
-    wanted = recipe.device
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    """``cpu``, or the GPU of this process: were all to load on the first one, it would hold as many models as there are GPUs."""
+    if recipe.device == "cpu" or (recipe.device == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def policy_of(recipe):
@@ -77,7 +82,7 @@ def prepare(recipe: Tuning, dropout: float = 0.0) -> tuple[Scorer, VLM]:
 
 def arguments(recipe: Tuning, per_device: int, accumulate: int, **more) -> TrainingArguments:
     """Trainer's arguments for a recipe."""
-    on_gpu = device_of(recipe) == "cuda"
+    on_gpu = device_of(recipe) != "cpu"
     return TrainingArguments(
         output_dir=str(Path(recipe.out).expanduser()),
         per_device_train_batch_size=per_device,
@@ -140,19 +145,22 @@ class ExactTrainer(Trainer):
 
     def __init__(self, scorer: Scorer, vlm: VLM, recipe: Tuning, **more):
         super().__init__(model=scorer, data_collator=list, callbacks=[_Log(Path(recipe.out).expanduser())], **more)
-        if self.is_fsdp_enabled or self.accelerator.distributed_type == "FSDP" or _zero3(self.accelerator):
-            raise RecipeError(
-                "weights sharded over processes (FSDP, ZeRO-3) are not supported: launch with DDP or ZeRO-1/2, or use lora"
-            )
+        if _zero3(self.accelerator):
+            raise RecipeError("ZeRO-3 is not supported: launch with DDP, ZeRO-2 or FSDP2 (training/launch)")
+        for name, started in (("FSDP", self.is_fsdp_enabled), ("DEEPSPEED", self.is_deepspeed_enabled)):
+            if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" and not started:
+                raise RecipeError(f"{name} was asked for, and accelerate starts it on GPUs only; on CPUs use torchrun alone")
+        if self.is_fsdp_enabled:
+            _shard_decoder_only(self.accelerator.state.fsdp_plugin, vlm)
         self.scorer, self.vlm, self.recipe = scorer, vlm, recipe
         self.features = Features(vlm, recipe.feature_mb)
         self.model_accepts_loss_kwargs = True  # our losses are normalised already: Trainer must not divide once more
         self.figures: dict[str, list[float]] = {}
 
-    def seen(self, views) -> torch.Tensor | None:
-        """Vision features in the precision of training; the tower is outside of what Accelerate autocasts."""
+    def score(self, model, packed: Packed) -> tuple[Tensor, Tensor]:
+        """Tower and decoder in the precision of training; Accelerate autocasts neither the tower nor a sharded decoder."""
         with self.accelerator.autocast():
-            return self.features(views)
+            return model(packed, self.features(packed.views))
 
     # ------------------------------------------------------------------ sums over processes
 
@@ -193,10 +201,12 @@ class ExactTrainer(Trainer):
         return 0
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        self.scorer.model.save_pretrained(output_dir or self.args.output_dir)
+        if self.args.should_save:  # since transformers 5.23 every process comes here
+            self.scorer.model.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # every process writes its own random state, and its shards
         if self.args.should_save:
             done = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (done / WHOLE).touch()
@@ -205,7 +215,9 @@ class ExactTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         tuned = self.scorer.model
-        if hasattr(tuned, "peft_config"):
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif hasattr(tuned, "peft_config"):
             from peft import load_peft_weights, set_peft_model_state_dict
 
             told = set_peft_model_state_dict(tuned, load_peft_weights(resume_from_checkpoint, device="cpu"))
@@ -226,6 +238,51 @@ class ExactTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         found = whole_checkpoints(out)
         self.train(resume_from_checkpoint=str(found[-1]) if found else None)
+
+    def result(self) -> tuple[Scorer, VLM]:
+        """What was trained. Sharded weights are put together on the CPU of the first process; every process must call this."""
+        if not self.is_fsdp_enabled:
+            return self.scorer, self.vlm
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        state = get_model_state_dict(self.scorer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if self.args.should_save:
+            self.scorer, self.vlm = prepare(replace(self.recipe, device="cpu"))
+            self.scorer.load_state_dict(state)
+        return self.scorer, self.vlm
+
+
+@contextmanager
+def whole(scorer: Scorer):
+    """Weights that FSDP2 shards, whole on every process; nothing to do for others.
+
+    Rollouts use parts of the model, and each process for its own number of steps: a gather inside would wait for one that
+    never comes. So all is gathered before and given back after.
+    """
+    parts = [m for m in scorer.modules() if hasattr(m, "unshard")]
+    if parts:  # whoever runs first is taken for the root; rollouts run a layer first. PyTorch has no public word for this
+        scorer._get_fsdp_state()._lazy_init()
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not scorer, recurse=False)
+            part.reshard()
+
+
+def _shard_decoder_only(plugin, vlm: VLM) -> None:
+    """Settle what training/launch/fsdp2.yaml leaves open, and refuse what would go wrong silently."""
+    known = plugin.fsdp_version == 2 and plugin.reshard_after_forward and "SHARDED" in str(plugin.state_dict_type)
+    if not known or plugin.cpu_ram_efficient_loading:
+        raise RecipeError(
+            "FSDP is supported with fsdp_version 2, fsdp_reshard_after_forward true, fsdp_state_dict_type SHARDED_STATE_DICT "
+            "and fsdp_cpu_ram_efficient_loading false: see training/launch/fsdp2.yaml"
+        )
+    plugin.ignored_modules = [vlm.model.model.visual]  # frozen, and used outside of a forward pass of the whole model
+    plugin.mixed_precision_policy = None  # autocast, as with DDP: gradients are summed in float32
 
 
 def _zero3(accelerator) -> bool:
