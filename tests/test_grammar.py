@@ -230,10 +230,11 @@ def test_in_a_batch_calls_and_answers_have_the_scores_of_each_alone():
 
 
 def test_nano_weights_call_the_same_crops_in_at_most_half_the_passes():
-    suite = Path(import_module("awares_bench.tasks.nano_suite").__file__).parent
+    world = import_module("awares_bench.tasks.nano_world")
+    suite = Path(world.__file__).parent
     frame = pd.read_parquet(suite / "nano_doc.parquet")[:24]
     jobs = [
-        Job(Sample((Image.open(BytesIO(row.image["bytes"])),), row.question, str(i)), 16)
+        Job(Sample((Image.open(BytesIO(row.image["bytes"])),), world.prompt("doc", row.question, ()), str(i)), 16)
         for i, row in enumerate(frame.itertuples())
     ]
     vlm, runs = VLM.load(resolve("nano")), []
@@ -243,6 +244,7 @@ def test_nano_weights_call_the_same_crops_in_at_most_half_the_passes():
     plain, held = runs
     calls = 0
     for i in plain:
+        assert [e.kind for e in held[i].events] == [e.kind for e in plain[i].events]
         assert held[i].answer == plain[i].answer and held[i].crops == plain[i].crops
         if plain[i].crops:
             calls += 1
