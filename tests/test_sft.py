@@ -137,15 +137,17 @@ def test_fsdp2_trains_resumes_and_exports_as_one_process(place, tuning):
     assert mine.keys() == theirs.keys() and apart < 0.01 * moved
 
 
-def test_the_result_loads_in_evaluation_and_says_what_the_adapters_say(place):
-    train(place, "merged", steps=2, lr=0.02)
-    vlm = VLM.load(str(place / "merged" / "checkpoint"), device="cpu")
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_the_result_loads_in_evaluation_and_says_what_the_adapters_say(place, embeddings):
+    out, more = f"merged-{embeddings}", {"steps": 2, "lr": 0.02, "embeddings": embeddings}
+    train(place, out, **more)
+    vlm = VLM.load(str(place / out / "checkpoint"), device="cpu")
     from awares_bench.training.scoring import Features, Scorer, pack
 
     from awares_bench.trajectory import Sample
 
-    trainer = sft.build(recipe.check(sft.SFT, settings(place, "merged", steps=2, lr=0.02)))
-    trainer._load_from_checkpoint(str(place / "merged" / "checkpoint-2"))
+    trainer = sft.build(recipe.check(sft.SFT, settings(place, out, **more)))
+    trainer._load_from_checkpoint(str(place / out / "checkpoint-2"))
     c = render(vlm, AwaRes(), Sample((picture(112, 112),), "q?", "k"), REPLIES[1])
     packed = pack([[c]], vlm)
     with torch.no_grad():
@@ -155,10 +157,13 @@ def test_the_result_loads_in_evaluation_and_says_what_the_adapters_say(place):
         start = Scorer(tiny_vlm().model)(packed, features)[0]
     moved = (adapted - start).abs().max()
     assert (mine - adapted).abs().max() < 0.1 * moved  # bfloat16 rounding of the merged weights, far below what training moved
-    assert "lora_rank: 8" in (place / "merged" / "checkpoint" / "README.md").read_text()
-    alone = VLM.load(str(place / "merged" / "adapter"), device="cpu")  # merged in float32, so nearer than the merged checkpoint
+    assert "lora_rank: 8" in (place / out / "checkpoint" / "README.md").read_text()
+    alone = VLM.load(str(place / out / "adapter"), device="cpu")  # merged in float32, so nearer than the merged checkpoint
     with torch.no_grad():
         assert (Scorer(alone.model)(packed, features)[0] - adapted).abs().max() < 0.1 * moved
+    before, tables = VLM.load(str(place / "start"), device="cpu").model, (alone.model.get_input_embeddings().weight, alone.model.lm_head.weight)
+    assert torch.equal(*tables) == before.config.tie_word_embeddings
+    assert torch.equal(tables[0], before.get_input_embeddings().weight) != embeddings
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("zero2", "DEEPSPEED"), ("fsdp2", "FSDP")])

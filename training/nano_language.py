@@ -43,8 +43,8 @@ from torch.nn.functional import cross_entropy
 from awares_bench.crops import PAPER_GRID
 from awares_bench.vision_attention import windowed_attention
 
-STAGES = {"base": 0, "light": 2, "where": 3, "joint": 4, "read": 5}
-KINDS = ("list", "where", "ask where", "full", "low", "crop")
+STAGES = {"base": 0, "light": 2, "where": 3, "joint": 4, "read": 5, "blind": 6}
+KINDS = ("list", "where", "ask where", "full", "low", "crop", "blind")
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,20 @@ PHASES = {
             small=0.8,
         ),
     ),
+    "blind": (
+        Phase(
+            1.00,
+            (224, 224),
+            (3, 5),
+            {"where": 0.03, "ask where": 0.07, "full": 0.05, "low": 0.1, "crop": 0.3, "blind": 0.45},
+            (2, 2.4, 1.4, 1.2, 0.7, 1.2),
+            varied=False,
+            call=1.0,
+            more=1,
+            wide=0.25,
+            small=0.3,
+        ),
+    ),
 }
 
 
@@ -189,7 +203,7 @@ def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, qu
         regions = [region_id(p, image.size) for p in panels] if mode == "where" else None
         return list_row(writer, half(image) if rng.random() < (0.8 if regions else 0.3) else image, panels, regions)
     order = rng.sample(panels, len(panels)) if questions > 1 else [rng.choice(panels)]
-    if mode == "crop" and questions > 1 and phase.small and rng.random() < phase.small:
+    if mode in ("crop", "blind") and questions > 1 and phase.small and rng.random() < phase.small:
         order.sort(key=lambda p: p.large)
     asked = []
     for panel in order[: questions if mode in ("full", "low", "ask where") else 1]:
@@ -212,7 +226,10 @@ def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, qu
             question, reply, options, needs = w.ask(rng, panels, panel, phase.varied)
             if len(later) < phase.more and PAPER_GRID.holds(names, [p.box for p in needs], *image.size):
                 later.append(([], w.prompt(family, question, options), reply, 1.0))
-    turns = [([half(image)], text, PAPER_GRID.format(names), call_weight), (PAPER_GRID.cut(image, names), "", answer, 1.0)]
+    first = image
+    if mode == "blind":
+        first, call_weight = w.family_scene(rng, family, phase.count, phase.size)[0], 0.0
+    turns = [([half(first)], text, PAPER_GRID.format(names), call_weight), (PAPER_GRID.cut(image, names), "", answer, 1.0)]
     return writer.row(turns + later, PAPER_GRID.prompt)
 
 
@@ -334,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
         w, found = world(), {}
         first = w.SEEDS["validation"].start
         phase = PHASES[a.stage][-1]
-        for mode in ("where", "ask where", "full", "low", "crop"):
+        for mode in ("where", "ask where", "full", "low", "crop", "blind"):
             found[mode] = {}
             for family in w.FAMILIES:
                 rows = [make_row(writer, family, first + i, mode, phase, questions=1) for i in range(48)]

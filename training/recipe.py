@@ -70,6 +70,7 @@ class Tuning(Run):
     role:        which model of the policy trains: the one under test, or one of its auxiliary ones, such as ``cropper``
     tuning:      ``lora`` adapts every linear layer of the decoder, ``full`` trains the decoder; the vision tower stays frozen
     lora_rank:   paper Sec. 4.3; alpha, dropout and targets are not printed there
+    embeddings:  with ``lora``, token embeddings and head train too, whole: for words that the start has never written
     dtype:       of frozen weights; trained weights stay float32, and matrix products use bfloat16 where the device has it
     feature_mb:  memory for vision features, which a step computes once while the tower is frozen
     report_to:   ``none``, ``wandb``, ``tensorboard``, ``trackio``, as Trainer takes them
@@ -81,6 +82,7 @@ class Tuning(Run):
     tuning: str = key("lora", one_of=("lora", "full"))
     lora_rank: int = key(8, low=1, high=1024)
     lora_alpha: int = key(16, low=1)
+    embeddings: bool = key(False)
     lr: float = key(1e-4, above=0, high=1)
     schedule: str = key("cosine", one_of=("cosine", "linear", "constant", "constant_with_warmup"))
     warmup: float = key(0.05, low=0, high=1)

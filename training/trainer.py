@@ -72,10 +72,14 @@ def prepare(recipe: Tuning, dropout: float = 0.0) -> tuple[Scorer, VLM]:
     else:
         from peft import LoraConfig, get_peft_model
 
+        more = {}
+        if recipe.embeddings:
+            tied = model.config.tie_word_embeddings
+            more = {"modules_to_save": ["embed_tokens"] if tied else ["embed_tokens", "lm_head"], "ensure_weight_tying": tied}
         torch.manual_seed(recipe.seed)
+        rank, alpha = recipe.lora_rank, recipe.lora_alpha
         model = get_peft_model(
-            model,
-            LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=dropout, target_modules=DECODER_LINEAR),
+            model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=DECODER_LINEAR, **more)
         )
     return Scorer(model), vlm
 
