@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -108,6 +109,32 @@ def test_a_joint_crop_row_asks_only_what_its_crops_hold_and_learns_no_call_that_
             assert set(row.weights[s:e]) == {1.0 if PAPER_GRID.area(names) == cheapest and row.weights[s] else 0.0}
             wide, later = wide + (row.weights[s] == 0), later + len(answers) - 1
     assert 5 < wide < 36 and later > 10  # a quarter of 72
+
+
+def test_hints_name_the_key_of_the_question_where_the_answer_to_a_crop_is_written():
+    writer, phase, encode = Writer(tiny_vlm().tokenizer), language.PHASES["fetch"][-1], tiny_vlm().tokenizer
+    for mode in ("crop", "blind", "low"):
+        row = language.make_row(writer, "doc", 3, mode, phase)
+        if mode == "low":
+            assert not row.hints
+            continue
+        start, end = row.replies[1]
+        assert [at for at, _ in row.hints] == list(range(start - 1, end - 2))  # each position whose output is a token of the answer
+        (key,) = {encode.decode([token]) for _, token in row.hints}
+        assert f"in field{key}?" in encode.decode(row.ids[: row.replies[0][0]])
+        assert mode == "crop" or not any(row.weights[slice(*row.replies[0])])
+
+
+def test_a_fresh_bottom_layer_changes_nothing_yet_and_learns():
+    old, writer = tiny_vlm().model, Writer(tiny_vlm().tokenizer)
+    new = nano.build(tiny_vlm().tokenizer, replace(GEOMETRY, layers=GEOMETRY.layers + 1))
+    language.load(new, old)
+    batch = language.make_batch(writer, "fetch", 0, 10, 4)
+    one, two = language.Learner(old), language.Learner(new)
+    assert torch.equal(one.hidden(batch).last_hidden_state, two.hidden(batch).last_hidden_state)
+    two.loss(batch)[0].backward()
+    bottom = new.model.language_model.layers[0]
+    assert bottom.self_attn.o_proj.weight.grad.abs().max() > 0 < bottom.mlp.down_proj.weight.grad.abs().max()
 
 
 def test_tower_targets_point_at_what_is_drawn():

@@ -22,6 +22,7 @@ class Row:
     pixels: list[torch.Tensor] = field(default_factory=list)
     grids: list[tuple[int, int, int]] = field(default_factory=list)
     replies: list[tuple[int, int]] = field(default_factory=list)  # spans of ids that the model wrote
+    hints: list[tuple[int, int]] = field(default_factory=list)  # (position, token that must be known there after a layer)
 
 
 class Writer:
@@ -64,7 +65,7 @@ class Writer:
 
 
 def collate(rows: list[Row], writer: Writer) -> dict:
-    """Rows -> one right-padded batch: ids, mask, weights (B, L), positions (3, B, L), bytes of all patches, grids (I, 3)."""
+    """Rows -> one right-padded batch: ids, mask, weights (B, L), positions (3, B, L), bytes of all patches, grids (I, 3), hints (H, 3)."""
     length = max(len(r.ids) for r in rows)
     ids = torch.full((len(rows), length), writer.pad)
     weights, mask = torch.zeros(len(rows), length), torch.zeros(len(rows), length, dtype=torch.long)
@@ -75,4 +76,6 @@ def collate(rows: list[Row], writer: Writer) -> dict:
         positions[:, b, :n] = mrope_positions(r.ids, r.grids, writer.image_token)[0]
     pixels = torch.cat([p for r in rows for p in r.pixels])
     grids = torch.tensor([g for r in rows for g in r.grids])
-    return {"ids": ids, "mask": mask, "weights": weights, "positions": positions, "pixels": pixels, "grids": grids}
+    hints = torch.tensor([(b, at, token) for b, r in enumerate(rows) for at, token in r.hints], dtype=torch.long).reshape(-1, 3)
+    out = {"ids": ids, "mask": mask, "weights": weights, "positions": positions, "pixels": pixels, "grids": grids}
+    return out | {"hints": hints}

@@ -10,7 +10,12 @@
 ``joint``  the tower learns too; two-turn rows go on asking about what else lies in the fetched crops (more reading per picture),
            and some fetch more than they need, so that no crop is strange to the model.
 ``read``   mostly two-turn rows about small writing. After ``joint`` the second turn gave the half-size guess again on a fifth of
-           the questions that half size had wrong (the whole picture reads them all). Its result is the base model, nano-base.
+           the questions that half size had wrong (the whole picture reads them all).
+``fetch``  a fresh layer below the others, taught to know the question's key where the answer is written. A question that follows its
+           picture is looked up by the key's own token, in the bottom layer; after a crop no such token comes, and the answer's
+           place had to fetch the key first and look up with what layers were left. It took the wrong field of the crop in one
+           form of twelve, in none when the question was repeated after the crop (both measured). Half-size views of other
+           pictures (rows ``blind``) make it read the crop. Its result is the base model, nano-base.
 
 SFT and GRPO start from there, by the recipes ``nano_sft`` and ``nano_grpo``.
 
@@ -23,12 +28,15 @@ SFT and GRPO start from there, by the recipes ``nano_sft`` and ``nano_grpo``.
         --tower-lr 3e-4 --tower-frozen 0 --out runs/joint
     python -m awares_bench.training.nano_language --stage read --start runs/joint/checkpoint --steps 2400 --lr 4e-4 \
         --tower-lr 1e-4 --tower-frozen 0 --out runs/read
+    python -m awares_bench.training.nano_language --stage fetch --start runs/read/checkpoint --steps 1400 --lr 2e-4 \
+        --fresh-lr 1.5e-3 --out runs/fetch
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +51,7 @@ from torch.nn.functional import cross_entropy
 from awares_bench.crops import PAPER_GRID
 from awares_bench.vision_attention import windowed_attention
 
-STAGES = {"base": 0, "light": 2, "where": 3, "joint": 4, "read": 5, "blind": 6}
+STAGES = {"base": 0, "light": 2, "where": 3, "joint": 4, "read": 5, "fetch": 6}
 KINDS = ("list", "where", "ask where", "full", "low", "crop", "blind")
 
 
@@ -55,6 +63,7 @@ class Phase:
     call: loss weight of the call in ``crop`` rows, which always call.
     more: further questions of a ``crop`` row, about panels that lie in its crops. wide: share of such rows that fetch other
         regions than the cheapest: ones that hold the evidence too. small: share of such rows that ask about small writing first.
+    hint: loss weight, in two-turn rows, of knowing the question's key after the bottom layer wherever the answer is written.
     """
 
     until: float
@@ -67,6 +76,7 @@ class Phase:
     more: int = 0
     wide: float = 0.0
     small: float = 0.0
+    hint: float = 0.0
 
 
 PHASES = {
@@ -136,18 +146,19 @@ PHASES = {
             small=0.8,
         ),
     ),
-    "blind": (
+    "fetch": (
         Phase(
             1.00,
             (224, 224),
             (3, 5),
-            {"where": 0.03, "ask where": 0.07, "full": 0.05, "low": 0.1, "crop": 0.3, "blind": 0.45},
+            {"where": 0.02, "ask where": 0.08, "full": 0.04, "low": 0.1, "crop": 0.64, "blind": 0.12},
             (2, 2.4, 1.4, 1.2, 0.7, 1.2),
             varied=False,
             call=1.0,
             more=1,
             wide=0.25,
             small=0.3,
+            hint=0.3,
         ),
     ),
 }
@@ -194,7 +205,10 @@ def _id(name: str) -> str:
 
 
 def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, questions: int = 3) -> Row:
-    """One training conversation; ``full`` and ``low`` ask several questions about their picture, one after another."""
+    """One training conversation; ``full`` and ``low`` ask several questions about their picture, one after another.
+
+    ``blind`` is ``crop`` after the half-size view of another picture, with no loss on its call.
+    """
     w = world()
     rng = w.stream(family, seed)
     image, panels = w.family_scene(rng, family, phase.count, phase.size)
@@ -230,7 +244,12 @@ def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, qu
     if mode == "blind":
         first, call_weight = w.family_scene(rng, family, phase.count, phase.size)[0], 0.0
     turns = [([half(first)], text, PAPER_GRID.format(names), call_weight), (PAPER_GRID.cut(image, names), "", answer, 1.0)]
-    return writer.row(turns + later, PAPER_GRID.prompt)
+    row = writer.row(turns + later, PAPER_GRID.prompt)
+    if phase.hint:
+        start, end = row.replies[1]
+        (key,) = writer.encode(f" {evidence[0].key}")
+        row.hints = [(at, key) for at in range(start - 1, end - 2)]
+    return row
 
 
 def _holding(panels: list, size: tuple[int, int]) -> list[tuple[str, ...]]:
@@ -249,7 +268,7 @@ def make_batch(writer: Writer, stage: str, step: int, steps: int, rows: int) -> 
         family = w.FAMILIES[i % len(w.FAMILIES)] if len(set(phase.families)) == 1 else rng.choices(w.FAMILIES, phase.families)[0]
         out.append(make_row(writer, family, train_seed(stage, step, i), mode, phase))
         kinds.append(KINDS.index(mode))
-    return collate(out, writer) | {"kinds": torch.tensor(kinds)}
+    return collate(out, writer) | {"kinds": torch.tensor(kinds), "hint": phases[0].hint}
 
 
 class Learner:
@@ -258,7 +277,8 @@ class Learner:
     def __init__(self, model):
         self.model, self.tower_learns = model, False
 
-    def hidden(self, b: dict) -> torch.Tensor:
+    def hidden(self, b: dict):
+        """-> the decoder's output for a batch of ``collate``, with the hidden states of every layer."""
         core = self.model.model
         with torch.set_grad_enabled(self.tower_learns and torch.is_grad_enabled()):
             features = core.visual(normalise(b["pixels"]), grid_thw=b["grids"]).pooler_output
@@ -267,29 +287,56 @@ class Learner:
         embeds = embeds.masked_scatter(where, features.to(embeds.dtype))
         decoder = core.language_model
         return decoder(
-            inputs_embeds=embeds, attention_mask=b["mask"], position_ids=b["positions"], use_cache=False
-        ).last_hidden_state
+            inputs_embeds=embeds, attention_mask=b["mask"], position_ids=b["positions"], use_cache=False, output_hidden_states=True
+        )
 
     def loss(self, b: dict) -> tuple[torch.Tensor, dict[str, float]]:
-        hidden, weights = self.hidden(b)[:, :-1], b["weights"][:, 1:]
+        out = self.hidden(b)
+        hidden, weights = out.last_hidden_state[:, :-1], b["weights"][:, 1:]
         on = weights > 0
         losses = cross_entropy(self.model.lm_head(hidden[on]).float(), b["ids"][:, 1:][on], reduction="none")
         parts, kind = {}, b["kinds"][:, None].expand_as(on)[on] if "kinds" in b else torch.zeros(0)
         for k in kind.unique().tolist():
             parts[KINDS[k]] = losses[kind == k].mean().item()
-        return (losses * weights[on]).sum() / weights[on].sum(), parts
+        loss = (losses * weights[on]).sum() / weights[on].sum()
+        if len(b["hints"]):
+            hint = self.hint(out.hidden_states[1], b["hints"])
+            parts["hint"] = hint.item()
+            loss = loss + b["hint"] * hint
+        return loss, parts
+
+    def hint(self, states: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of the hinted tokens (H, 3: row, position, token) among those of the batch, by likeness to their embeddings."""
+        row, at, token = hints.unbind(1)
+        known = states[row, at].float()
+        known = known / known.square().mean(-1, keepdim=True).sqrt()
+        keys, which = token.unique(return_inverse=True)
+        return cross_entropy(known @ self.model.get_input_embeddings().weight[keys].float().T, which)
 
     @torch.no_grad()
     def right(self, rows: list[Row], writer: Writer, device: str) -> list[bool]:
         """Whether the last reply of each row is the greedy one, given what precedes it."""
         b = {k: v.to(device) for k, v in collate(rows, writer).items()}
         with autocast(device):
-            hidden = self.hidden(b)
+            hidden = self.hidden(b).last_hidden_state
             out = []
             for i, row in enumerate(rows):
                 s, e = row.replies[-1]
                 out.append(bool((self.model.lm_head(hidden[i, s - 1 : e - 1]).argmax(-1) == b["ids"][i, s:e]).all()))
         return out
+
+
+def load(model, start) -> None:
+    """The weights of a checkpoint, under a fresh bottom layer if it has one layer less; that layer passes on what it is given."""
+    state = start.state_dict()
+    if len(model.model.language_model.layers) == len(start.model.language_model.layers) + 1:
+        bottom = model.model.language_model.layers[0]
+        for last in (bottom.self_attn.o_proj, bottom.mlp.down_proj):
+            torch.nn.init.zeros_(last.weight)
+        lower = r"(model\.language_model\.layers\.)(\d+)"
+        state = {re.sub(lower, lambda m: f"{m[1]}{int(m[2]) + 1}", name): value for name, value in state.items()}
+        state |= {f"model.language_model.layers.0.{name}": value for name, value in bottom.state_dict().items()}
+    model.load_state_dict(state)
 
 
 def calibrate(model, writer: Writer) -> None:
@@ -315,20 +362,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", choices=list(STAGES), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tower", type=Path, help="run folder of the tower stage (base, light)")
-    parser.add_argument("--start", type=Path, help="checkpoint folder to go on from (light, where, joint, read)")
+    parser.add_argument("--start", type=Path, help="checkpoint folder to go on from (all but base)")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--stop", type=int, help="stop after this step of the schedule (default: --steps)")
     parser.add_argument("--rows", type=int, default=36, help="conversations per step")
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--fresh-lr", type=float, help="learning rate of the bottom layer (fetch)")
     parser.add_argument("--tower-lr", type=float, default=1e-4)
     parser.add_argument("--tower-frozen", type=float, default=1.0, help="share of the steps before the tower learns too")
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args(argv)
     torch.manual_seed(STAGES[a.stage])
     tok = nano.nano_tokenizer()
-    writer, model = Writer(tok), nano.build(tok).to(a.device)
+    writer, model = Writer(tok), nano.build(tok, nano.Geometry(layers=4 + (a.stage == "fetch"))).to(a.device)
     if a.start:
-        model.load_state_dict(type(model).from_pretrained(a.start, dtype=torch.float32).state_dict())
+        load(model, type(model).from_pretrained(a.start, dtype=torch.float32))
     if a.tower:
         state = torch.load(a.tower / "checkpoint.pt", map_location=a.device, weights_only=True)
         model.model.visual.load_state_dict(state["tower"])
@@ -336,7 +384,8 @@ def main(argv: list[str] | None = None) -> None:
             calibrate(model, writer)
     learner = Learner(model)
     tower = list(model.model.visual.parameters())
-    language = [p for n, p in model.named_parameters() if ".visual." not in n]
+    fresh = [p for n, p in model.named_parameters() if a.fresh_lr and ".language_model.layers.0." in n]
+    language = [p for n, p in model.named_parameters() if ".visual." not in n and not (a.fresh_lr and ".layers.0." in n)]
     frozen = int(a.steps * a.tower_frozen)
 
     def loss_of(b: dict) -> tuple[torch.Tensor, dict[str, float]]:
@@ -363,7 +412,7 @@ def main(argv: list[str] | None = None) -> None:
     with windowed_attention(model):
         train(
             {"model": model},
-            [Group(language, a.lr), Group(tower, a.tower_lr, frozen)],
+            [Group(language, a.lr), Group(tower, a.tower_lr, frozen), *([Group(fresh, a.fresh_lr)] if fresh else [])],
             lambda step: make_batch(writer, a.stage, step, a.steps, a.rows),
             loss_of,
             evaluate,
