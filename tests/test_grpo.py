@@ -33,6 +33,10 @@ def test_the_composite_reward_is_the_papers():
         assert got == pytest.approx([1 - missed, 1 - 0.25 - 0.0025, -0.25 - 0.005, -0.25 - 0.01])
     tens = rewards.awares(group, rewards.Truth("q", ("42",), "HR"), exact, rewards.Costs(w_ans=10, area_of="sum"))
     assert [p["reward"] for p in tens] == pytest.approx([8, 9.7475, -0.25 - 0.0075, -0.26])
+    direct = rewards.awares(
+        [rollout("42"), rollout("no")], rewards.Truth("q", ("42",), "HR"), exact, rewards.Costs(missed="wrong")
+    )
+    assert [p["reward"] for p in direct] == [1, -2]
 
 
 def test_visionthinks_penalty_turns_with_the_share_of_right_direct_answers():

@@ -161,7 +161,10 @@ def test_the_result_loads_in_evaluation_and_says_what_the_adapters_say(place, em
     alone = VLM.load(str(place / out / "adapter"), device="cpu")  # merged in float32, so nearer than the merged checkpoint
     with torch.no_grad():
         assert (Scorer(alone.model)(packed, features)[0] - adapted).abs().max() < 0.1 * moved
-    before, tables = VLM.load(str(place / "start"), device="cpu").model, (alone.model.get_input_embeddings().weight, alone.model.lm_head.weight)
+    before, tables = (
+        VLM.load(str(place / "start"), device="cpu").model,
+        (alone.model.get_input_embeddings().weight, alone.model.lm_head.weight),
+    )
     assert torch.equal(*tables) == before.config.tie_word_embeddings
     assert torch.equal(tables[0], before.get_input_embeddings().weight) != embeddings
 

@@ -119,7 +119,9 @@ def test_hints_name_the_key_of_the_question_where_the_answer_to_a_crop_is_writte
             assert not row.hints
             continue
         start, end = row.replies[1]
-        assert [at for at, _ in row.hints] == list(range(start - 1, end - 2))  # each position whose output is a token of the answer
+        assert [at for at, _ in row.hints] == list(
+            range(start - 1, end - 2)
+        )  # each position whose output is a token of the answer
         (key,) = {encode.decode([token]) for _, token in row.hints}
         assert f"in field{key}?" in encode.decode(row.ids[: row.replies[0][0]])
         assert mode == "crop" or not any(row.weights[slice(*row.replies[0])])

@@ -52,7 +52,7 @@ class GRPO(Tuning):
     scheme:         how rewards are put together: ``awares``, ``visionthink``, or ``likelihood`` of the first answer under ``target``
                     (CropVLM's, for role ``cropper``; see ``cropper.Target``)
     target:         frozen checkpoint of scheme ``likelihood``
-    w_ans, miss, use, area, area_of: see ``rewards.Costs``
+    w_ans, miss, use, area, area_of, missed: see ``rewards.Costs``
     max_new_tokens: of a reply; crops do not count against it
     """
 
@@ -77,6 +77,7 @@ class GRPO(Tuning):
     use: float = key(0.25, low=0)
     area: float = key(0.01, low=0)
     area_of: str = key("union", one_of=("union", "sum"))
+    missed: str = key("label", one_of=("label", "wrong"))
 
     def __post_init__(self):
         super().__post_init__()
@@ -246,7 +247,7 @@ class GRPOTrainer(ExactTrainer):
 
 
 def _costs(recipe: GRPO) -> rewards.Costs:
-    return rewards.Costs(recipe.w_ans, recipe.miss, recipe.use, recipe.area, recipe.area_of)
+    return rewards.Costs(recipe.w_ans, recipe.miss, recipe.use, recipe.area, recipe.area_of, recipe.missed)
 
 
 def build(recipe: GRPO, dry: bool = False) -> GRPOTrainer:
@@ -256,9 +257,9 @@ def build(recipe: GRPO, dry: bool = False) -> GRPOTrainer:
     labels = set(table["label"]) if "label" in table.column_names else {None}
     if labels - {"LR", "HR", None}:
         raise examples.DataError(f"{recipe.data!r}: label is {sorted(map(str, labels))}; allowed: LR, HR, null")
-    if recipe.scheme == "awares" and recipe.miss and labels == {None}:
+    if recipe.scheme == "awares" and recipe.miss and recipe.missed == "label" and labels == {None}:
         raise RecipeError(
-            "miss is above 0 and no row has a label, so that nobody could ever be charged; run curate, or set miss: 0"
+            "miss is above 0 and no row has a label, so that nobody could ever be charged; run curate, or set miss: 0 or missed: wrong"
         )
     if len(table) < recipe.prompts:
         raise examples.DataError(f"{recipe.data!r} has {len(table)} rows, a step takes {recipe.prompts}")

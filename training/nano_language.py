@@ -287,7 +287,11 @@ class Learner:
         embeds = embeds.masked_scatter(where, features.to(embeds.dtype))
         decoder = core.language_model
         return decoder(
-            inputs_embeds=embeds, attention_mask=b["mask"], position_ids=b["positions"], use_cache=False, output_hidden_states=True
+            inputs_embeds=embeds,
+            attention_mask=b["mask"],
+            position_ids=b["positions"],
+            use_cache=False,
+            output_hidden_states=True,
         )
 
     def loss(self, b: dict) -> tuple[torch.Tensor, dict[str, float]]:

@@ -25,6 +25,7 @@ class Costs:
 
     w_ans:   of the answer's score; 1 as in Eq. 5, 10 in the supplement's Table 7
     miss:    for answering directly when the label is HR
+    missed:  what a miss is: ``label`` as the paper says, ``wrong`` a direct answer that scores below 0.5, which needs no label
     use:     for any call
     area:    per unit of image area that the crops cover
     area_of: ``union`` counts overlaps once, as "covered" says; ``sum`` as their tokens do
@@ -35,6 +36,7 @@ class Costs:
     use: float = 0.25
     area: float = 0.01
     area_of: str = "union"
+    missed: str = "label"
 
 
 def union_area(names: tuple[str, ...]) -> float:
@@ -53,15 +55,16 @@ def malformed(rollout: Rollout) -> bool:
 
 
 def awares(group: list[Rollout], truth: Truth, judge: Judge, costs: Costs) -> list[dict[str, float]]:
-    """Parts and ``reward`` of each rollout. Without a label nobody is charged for missing."""
+    """Parts and ``reward`` of each rollout. Where misses go by labels, nobody is charged without one."""
     out = []
     for r in group:
         names = r.trajectory.crops
         score = judge(truth.question, truth.answers, r.trajectory.answer)
         area = (union_area(names) if costs.area_of == "union" else PAPER_GRID.area(names)) if names else 0.0
+        missed = truth.label == "HR" if costs.missed == "label" else score < 0.5
         parts = {
             "answer": score,
-            "miss": costs.miss if truth.label == "HR" and not called(r) else 0.0,
+            "miss": costs.miss if missed and not called(r) else 0.0,
             "use": costs.use if called(r) else 0.0,
             "area": costs.area * area if called(r) else 0.0,
         }
