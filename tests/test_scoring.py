@@ -69,6 +69,18 @@ def test_a_packed_group_has_the_loss_and_gradients_of_its_conversations_one_by_o
     assert one == once.tokens + 2 * right  # what is equal goes through once
 
 
+def test_different_questions_packed_into_a_row_share_what_they_begin_with_and_nothing_else():
+    vlm = tiny_vlm()
+    scorer, features = Scorer(vlm.model), Features(vlm)
+    mixed = [c for pair in zip(group(1), group(2, (112, 300)), strict=True) for c in pair]
+    together, alone = pack([mixed], vlm), [pack([[c]], vlm) for c in mixed]
+    with torch.no_grad():
+        one_by_one = torch.cat([scorer(p, features(p.views))[0] for p in alone])
+        assert (scorer(together, features(together.views))[0] - one_by_one).abs().max() < 1e-4
+    both = sum(pack([group(*g)], vlm).tokens for g in ((1,), (2, (112, 300))))
+    assert both - together.tokens == mixed[0].ids.index(vlm.image_token)  # once in place of twice
+
+
 def test_rows_side_by_side_are_the_rows_alone_and_those_of_transformers():
     vlm = tiny_vlm()
     scorer, features = Scorer(vlm.model), Features(vlm)

@@ -69,8 +69,10 @@ def figures(folder):
 def test_the_loss_is_the_weighted_mean_and_the_same_for_every_micro_batch(place, tuning):
     whole = train(place, f"whole-{tuning}", tuning=tuning)
     parts = train(place, f"parts-{tuning}", tuning=tuning, micro_batch=1)
+    packed = train(place, f"packed-{tuning}", tuning=tuning, packed=3)
     for step in whole:
-        assert whole[step] == pytest.approx(parts[step], rel=1e-5)
+        assert parts[step] == pytest.approx(whole[step], rel=1e-5)
+        assert packed[step] == pytest.approx(whole[step], rel=1e-5)
     trainer = sft.build(recipe.check(sft.SFT, settings(place, f"whole-{tuning}", tuning=tuning)))
     order = next(iter(trainer.get_train_dataloader()))
     total = weight = 0.0

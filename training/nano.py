@@ -67,7 +67,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a Qwen2.5-VL. The defaults are nano's."""
+    """Sizes of a Qwen2.5-VL. The defaults are nano's, without the layer that its last stage adds."""
 
     width: int = 192
     layers: int = 4

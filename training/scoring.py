@@ -1,6 +1,6 @@
-"""Log-probabilities of what a model wrote, in one forward pass: conversations side by side, or groups that share a prompt.
+"""Log-probabilities of what a model wrote, in one forward pass: conversations side by side, or groups that share what they begin with.
 
-A group is packed into one row, a tree: the prompt once, then every continuation, those that are equal once, under a mask that
+A group is packed into one row, a tree: the beginning once, then every continuation, those that are equal once, under a mask that
 lets a continuation see what leads to it and itself. Positions are those each conversation has alone, so the log-probabilities and gradients are those of the
 conversations one by one (tests/test_scoring.py). The head runs on scored positions only.
 """
@@ -174,7 +174,7 @@ class Packed:
 
 
 def pack(groups: list[list[Conversation]], vlm: VLM, device: torch.device | str = "cpu") -> Packed:
-    """Groups of conversations that share a prompt -> one batch. A group of one is an ordinary row."""
+    """Groups of conversations -> one batch; a group is best one that shares its prompt, or a long system message. One of one is an ordinary row."""
     merge = vlm.processor.image_processor.merge_size
     built = [_row(group, vlm.image_token, merge) for group in groups]
     length, rows = max(len(ids) for ids, *_ in built), len(built)
@@ -206,18 +206,16 @@ def _row(group: list[Conversation], image_token: int, merge: int) -> tuple:
     """-> ids, positions (3, L), who sees whom (L, L), (column before, token, conversation, weight) of each scored token, views.
 
     A tree: the prompt, then a branch for each reply with what was shown after it. Branches that are equal to the token and the
-    picture, after equal ones, are one.
+    picture, after equal ones, are one. Where prompts differ, their first common tokens are a branch of their own.
     """
-    first = group[0]
+    common = _common(group, image_token)
     ids, views, places, scored = [], [], [], []
     known: dict[tuple, tuple[int, int]] = {}  # path of branches -> columns of the last one
     lines: dict[tuple, list[tuple[int, int]]] = {}  # path -> columns of every branch on it
     for i, c in enumerate(group):
-        if c.ids[: c.prompt] != first.ids[: first.prompt]:
-            raise ValueError("conversations of a group must share their prompt")
         whole, _ = mrope_positions(c.ids, [v.grid for v in c.views], image_token, merge)
         path, before, waiting = (), -1, list(c.views)
-        for start, end in _branches(c):
+        for start, end in _branches(c, common):
             tokens, here = c.ids[start:end].count(image_token), []
             while tokens:
                 here.append(waiting.pop(0))
@@ -241,9 +239,18 @@ def _row(group: list[Conversation], image_token: int, merge: int) -> tuple:
     return ids, torch.cat(places, 1), sees.tril(), scored, views
 
 
-def _branches(c: Conversation) -> list[tuple[int, int]]:
-    """Spans of a conversation's ids: the prompt, then every reply with what is shown after it."""
-    cuts = [0, *(start for start, _ in c.replies), len(c.ids)]
+def _common(group: list[Conversation], image_token: int) -> int:
+    """Tokens that prompts which differ begin with, up to the first picture; 0 where all are the same."""
+    prompts = [c.ids[: c.prompt] for c in group]
+    if all(p == prompts[0] for p in prompts):
+        return 0
+    columns = enumerate(zip(*prompts, strict=False))
+    return next((i for i, some in columns if len(set(some)) > 1 or some[0] == image_token), min(map(len, prompts)))
+
+
+def _branches(c: Conversation, common: int) -> list[tuple[int, int]]:
+    """Spans of a conversation's ids: ``common`` tokens, the rest of the prompt, then every reply with what is shown after it."""
+    cuts = [0, common, *(start for start, _ in c.replies), len(c.ids)]
     return [(start, end) for start, end in pairwise(cuts) if start < end]
 
 

@@ -21,6 +21,7 @@ class SFT(Tuning):
     """A recipe of supervised fine-tuning.
 
     batch, micro_batch: conversations a step over all processes, and a forward pass. The loss is the same for any micro_batch.
+    packed:       conversations in one row, the system message that they begin with once; the loss is the same. Pays where that is long
     call_weight:  loss weight of a tool call's tokens; 5 in paper Sec. 4.3 and Table 3
     normalise:    ``weight`` divides a step's loss by the sum of the weights, ``tokens`` by their number (unprinted in the paper)
     max_length:   tokens of a conversation; a longer one is an error (paper supplement, Table 7: 8192)
@@ -29,6 +30,7 @@ class SFT(Tuning):
     lr: float = key(1e-4, above=0, high=1)
     batch: int = key(128, low=1)
     micro_batch: int = key(4, low=1)
+    packed: int = key(1, low=1)
     epochs: float = key(2.0, above=0)
     weight_decay: float = key(0.001, low=0, high=1)
     lora_dropout: float = key(0.05, low=0, high=0.9)
@@ -65,7 +67,8 @@ class SFTTrainer(ExactTrainer):
         return batches, torch.tensor(total, device=device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        packed = pack([[c] for c in inputs], self.vlm, self.args.device)
+        n = self.recipe.packed
+        packed = pack([inputs[i : i + n] for i in range(0, len(inputs), n)], self.vlm, self.args.device)
         scores, _ = self.score(model, packed)
         called = packed.weight != 1
         for name, on in (("nll_call", called), ("nll_answer", ~called)):
