@@ -32,7 +32,7 @@ def test_full_reads_what_low_cannot_and_awares_lies_between_them(outcomes):
     documents, runs, right = outcomes
     full, low, awares = (sum(right[name]) / len(documents) for name in ("full", "low", "awares"))
     assert full > 0.95 and full - low > 0.15
-    assert low + 0.6 * (full - low) < awares <= full
+    assert low + 0.75 * (full - low) < awares
     assert sum(t.rtr for t in runs["awares"].values()) / len(documents) < 0.5
 
 
@@ -41,7 +41,7 @@ def test_calls_name_the_region_of_the_evidence(outcomes):
     called = [(d, runs["awares"][i].crops) for i, d in enumerate(documents) if runs["awares"][i].crops]
     covered = [PAPER_GRID.holds(crops, d.evidence, *d.image.size) for d, crops in called]
     small = [crops for _, crops in called if PAPER_GRID.area(crops) <= 0.5]
-    assert sum(covered) / len(called) > 0.8  # a region drawn at random with the same areas covers about one in five
+    assert sum(covered) / len(called) > 0.9  # a region drawn at random with the same areas covers about one in five
     assert len(small) / len(called) > 0.5 and len(set(small)) >= 6
 
 
