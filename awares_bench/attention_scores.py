@@ -42,15 +42,15 @@ def raster_order(rows: int, columns: int, window: int, device: torch.device) -> 
 def column_attention(q: Tensor, k: Tensor, scaling: float, block: int = BLOCK) -> Tensor:
     """Attention that each key receives, the mean over heads and queries: (H, N, d) twice -> (N,)."""
     heads, n, _ = q.shape
-    together = max(1, block // (n * n))  # heads in one product
+    together = max(1, block // (n * n)) if q.device.type != "cpu" else 1  # heads in one product
     step = max(1, min(n, block // n)) if together == 1 else n  # queries in one product
     out = torch.zeros(n, device=q.device)
     for a in range(0, heads, together):
         keys = k[a : a + together].float().contiguous()
         for i in range(0, n, step):
             scores = products(q[a : a + together, i : i + step].float() * scaling, keys)
-            out += scores.softmax(-1).sum((0, 1))
-    return out / (heads * n)
+            out += torch.softmax(scores, -1, out=scores).sum((0, 1))  # in its place: fresh memory costs as much as the exponentials
+    return out.div_(heads * n)
 
 
 @dataclass
@@ -93,7 +93,8 @@ class AttentionRows:
     """Attention of some text tokens on an image's tokens in one decoder layer, computed when asked for.
 
     q: (H, R, d) and keys: (G, K, d) after RoPE, G key heads shared by the H query heads.
-    rows: (R,) place of each query among the K keys: it sees itself and what is before. columns: the V places of the image's tokens.
+    rows: (R,) place of each query among the K keys: it sees itself and what is before. columns: the V places of the image's
+    tokens, all before the queries.
     phases: cosines and sines (L, d) of the rotary embedding at the last L keys, which the image and the queries are among.
     """
 
@@ -108,16 +109,17 @@ class AttentionRows:
         heads, n, width = self.q.shape
         groups, length, _ = self.keys.shape
         keys = self.keys.float().transpose(1, 2)  # (G, d, K)
-        seen, out = torch.arange(length, device=self.q.device), None
+        after, out = self.columns.stop, None
+        late = torch.arange(after, length, device=self.q.device) > self.rows[:, None]  # (R, K - after): what a query does not see
         step = max(1, block // (heads * length))
         for i in range(0, n, step):
-            rows = self.rows[i : i + step]
             q = self.q[:, i : i + step].float() * width**-0.5
             scores = (q.reshape(groups, -1, width) @ keys).view(heads, -1, length)
-            weights = scores.masked_fill_(seen > rows[:, None], -torch.inf).softmax(-1)[..., self.columns]
+            scores[..., after:].masked_fill_(late[i : i + step], -torch.inf)
+            weights = torch.softmax(scores, -1, out=scores)[..., self.columns]
             part = (weights if divisor is None else weights / divisor[i : i + step]).sum(1)
             out = part if out is None else out.add_(part)
-        return out / n
+        return out.div_(n)
 
     def rotary_kernel(self) -> Tensor:
         """Inner product of all-ones vectors rotated to each query's and each token's place, over sqrt(d): (R, V)."""

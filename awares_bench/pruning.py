@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .attention_scores import Probe, raster_order
+from .attention_scores import AttentionRows, Probe, raster_order
 from .method import Pruner, Visual
 
 
@@ -43,12 +43,14 @@ class Chunk:
         """Visual tokens in the chunk."""
         return sum(len(s.visual.features) for s in self.spans)
 
-    def cut(self, pruner: Pruner, share: float, see: Callable[[Span], Visual] = lambda span: span.visual) -> Chunk:
-        """The chunk with every image reduced to its share; ``see`` adds to what the pruner sees of an image."""
+    def cut(self, pruner: Pruner, share: float, rows: Callable[[Span], AttentionRows | None] | None = None) -> Chunk:
+        """The chunk with every image reduced to its share; ``rows`` gives the attention on an image at a decoder stage."""
         embeds, positions, spans, at, length = [], [], [], 0, 0
         for span in self.spans:
             start, stop = span.start + pruner.offset, span.stop + pruner.offset
-            image = replace(see(span), features=self.embeds[start:stop])
+            seen = span.visual
+            attention = seen.rows if rows is None else rows(span)
+            image = Visual(self.embeds[start:stop], seen.grid, seen.places, seen.attention, seen.metric, attention, seen.seed)
             n = min(pruner.budget(span.full, share), stop - start)
             features, chosen = pruner.reduce(image, n)
             embeds += [self.embeds[at:start], features.to(self.embeds.dtype)]

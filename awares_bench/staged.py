@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention_scores import AttentionRows
 from .batch import Batch
-from .method import Pruner, Visual
+from .method import Pruner
 from .pruning import Chunk, Span
 from .session import Session
 
@@ -75,8 +74,8 @@ class StagedBatch(Batch):
         """Row ``b`` reduced between ``layer`` and the next; hidden: its states (L, D) there."""
         chunk = self.chunks[b]
         new = len(chunk.embeds)
-        see = partial(self._see, layer, b, new, (rope[0][b], rope[1][b]))
-        return Chunk(hidden[-new:], positions[:, -new:], chunk.after, chunk.spans).cut(self.pruner, self.stages[layer], see)
+        rows = partial(self._rows, layer, b, new, (rope[0][b], rope[1][b]))
+        return Chunk(hidden[-new:], positions[:, -new:], chunk.after, chunk.spans).cut(self.pruner, self.stages[layer], rows)
 
     def _forward(self, embeds: Tensor, positions: Tensor, last: int) -> Tensor:
         hidden, rope = embeds, None
@@ -122,14 +121,13 @@ class StagedBatch(Batch):
         q = torch.addcmul(q * cos, torch.cat([-high, low], -1), sin)
         self.queries = q.split([len(r) for r in self.raters])
 
-    def _see(self, layer: int, b: int, new: int, rope: tuple[Tensor, Tensor], span: Span) -> Visual:
-        """What the pruner may see of an image after ``layer``, among the ``new`` tokens of row ``b``; rope: cosines and sines there."""
+    def _rows(self, layer: int, b: int, new: int, rope: tuple[Tensor, Tensor], span: Span) -> AttentionRows:
+        """The raters' attention on an image in ``layer``, among the ``new`` tokens of row ``b``; rope: cosines and sines there."""
         past, left = self.past[layer][b], max(self.past[layer])
         keys = self.cache.layers[layer].keys[b]  # (G, padding and K, d)
         keys = keys[:, -new:] if not past else torch.cat([keys[:, left - past : left], keys[:, -new:]], 1)
         columns = slice(past + span.start, past + span.stop)
-        rows = AttentionRows(self.queries[b].transpose(0, 1), keys, past + new + self.raters[b], columns, rope)
-        return replace(span.visual, rows=rows)
+        return AttentionRows(self.queries[b].transpose(0, 1), keys, past + new + self.raters[b], columns, rope)
 
     def _repacked(self, layer: int) -> bool:
         return self.pruner.repacks and layer > min(self.stages)

@@ -89,14 +89,14 @@ class SparseVLM(Pruner):
             chosen = order[:kept].sort().values
             return image.features[chosen], chosen
         again = order[kept : kept + again]
-        centres, means = cluster(image.features[again], clusters)
-        centres = again[centres]
+        centres, means = cluster(image.features.index_select(0, again), clusters)
+        centres = again.index_select(0, centres)
         if self.compat == "corrected":
             indices = torch.cat([order[:kept], centres]).sort().values
             merged = torch.searchsorted(indices, centres)
         else:
             indices, merged = torch.cat([order[:kept].sort().values, centres]), slice(kept, None)
-        features = image.features[indices]  # one copy; the centres' rows then take their clusters' means
+        features = image.features.index_select(0, indices)  # one copy; the centres' rows then take their clusters' means
         features[merged] = means.to(features.dtype)
         return features, indices
 

@@ -402,7 +402,7 @@ def test_sparsevlm_stage(path):
     assert clusters == int(meta["cluster_num"])
     assert torch.equal(score.argsort(descending=True, stable=True)[keep:][:again], want["recycled_idx_by_score"])
     close(cluster(image.features[want["recycled_idx_by_score"]], clusters)[1], want["cluster_tokens"])
-    cut = chunk.cut(pruner, keep, lambda span: seen)
+    cut = chunk.cut(pruner, keep, lambda span: seen.rows)
     close(cut.embeds, want["output_hidden"])
     assert torch.equal(torch.arange(len(cut.embeds)), want["output_positions_v1"])
 
