@@ -49,7 +49,7 @@ def column_attention(q: Tensor, k: Tensor, scaling: float, block: int = BLOCK) -
         keys = k[a : a + together].float().contiguous()
         for i in range(0, n, step):
             scores = products(q[a : a + together, i : i + step].float() * scaling, keys)
-            out += torch.softmax(scores, -1, out=scores).sum((0, 1))  # in its place: fresh memory costs as much as the exponentials
+            out += torch.softmax(scores, -1, out=scores).sum((0, 1))  # in its place: fresh memory is as dear as the rest
     return out.div_(heads * n)
 
 

@@ -26,7 +26,7 @@ def test_a_document_is_a_pure_function_of_its_seed(family):
 def test_train_validation_and_suite_seeds_are_disjoint():
     ranges = sorted(world.SEEDS.values(), key=lambda r: r.start)
     assert len(ranges) == 3 and all(a.stop <= b.start for a, b in pairwise(ranges))
-    language = import_module("awares_bench.training.nano_language")
+    language = import_module("awares_bench.training.nano_stages")
     for stage in language.STAGES:
         for step, i in ((0, 0), (99_999, 255)):
             assert language.train_seed(stage, step, i) in world.SEEDS["train"]

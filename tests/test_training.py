@@ -19,7 +19,7 @@ from awares_bench.vision_attention import windowed_attention
 
 from .tiny import GEOMETRY, picture, tiny_vlm
 
-language, tower = (import_module(f"awares_bench.training.{m}") for m in ("nano_language", "tower"))
+language, stages, tower = (import_module(f"awares_bench.training.{m}") for m in ("nano_language", "nano_stages", "tower"))
 world = import_module("awares_bench.tasks.nano_world")
 
 
@@ -88,10 +88,10 @@ def test_the_weighted_loss_is_the_hand_computed_one():
 
 
 def test_a_joint_crop_row_asks_only_what_its_crops_hold_and_learns_no_call_that_is_wider_than_needed():
-    writer, phase, wide, later = Writer(tiny_vlm().tokenizer), language.PHASES["joint"][-1], 0, 0
+    writer, phase, wide, later = Writer(tiny_vlm().tokenizer), stages.PHASES["joint"][-1], 0, 0
     for family in world.FAMILIES:
         for seed in range(12):
-            row = language.make_row(writer, family, seed, "crop", phase)
+            row = stages.make_row(writer, family, seed, "crop", phase)
             rng = world.stream(family, seed)
             image, panels = world.family_scene(rng, family)
             boxes = {p.key: [q.box for q in panels if q.key == p.key] for p in panels}
@@ -112,9 +112,9 @@ def test_a_joint_crop_row_asks_only_what_its_crops_hold_and_learns_no_call_that_
 
 
 def test_hints_name_the_key_of_the_question_where_the_answer_to_a_crop_is_written():
-    writer, phase, encode = Writer(tiny_vlm().tokenizer), language.PHASES["fetch"][-1], tiny_vlm().tokenizer
+    writer, phase, encode = Writer(tiny_vlm().tokenizer), stages.PHASES["fetch"][-1], tiny_vlm().tokenizer
     for mode in ("crop", "blind", "low"):
-        row = language.make_row(writer, "doc", 3, mode, phase)
+        row = stages.make_row(writer, "doc", 3, mode, phase)
         if mode == "low":
             assert not row.hints
             continue
@@ -131,7 +131,7 @@ def test_a_fresh_bottom_layer_changes_nothing_yet_and_learns():
     old, writer = tiny_vlm().model, Writer(tiny_vlm().tokenizer)
     new = nano.build(tiny_vlm().tokenizer, replace(GEOMETRY, layers=GEOMETRY.layers + 1))
     language.load(new, old)
-    batch = language.make_batch(writer, "fetch", 0, 10, 4)
+    batch = stages.make_batch(writer, "fetch", 0, 10, 4)
     one, two = language.Learner(old), language.Learner(new)
     assert torch.equal(one.hidden(batch).last_hidden_state, two.hidden(batch).last_hidden_state)
     two.loss(batch)[0].backward()
@@ -161,9 +161,9 @@ def test_where_lists_name_the_cheapest_region_of_each_panel():
         world.Panel("chart", "blue", "12", False, (120, 30, 160, 200)),
         world.Panel("chart", "black", "33", False, (90, 60, 140, 130)),
     ]
-    regions = [language.region_id(p, (224, 224)) for p in panels]
+    regions = [stages.region_id(p, (224, 224)) for p in panels]
     assert [PAPER_GRID.ids.get(r, r) for r in regions] == ["top-left", "right", "center"]
-    row = language.list_row(writer, picture(112, 112), panels, regions)
+    row = stages.list_row(writer, picture(112, 112), panels, regions)
     assert writer.tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w]) == "".join(regions)
     assert writer.tokenizer.decode(row.ids).endswith("red{}, blue{}, black{},".format(*regions))
     assert [writer.tokenizer.decode(row.ids[s:e]) for s, e in row.replies] == regions

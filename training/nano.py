@@ -8,9 +8,12 @@ entries of the added vocabulary, so that a CPU spends its time on the picture; a
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from awares_bench.training.scoring import turns
+from PIL import Image
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import (
     Qwen2_5_VLConfig,
@@ -22,6 +25,8 @@ from transformers import (
 )
 
 from awares_bench.crops import PAPER_GRID
+from awares_bench.registry import method_class
+from awares_bench.trajectory import Sample
 
 SPECIAL = [
     "<|endoftext|>",
@@ -87,6 +92,7 @@ def tokenizer(corpus: list[str], merges: int = 400) -> Qwen2Tokenizer:
     learned = empty.train_new_from_iterator([corpus], vocab_size=len(alphabet) + merges, show_progress=False)
     learned.add_special_tokens({"extra_special_tokens": SPECIAL})
     phrases = ["You are a helpful assistant.", *SUFFIXES, *_pieces(PAPER_GRID.prompt), *_pieces(PAPER_GRID.prompt_as("adapter"))]
+    phrases += visionthink_phrases()
     learned.add_tokens([AddedToken(p, normalized=False, special=False) for p in dict.fromkeys(phrases)])
     learned.padding_side = "left"
     return learned
@@ -98,6 +104,16 @@ def _pieces(prompt: str) -> list[str]:
     cut = cut.replace("image are ", "image are \0").replace("'all'}", "'all'}\0").replace("brackets ", "brackets \0")
     cut = cut.replace("version, the", "version, \0the").replace("), where", "), \0where")
     return [p for p in cut.split("\0") if p]
+
+
+def visionthink_phrases() -> list[str]:
+    """What VisionThink's policy says around a question and a call, sentence by sentence, and the marks of a reply."""
+    call = ["<tool_call>", '\n{"name": "resize_image", "arguments": {"action": "resize"}}\n', "</tool_call>"]
+    look = method_class("visionthink")().look(Sample((Image.new("RGB", (56, 56)),), ""))
+    shown = [turn for turn, *_ in turns(look, ["".join(call), ""], 1.0)]
+    said = [text for turn in shown for text in (turn.system or "", *turn.before, turn.text)]
+    sentences = [s for text in said for s in re.split(r"(?<=\. )|(?<=\.)(?=\n)|(?<=:)(?=\n)", text) if len(s) > 20]
+    return [*sentences, *call, "<think>", "</think>", "<answer>", "</answer>"]
 
 
 def question_corpus(questions: list[str]) -> list[str]:

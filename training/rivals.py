@@ -28,7 +28,8 @@ the authors enlarge by up to 45 times, as their boxes hold single words)."""
 def visionthink(row: dict, size: tuple[int, int]) -> list[str]:
     """A call where the label is HR, an answer after it. The thought is the question again: it names what to look for behind
     the picture that was shown last, which three million parameters read better than a question above it."""
-    thought = f"<think>{row['question'].splitlines()[0].split('?')[0]}?</think>"
+    first = row["question"].splitlines()[0]
+    thought = f"<think>{first[: first.find('?') + 1] or first}</think>"
     answer = f"{thought}<answer>{examples.answers(row)[0]}</answer>"
     return [thought + CALL, answer] if row["label"] == "HR" else [answer]
 

@@ -79,7 +79,7 @@ def render(vlm: VLM, policy, sample: Sample, replies: list[str], call_weight: fl
     fewer turns than there are replies, or when the conversation is longer than ``max_length`` tokens.
     """
     out, session, end = Conversation(), Session(), vlm.tokenizer.eos_token_id
-    for turn, reply, weight in _turns(policy.look(sample), replies, call_weight):
+    for turn, reply, weight in turns(policy.look(sample), replies, call_weight):
         views = [View.of(vlm, image) for image in turn.images]
         ids = vlm.chunk(session, turn, [v.grid for v in views])
         out.shown(ids[1:] if session.replies else ids, views)  # the end of the reply before is written already
@@ -93,7 +93,7 @@ def render(vlm: VLM, policy, sample: Sample, replies: list[str], call_weight: fl
     return out
 
 
-def _turns(look, replies: list[str], call_weight: float) -> Iterator[tuple[Turn, str, float]]:
+def turns(look, replies: list[str], call_weight: float) -> Iterator[tuple[Turn, str, float]]:
     """The turns a policy takes when it is told ``replies``, each with its reply and the reply's weight."""
     told, sent = None, 0
     while True:
