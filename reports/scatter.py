@@ -9,6 +9,9 @@ from matplotlib.lines import Line2D
 from . import draw, names, stats
 from .tables import summary
 
+FIRST = ("awares", "full", "low")
+"""Families whose labels find a place before the others': the subject and its two ends."""
+
 
 def points(frame: pd.DataFrame, cost: dict[str, float | None]) -> pd.DataFrame:
     """Documents and each method's cost -> method, label, family, cost, accuracy, low, high (fractions), front; unknown costs left out.
@@ -89,9 +92,12 @@ def draw_points(
         draw.footnote(figure, notes)
         draw.title(figure, f"{title}; {len(data)} runs, all in the CSV" if crowd else title)
         wanted, obstacles = _labels(data, crowd)
-        unplaced = draw.place(axes, wanted, obstacles)
-        if unplaced:
-            _key(figure, data, unplaced)
+        keyed: list[str] = []
+        while left := draw.place(axes, [w for w in wanted if w[2] not in keyed], obstacles):
+            keyed += left  # a key makes the axes smaller, so the others are placed again
+            for drawn in (*axes.texts, *figure.legends):
+                drawn.remove()
+            _key(figure, data, keyed)
     return figure
 
 
@@ -103,9 +109,10 @@ def _settings(own: pd.DataFrame) -> pd.Series:
 def _labels(data: pd.DataFrame, crowd: bool) -> tuple[list, list]:
     """A label for each run, and one for all settings of a method at the costliest; in a crowd for the front and the fixed points only."""
     wanted, obstacles = [], []
-    ordered = data.sort_values(["front", "accuracy"], ascending=False)
+    subject = data["family"].astype(str).isin(FIRST)
+    ordered = data.assign(subject=subject).sort_values(["subject", "front", "accuracy"], ascending=False)
     for family, own in ordered.groupby("family", sort=False, observed=True):
-        if crowd and not own["front"].any() and family not in ("full", "low", "awares"):
+        if crowd and not own["front"].any() and family not in FIRST:
             continue
         series = _settings(own)
         named = [(r.cost, r.accuracy, str(r.label)) for r in own[~series].itertuples()]
@@ -135,4 +142,4 @@ def _key(figure: Figure, data: pd.DataFrame, unplaced: list[str], most: int = 12
     handles = [Line2D([], [], ls="", marker=names.marker(mark[t]), color=names.colour(mark[t]), ms=4) for t in shown]
     if len(unplaced) > most:
         shown[-1] = f"and {len(unplaced) - most + 1} more"
-    draw.key(figure, handles, shown, 3, fontsize=5.8, handletextpad=0.2)
+    draw.key(figure, handles, shown, 2, fontsize=5.8, handletextpad=0.2)

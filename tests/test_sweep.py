@@ -55,7 +55,7 @@ def test_the_shipped_recipes_hold_what_they_promise():
     pruners = {n for n in registry.names() if issubclass(registry.method_class(n), Pruner)}
     for name in pruners:
         assert {c.options["retention"] for c in nano if c.method == name} == {0.25, 0.5, 0.7}
-    untrained = {n for n in registry.names() if n not in pruners} - {"visionthink"}
+    untrained = {n for n in registry.names() if n not in pruners}
     assert {c.method for c in nano} == pruners | untrained
     table = sweep.read("paper_table1").cells
     assert {
