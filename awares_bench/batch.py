@@ -24,7 +24,15 @@ class Batch:
     """
 
     def __init__(self, vlm: VLM, sessions: list[Session], chunks: list[Chunk]):
-        self.vlm, device = vlm, vlm.device
+        self.vlm = vlm
+        self.visual = [float(c.visual) for c in chunks]  # visual tokens entering a decoder layer, mean over the layers
+        self.after = [c.after for c in chunks]  # the position of the reply's first token
+        self.fed = [0] * len(chunks)  # tokens of the reply that are in the cache
+        self.rows = list(range(len(chunks)))  # of the request that each row of the batch belongs to
+        self._lay_out(sessions, chunks)
+
+    def _lay_out(self, sessions: list[Session], chunks: list[Chunk]) -> None:
+        device = self.vlm.device
         rows, past, new = len(chunks), max(s.length for s in sessions), max(len(c.embeds) for c in chunks)
         self.embeds = chunks[0].embeds.new_zeros((rows, new, chunks[0].embeds.shape[1]))
         self.positions = torch.zeros((3, rows, new), dtype=torch.long, device=device)
@@ -34,15 +42,11 @@ class Batch:
             self.positions[:, b, new - len(chunk.embeds) :] = chunk.positions
             self.mask[b, past - session.length : past] = 1
             self.mask[b, past + new - len(chunk.embeds) :] = 1
-        self.visual = [float(c.visual) for c in chunks]  # visual tokens entering a decoder layer, mean over the layers
-        self.after = [c.after for c in chunks]
-        self.next = torch.tensor(self.after, device=device)  # (B,), the position of the reply's first token
-        self.fed = [0] * rows  # tokens of the reply that are in the cache
-        self.rows = list(range(rows))  # of the request that each row of the batch belongs to
+        self.next = torch.tensor(self.after, device=device)  # (B,)
         self.done: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # caches of rows that left the batch
-        self.cache = DynamicCache(config=vlm.decoder.config)
+        self.cache = DynamicCache(config=self.vlm.decoder.config)
         if past:
-            for layer in range(vlm.decoder.config.num_hidden_layers):
+            for layer in range(self.vlm.decoder.config.num_hidden_layers):
                 self.cache.update(
                     *(
                         self._stack([getattr(s, kind)[layer] if s.keys else None for s in sessions])
@@ -74,13 +78,12 @@ class Batch:
         return self._forward(self.embeds, self.positions, 1)
 
     def decode(self, logits: Tensor, writers: list[Writer]) -> None:
-        """Write every row's reply, greedily. Rows that are done leave the batch once they are half of it."""
+        """Write every row's reply, greedily."""
         for b, best in enumerate(logits.argmax(-1).tolist()):
             if writers[b].live:
                 writers[b].take([0], best, logits[b])  # what was fed is the prompt
-        while live := [i for i, b in enumerate(self.rows) if writers[b].live]:
-            if len(live) <= len(self.rows) // 2:
-                self._drop_all_but(live, writers)
+        while live := [b for b in self.rows if writers[b].live]:
+            self._let_go(live, writers)
             feeds = [writers[b].feed() if writers[b].live else [] for b in self.rows]
             logits = self._step(feeds)
             width, best = logits.shape[1], logits.argmax(-1).tolist()
@@ -90,9 +93,8 @@ class Batch:
                     writers[b].passes += 1
                     stands[i] = writers[b].take(fed, best[i][width - len(fed) :], logits[i, width - len(fed) :])
                     self.fed[b] += stands[i]
-            if any(n < len(fed) for n, fed in zip(stands, feeds, strict=True)):  # a draft that did not hold leaves a hole
-                on = [[0] * (width - len(f)) + [1] * n + [0] * (len(f) - n) for n, f in zip(stands, feeds, strict=True)]
-                self.mask[:, -width:] = torch.tensor(on, device=self.vlm.device)
+            if any(n < len(fed) for n, fed in zip(stands, feeds, strict=True)):
+                self._take_back(feeds, stands)
 
     def _step(self, feeds: list[list[int]]) -> Tensor:
         """Feed each row its tokens, none where a row is done -> scores after each, padded on the left."""
@@ -104,14 +106,23 @@ class Batch:
         self.mask = torch.cat([self.mask, on], 1)
         return self._forward(self.vlm.decoder.get_input_embeddings()(tokens), positions.expand(3, -1, -1), width)
 
-    def _drop_all_but(self, live: list[int], writers: list[Writer]) -> None:
+    def _take_back(self, feeds: list[list[int]], stands: list[int]) -> None:
+        """Of a draft that did not hold, ``stands`` tokens stand; the others leave a hole."""
+        width = max(map(len, feeds))
+        on = [[0] * (width - len(f)) + [1] * n + [0] * (len(f) - n) for n, f in zip(stands, feeds, strict=True)]
+        self.mask[:, -width:] = torch.tensor(on, device=self.vlm.device)
+
+    def _let_go(self, live: list[int], writers: list[Writer]) -> None:
+        """Drop the rows that are done, once they are half of the batch: it takes a copy of the others."""
+        if len(live) > len(self.rows) // 2:
+            return
         for i, b in enumerate(self.rows):
-            if i not in live and not writers[b].request.turn.last:
+            if b not in live and not writers[b].request.turn.last:
                 self.done[b] = self._row(i)
-        keep = torch.tensor(live, device=self.vlm.device)
+        keep = torch.tensor([self.rows.index(b) for b in live], device=self.vlm.device)
         self.cache.batch_select_indices(keep)
         self.mask, self.next = self.mask[keep], self.next[keep]
-        self.rows = [self.rows[i] for i in live]
+        self.rows = live
 
     def _row(self, i: int) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of row ``i`` without padding and holes, (H, L, D) per layer."""
@@ -121,6 +132,10 @@ class Batch:
 
     def keep(self, b: int, session: Session, written: list[int]) -> None:
         """Move row ``b`` of the cache into its session. Tokens written but never fed open its next chunk."""
-        session.keys, session.values = self.done.pop(b) if b in self.done else self._row(self.rows.index(b))
+        self._caches_of(b, session)
         session.next_position = self.after[b] + self.fed[b]
         session.pending = written[self.fed[b] :]
+
+    def _caches_of(self, b: int, session: Session) -> None:
+        session.keys, session.values = self.done.pop(b) if b in self.done else self._row(self.rows.index(b))
+        session.held, session.room = [], 0

@@ -31,6 +31,7 @@ from .memory import peak, start_peak
 from .method import Pruner, Visual
 from .products import fast_products
 from .pruning import Chunk, Span, look
+from .ragged import RaggedBatch
 from .session import Prepared, Request, Session
 from .staged import StagedBatch
 from .trajectory import Event, Reply, Turn, messages
@@ -321,7 +322,7 @@ class VLM:
             chunk = self.embed(i, placed, [next(images) for _ in g])
             chunks.append(chunk.cut(pruner, pruner.retention) if pruner and not stages else chunk)
         sessions = [r.session for r in requests]
-        batch = StagedBatch(self, sessions, chunks, pruner, stages) if stages else Batch(self, sessions, chunks)
+        batch = StagedBatch(self, sessions, chunks, pruner, stages) if stages else self._rows(sessions, chunks)
         logits = batch.prefill()
         self.synchronise()
         marks.append(clock())
@@ -344,7 +345,7 @@ class VLM:
             usage = Usage(visual[b], batch.visual[b], len(ids[b]) - visual[b], len(output), *costs[b], passes=writer.passes)
             out.append(Reply(text, output, usage, writer.ended))
             if r.turn.last:
-                r.session.keys, r.session.values = [], []
+                r.session.keys, r.session.values, r.session.held, r.session.room = [], [], [], 0
             else:
                 batch.keep(b, r.session, writer.written)
         for r, made, reply, again in zip(requests, prepared, out, reused, strict=True):  # after all that may run out of memory
@@ -356,6 +357,11 @@ class VLM:
                     Event("features_reused", f"{again} pictures were encoded before; their encode time is not here")
                 )
         return out
+
+    def _rows(self, sessions: list[Session], chunks: list[Chunk]) -> Batch:
+        """A line of rows on a CPU, a rectangle of them elsewhere or where another attention was asked for."""
+        line = self.device.type == "cpu" and self.decoder.config._attn_implementation == "sdpa"
+        return (RaggedBatch if line else Batch)(self, sessions, chunks)
 
     def stages(self, pruner: Pruner | None) -> dict[int, float]:
         """The pruner's decoder stages on this model. Raises ValueError for a layer that the decoder does not have."""

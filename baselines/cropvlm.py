@@ -32,11 +32,21 @@ class CropVLM(Policy):
     cropper: checkpoint that proposes the box; ``pretrained``: the model under test does, and its tokens count as its own
     view:    what stands beside the crop: the ``full`` image (the paper) or the ``low`` half-size view
     longest: longer side in pixels of what the cropper sees (the authors train at 2,048)
+    crop_longest: longer side in pixels of the crop that the model sees, larger ones are shrunk; 0: all its own pixels. The authors' target
+        shows every picture at the same size (512), so that a larger box is no free look at the whole; this is that limit
     """
 
     cropper: str = UNDER_TEST
     view: Literal["full", "low"] = "full"
     longest: int = 2048
+    crop_longest: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("longest", 1), ("crop_longest", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; it is a number of pixels, at least {least}")
 
     @property
     def models(self) -> dict[str, str]:
@@ -57,7 +67,8 @@ class CropVLM(Policy):
                 views = (image,)
             else:
                 yield Event("box", ",".join(map(str, box)))
-                views = (*views, image.crop(box))
+                crop = image.crop(box)
+                views = (*views, within(crop, self.crop_longest) if self.crop_longest else crop)
         return (yield Turn(views, sample.question))
 
 

@@ -129,10 +129,6 @@ def _text_box(label, renderer) -> Bbox:
 
 NEAR = [(5, 0), (-5, 0), (4, 5), (-4, 5), (4, -5), (-4, -5), (0, 6), (0, -6)]
 OFFSETS = NEAR + [
-    (s * dx, dy)
-    for r in (1, 2)
-    for dx in (6 * r, 10 + 8 * r)
-    for dy in (9 * r, -9 * r, 5 + 12 * r, -5 - 12 * r)
-    for s in (1, -1)
+    (s * dx, dy) for r in (1, 2) for dx in (6 * r, 10 + 8 * r) for dy in (9 * r, -9 * r, 5 + 12 * r, -5 - 12 * r) for s in (1, -1)
 ]
 """Points to try around a mark, nearest first; a far label gets a line to its mark."""

@@ -210,6 +210,12 @@ def test_cropvlm_shows_the_crop_and_prices_the_cropper_apart(view, rtr):
     assert t.usage.aux_encoded == 64 and t.usage.aux_decoder == 64 + len("[50, 50, 100, 100].") and t.usage.encoded == rtr * 64
 
 
+def test_cropvlm_shrinks_a_crop_to_its_limit_and_no_other():
+    for box, size in (("[0, 0, 100, 50].", (112, 56)), ("[50, 50, 75, 75].", (56, 56))):
+        t = run(method("cropvlm", crop_longest=112), {ASKED: [box], "q": ["x"]}, [picture(224, 224)])
+        assert [i.size for i in t.turns[1].images] == [(224, 224), size]
+
+
 def test_cropvlm_without_a_cropper_of_its_own_pays_for_the_box_itself():
     t = run(method("cropvlm"), {ASKED: ["[50, 50, 100, 100]."], "q": ["x"]}, [picture(224, 224)])
     assert t.rtr == 2.25 and t.usage.aux_encoded == 0

@@ -189,6 +189,7 @@ def test_a_pruner_alone_means_full_and_labels_say_what_differs_from_the_defaults
         ("visionzip", {"retention": "70 %"}, "above 0 and at most 1"),
         ("visionzip", {"retention": float("nan")}, "above 0 and at most 1"),
         ("cropvlm", {"view": "half"}, "'full', 'low'"),
+        ("cropvlm", {"crop_longest": -1}, "at least 0"),
         ("visionthink", {"budget": 0}, "at least 1"),
     ],
 )

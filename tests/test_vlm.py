@@ -7,11 +7,13 @@ from awares_bench.training import nano
 from torch.nn.functional import scaled_dot_product_attention
 
 from awares_bench import vision_attention
+from awares_bench.batch import Batch
 from awares_bench.crops import PAPER_GRID
 from awares_bench.engine import Engine, Failure, Job
 from awares_bench.features import FeatureStore
 from awares_bench.images import half
 from awares_bench.products import FEWEST_ROWS, fast_products, product
+from awares_bench.ragged import RaggedBatch
 from awares_bench.session import Request, Session
 from awares_bench.trajectory import Sample, Trajectory, Turn, messages
 from awares_bench.vision_attention import by_products, grouped_windows, varlen_windows
@@ -48,6 +50,17 @@ TURNS = [
 ]
 
 
+@pytest.fixture(params=["line", "rectangle"])
+def layout(request, monkeypatch):
+    """Both ways to lay out a batch: the one for CPUs, and the one for GPUs and other attentions."""
+    kind = {"line": RaggedBatch, "rectangle": Batch}[request.param]
+    monkeypatch.setattr(VLM, "_rows", lambda vlm, sessions, chunks: kind(vlm, sessions, chunks))
+
+
+BOTH = pytest.mark.usefixtures("layout")
+
+
+@BOTH
 @pytest.mark.parametrize("turn", TURNS, ids=["square", "wide", "two-images", "text-only"])
 def test_one_turn_has_the_logits_of_generate(turn):
     vlm = tiny_vlm()
@@ -94,6 +107,7 @@ def test_positions_are_those_of_the_model():
         assert after == int(delta) + ids.shape[1]
 
 
+@BOTH
 @pytest.mark.parametrize("budget", [6, 2], ids=["ended-or-not", "cut-by-its-budget"])
 def test_a_second_turn_on_the_kept_cache_has_the_logits_of_a_fresh_prefill(budget):
     vlm = tiny_vlm()
@@ -133,6 +147,7 @@ def test_the_second_chunk_continues_the_rendered_conversation():
     assert ids == whole
 
 
+@BOTH
 def test_a_mixed_batch_has_the_logits_of_each_row_alone():
     vlm = tiny_vlm()
     image = picture(252, 252, 7)
@@ -149,6 +164,33 @@ def test_a_mixed_batch_has_the_logits_of_each_row_alone():
         assert replies[b].text == reply.text
         steps = len(reply.tokens)
         assert (logits[:steps, b] - single[:steps, 0]).abs().max() < TOLERANCE
+
+
+def test_a_cache_stays_where_it_is_and_another_layout_goes_on_from_it():
+    vlm, image = tiny_vlm(), picture(280, 224, 5)
+    one = Turn((half(image),), "What is the value of the red bar?", system=PAPER_GRID.prompt, last=False)
+    crops = tuple(PAPER_GRID.cut(image, ("top-left",)))
+    other = Turn((picture(112, 112),), "q?", last=False)
+
+    def begun(kind):
+        sessions = [Session(), Session()]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(VLM, "_rows", lambda v, s, c: kind(v, s, c))
+            vlm.reply([Request(sessions[0], one, 4), Request(sessions[1], other, 2)])
+        return sessions[0]
+
+    line, rectangle = begun(RaggedBatch), begun(Batch)
+    held, length = [b.data_ptr() for b in line.held], line.length
+    assert held and not rectangle.held and length == rectangle.length
+    for kind in ("keys", "values"):
+        for a, b in zip(getattr(line, kind), getattr(rectangle, kind), strict=True):
+            assert (a - b).abs().max() < TOLERANCE
+    second = Turn(crops, last=False)
+    _, kept = ours(vlm, [Request(line, second, 4)])
+    _, moved = ours(vlm, [Request(rectangle, second, 4)])
+    assert (kept - moved).abs().max() < TOLERANCE
+    assert [b.data_ptr() for b in line.held] == held and line.length > length
+    assert rectangle.held and rectangle.length == line.length
 
 
 def test_usage_counts_what_was_fed():
