@@ -67,3 +67,16 @@ def test_stock_transformers_loads_them():
     folder = resolve("nano")
     assert AutoModelForImageTextToText.from_pretrained(folder).config.model_type == "qwen2_5_vl"
     assert AutoProcessor.from_pretrained(folder).chat_template
+
+
+def test_visionthink_reads_the_original_that_it_calls_for():
+    documents = [world.document(f, s) for f in world.FAMILIES for s in suite.suite_seeds(999, DOCUMENTS)]
+    jobs = [Job(Sample((d.image,), world.prompt(d.family, d.question, d.options), str(i)), 16) for i, d in enumerate(documents)]
+    run = dict(Engine(VLM.load(resolve("nano-visionthink")), method_class("visionthink")(budget=64), 16).run(jobs))
+    right, called = (
+        [run[i].answer.strip() == d.answer for i, d in enumerate(documents)],
+        [bool(run[i].crops) for i in range(len(jobs))],
+    )
+    assert not [e for t in run.values() for e in t.events if e.kind != "crops"]
+    assert sum(right) / len(right) > 0.9 and 0.25 < sum(called) / len(called) < 0.5
+    assert sum(r for r, c in zip(right, called, strict=True) if c) / sum(called) > 0.95
