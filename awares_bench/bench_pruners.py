@@ -1,7 +1,8 @@
 """``awares-bench bench pruners``: what it costs to decide, against the prefill without a pruner; time and memory, in one run.
 
-Counted as deciding: attention and keys collected in the tower, their way to raster order, a picture's seed, raters, attention
-rows, scores, and the cut itself. Counted as prefill: patches, vision blocks, merger and decoder layers of the same pictures,
+Counted as scoring: attention and keys collected in the tower, their way to raster order, a picture's seed, raters, attention
+rows, scores, the choice and what it merges. Beside it, the same with the cut: joining the text around the pictures with what is left of
+them, and its positions, which is the same work for every pruner. Counted as prefill: patches, vision blocks, merger and decoder layers of the same pictures,
 uncut; not preprocessing, embedding, the vocabulary's scores or what runs between layers. Pictures are the only ones of their
 round, so their first decision meets cold caches: with one small picture that is most of it, with several it is shared.
 Models have published sizes and random weights. One layer of each kind is timed and counted as often as the model has it, so
@@ -25,7 +26,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from .attention_scores import Probe, probed
+from .attention_scores import AttentionRows, Probe, probed
 from .geometry import geometry, random_model
 from .memory import peak, process_status, start_peak
 from .method import Pruner, Visual
@@ -48,42 +49,81 @@ LIMIT_SHARE, LIMIT_BYTES = 0.05, 100 * 2**20
 class Cost:
     """A pruner's own work on one batch of pictures.
 
-    visual: tokens after the last cut, of one picture. seconds: median over the rounds. share: of the prefill of the same round, median.
-    extra_bytes: the most held at a time beside its inputs. rounds: seconds of each.
+    visual: tokens after the last cut, of one picture. seconds: with the cut, median over the rounds. share: of the prefill of the same
+    round, median. scoring_seconds, scoring_share: without the cut. extra_bytes: the most held at a time beside its inputs.
+    rounds, scoring_rounds: seconds of each.
     """
 
     pruner: str
     visual: int = 0
     seconds: float = 0.0
     share: float = 0.0
+    scoring_seconds: float = 0.0
+    scoring_share: float = 0.0
     extra_bytes: int | None = None
     rounds: list[float] = field(default_factory=list)
+    scoring_rounds: list[float] = field(default_factory=list)
 
 
 @dataclass
 class Meter:
-    """Runs calls and keeps their seconds or, since asking slows them down, the most memory that any of them needed."""
+    """Runs calls and keeps their seconds or, since asking slows them down, the most memory that any of them needed.
+
+    cut: seconds of the cuts among them; within: of the scoring within those.
+    """
 
     vlm: VLM
     memory: bool = False
     seconds: list[float] = field(default_factory=list)
     peak: int | None = 0
+    cut: float = 0.0
+    within: float = 0.0
 
     def __call__(self, call: Callable, *args):
         before = _reset_peak(self.vlm) if self.memory else None
-        self.vlm.synchronise()
-        start = clock(self.vlm)
-        out = call(*args)
-        self.vlm.synchronise()
-        self.seconds.append(clock(self.vlm) - start)
+        seconds, out = timed(self.vlm, call, *args)
+        self.seconds.append(seconds)
         if self.memory:
             self.peak = None if before is None or self.peak is None else max(self.peak, peak(self.vlm.device) - before)
         return out
 
+    def cutting(self, call: Callable, *args):
+        """A call that scores and cuts."""
+        out = self(call, *args)
+        self.cut += self.seconds[-1]
+        return out
 
-def clock(vlm: VLM) -> float:
-    """Seconds: of the wall on a GPU; on a CPU of this process, all its threads, so that other programs do not count."""
-    return time.perf_counter() if vlm.device.type == "cuda" else time.process_time()
+    def scoring(self, call: Callable, *args):
+        """A call within one that cuts."""
+        seconds, out = timed(self.vlm, call, *args)
+        self.within += seconds
+        return out
+
+    @property
+    def scored(self) -> float:
+        """Seconds without what a cut takes beside scoring."""
+        return sum(self.seconds) - self.cut + self.within
+
+
+def clock(vlm: VLM) -> Callable[[], float]:
+    """Gives seconds: of the wall on a GPU, once it has done what it was given; on a CPU of this process, all its threads, so that
+    other programs do not count. Chosen before it is read, since a small decision takes no longer than choosing."""
+    if vlm.device.type != "cuda":
+        return time.process_time
+
+    def read() -> float:
+        vlm.synchronise()
+        return time.perf_counter()
+
+    return read
+
+
+def timed(vlm: VLM, call: Callable, *args) -> tuple[float, object]:
+    """-> seconds of a call, and what it returned."""
+    now = clock(vlm)
+    start = now()
+    out = call(*args)
+    return now() - start, out
 
 
 def _reset_peak(vlm: VLM) -> int | None:
@@ -109,7 +149,20 @@ class MeteredBatch(StagedBatch):
         self.meter(super()._ask, *args)
 
     def _cut(self, *args) -> Chunk:
-        return self.meter(super()._cut, *args)
+        return self.meter.cutting(super()._cut, *args)
+
+    def _rows(self, *args) -> AttentionRows:
+        return self.meter.scoring(super()._rows, *args)
+
+
+def metered(pruner: Pruner, meter: Meter) -> Pruner:
+    """The same pruner, whose ``reduce`` is metered."""
+    kind = type(pruner)
+
+    def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
+        return meter.scoring(kind.reduce, self, image, n)
+
+    return type(kind.__name__, (kind,), {"reduce": reduce, "__module__": kind.__module__})(**vars(pruner))
 
 
 def pruners() -> list[type[Pruner]]:
@@ -165,12 +218,14 @@ def run(
                     cost.extra_bytes = meter.peak
                 else:
                     cost.rounds.append(sum(meter.seconds))
+                    cost.scoring_rounds.append(meter.scored)
                 layers.forget()
     layers.remove()
     prefills = layers.rounds[1:]
     for cost in costs:
-        cost.seconds = median(cost.rounds)
+        cost.seconds, cost.scoring_seconds = median(cost.rounds), median(cost.scoring_rounds)
         cost.share = median(s / p for s, p in zip(cost.rounds, prefills, strict=True))
+        cost.scoring_share = median(s / p for s, p in zip(cost.scoring_rounds, prefills, strict=True))
     prefill = median(prefills)
     result = {
         "geometry": size,
@@ -195,7 +250,7 @@ class _Layers:
     """Seconds of the vision blocks and decoder layers that ran in a round, by hooks, and of a whole model made of them."""
 
     def __init__(self, vlm: VLM):
-        self.vlm, self.hooks, self.rounds = vlm, [], []
+        self.now, self.hooks, self.rounds = clock(vlm), [], []
         self.forget()
         tower = vlm.model.model.visual
         named = [("patch", tower.patch_embed), ("window", tower.blocks[0]), ("full", tower.blocks[1]), ("merger", tower.merger)]
@@ -203,13 +258,11 @@ class _Layers:
             self.hooks += [module.register_forward_pre_hook(self._start), module.register_forward_hook(self._stop(name))]
 
     def _start(self, *_) -> None:
-        self.vlm.synchronise()
-        self.start = clock(self.vlm)
+        self.start = self.now()
 
     def _stop(self, name: str) -> Callable:
         def stop(*_) -> None:
-            self.vlm.synchronise()
-            self.seconds.setdefault(name, []).append(clock(self.vlm) - self.start)
+            self.seconds.setdefault(name, []).append(self.now() - self.start)
 
         return stop
 
@@ -231,10 +284,10 @@ class _Layers:
 
 def _decide(meter: Meter, pruner: Pruner, whole, patches: list[Tensor], grid: tuple, ids: list[int], placed: tuple) -> int:
     """Meter what ``pruner`` adds: the probe and the cut before the decoder, or raters, attention rows and cuts inside it."""
-    vlm, stages = meter.vlm, pruner.stages(whole.text_config.num_hidden_layers)
+    vlm, stages, pruner = meter.vlm, pruner.stages(whole.text_config.num_hidden_layers), metered(pruner, meter)
     chunks = [vlm.embed(ids, placed, [image]) for image in _see(vlm, pruner, patches, grid, meter)]
     if not stages:
-        return [meter(chunk.cut, pruner, pruner.retention) for chunk in chunks][-1].visual
+        return [meter.cutting(chunk.cut, pruner, pruner.retention) for chunk in chunks][-1].visual
     batch = MeteredBatch(meter, vlm, [Session() for _ in chunks], chunks, pruner, dict(enumerate(stages.values())))
     batch.prefill()
     return batch.chunks[-1].visual
@@ -262,13 +315,20 @@ def _print(result: dict) -> None:
     )
     clocked = "CPU seconds of all threads" if result["device"] == "cpu" else "seconds"
     print(f"prefill without a pruner: patches, vision blocks, merger, decoder layers: {result['prefill_seconds']:.4f} {clocked}")
-    print("seconds: what a pruner adds: attention and keys from the tower, seeds, raters, attention rows, scores, cuts\n")
-    print(f"{'pruner':<15} {'kept':>6} {'seconds':>9} {'of prefill':>10} {'extra MiB':>10}")
+    print(
+        "scoring: attention and keys from the tower, seeds, raters, attention rows, scores, choice, merges; shares are of prefill\n"
+    )
+    print(f"{'pruner':<15} {'kept':>6} {'scoring':>9} {'share':>7} {'with the cut':>13} {'share':>7} {'extra MiB':>10}")
     for c in result["pruners"]:
         extra = "" if c["extra_bytes"] is None else f"{c['extra_bytes'] / 2**20:.0f}"
-        over = [w for w, bad in (("time", c["share"] > LIMIT_SHARE), ("memory", (c["extra_bytes"] or 0) > LIMIT_BYTES)) if bad]
+        over = [
+            w for w, bad in (("time", c["scoring_share"] > LIMIT_SHARE), ("memory", (c["extra_bytes"] or 0) > LIMIT_BYTES)) if bad
+        ]
         print(
-            f"{c['pruner']:<15} {c['visual']:>6} {c['seconds']:>9.4f} {c['share']:>10.2%} {extra:>10}  "
+            f"{c['pruner']:<15} {c['visual']:>6} {c['scoring_seconds']:>9.4f} {c['scoring_share']:>7.2%} {c['seconds']:>13.4f} "
+            f"{c['share']:>7.2%} {extra:>10}  "
             f"{'over its limit: ' + ', '.join(over) if over else ''}"
         )
-    print(f"\nLimits: {LIMIT_SHARE:.0%} of prefill, {LIMIT_BYTES >> 20} MiB at 4,096 visual tokens. Kept: after the last cut.")
+    print(
+        f"\nLimits: scoring {LIMIT_SHARE:.0%} of prefill, {LIMIT_BYTES >> 20} MiB at 4,096 visual tokens. Kept: after the last cut."
+    )

@@ -400,6 +400,7 @@ def test_the_bench_times_every_pruner_on_as_many_pictures_as_asked(capsys):
     assert {c["pruner"] for c in costs} == {c.__module__.rsplit(".", 1)[1] for c in pruners()}
     assert all(c["pruner"] in told and 0 < c["visual"] <= 8 for c in costs)
     assert all(c["share"] == pytest.approx(c["seconds"] / result["prefill_seconds"]) for c in costs)  # of one round
+    assert all(0 < c["scoring_seconds"] < c["seconds"] for c in costs)
     assert "2 at a time of 16 visual" in told
     with pytest.raises(ValueError, match="batch is 0"):
         bench_pruners.run("nano", batch=0)
