@@ -14,4 +14,4 @@ test: .venv/installed
 	.venv/bin/python -m pytest
 
 figures: .venv/installed
-	.venv/bin/awares-bench report reports/records/nano --out reports/figures/nano --formats png --no-times --logs $(patsubst %,training/logs/%.jsonl,tower base where joint read fetch sft grpo)
+	.venv/bin/awares-bench report reports/records/nano --out reports/figures/nano --formats png --no-times --logs $(patsubst %,training/logs/%.jsonl,tower base where joint read fetch sft grpo visionthink_sft visionthink_grpo cropvlm_sft cropvlm_grpo)

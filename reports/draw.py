@@ -22,9 +22,9 @@ WIDTH = 3.3
 FORMATS = ("pdf", "svg", "png")
 
 
-def canvas(height: float = 2.7, rows: int = 1, columns: int = 1, **more):
-    """(figure, axes) one column wide, laid out so that nothing is cut off. Use inside ``style()``."""
-    return plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", **more)
+def canvas(height: float = 2.7, rows: int = 1, columns: int = 1, width: float = WIDTH, **more):
+    """(figure, axes), laid out so that nothing is cut off. Use inside ``style()``."""
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **more)
 
 
 def style():

@@ -69,14 +69,20 @@ def data(curves: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure:
     """Plot ``data``: the losses of all runs, and the evaluations of each in a panel of its own."""
     runs = list(table["run"].unique())
-    palette = dict(zip(runs, sns.color_palette("colorblind", len(runs)).as_hex(), strict=True))
+    kind = "colorblind" if len(runs) <= 10 else "husl"  # the first has ten colours
+    palette = dict(zip(runs, sns.color_palette(kind, len(runs)).as_hex(), strict=True))
     loss, evaluation = (table[table["kind"] == kind] for kind in ("loss", "evaluation"))
     panels = [r for r in runs if (evaluation["run"] == r).any()]
     more = [f"Evaluations of {MOST} of {len(panels)} runs; all are in the CSV."] if len(panels) > MOST else []
     panels = panels[:MOST]
     with drawing.style():
-        figure, grid = drawing.canvas(0.7 + 1.4 * (len(panels) + 1), len(panels) + 1, 1, squeeze=False)
+        columns = 1 if len(panels) < 4 else 2
+        rows = -(-(len(panels) + 1) // columns)
+        figure, grid = drawing.canvas(0.7 + 1.4 * rows, rows, columns, columns * drawing.WIDTH, squeeze=False)
         top, *others = grid.flat
+        for axes in others[len(panels) :]:
+            axes.remove()
+        others = others[: len(panels)]
         for run, line in loss.groupby("run", sort=False):
             top.plot(line["step"], line["value"], color=palette[run])
         if len(loss) and loss["value"].min() > 0:
@@ -86,7 +92,11 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
             top.yaxis.set_minor_formatter(NullFormatter())
         top.set_ylabel("loss")
         drawing.key(
-            figure, [top.plot([], [], color=c)[0] for c in palette.values()], [names.short(r) for r in runs], 3, handlelength=1.2
+            figure,
+            [top.plot([], [], color=c)[0] for c in palette.values()],
+            [names.short(r) for r in runs],
+            3 * columns,
+            handlelength=1.2,
         )
         for axes, run in zip(others, panels, strict=True):
             ends = []
@@ -99,11 +109,12 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
             axes.set_ylabel(f"{names.short(run, 16)}, evaluation")
             axes.set_xlim(right=axes.get_xlim()[1] + 0.25 * (axes.get_xlim()[1] - axes.get_xlim()[0]))
             drawing.place(axes, sorted(ends, key=lambda e: -e[1]), offsets=[(5, dy) for s in range(0, 40, 2) for dy in (s, -s)])
-        grid.flat[-1].set_xlabel("step")
+        for axes in [top, *others][-columns:]:
+            axes.set_xlabel("step")
         drawing.title(figure, title)
         drawing.footnote(figure, [*notes, *more, "An evaluation is each group's mean."])
     return figure
 
 
 LINES = ("-", "--", ":", "-.")
-MOST = 6
+MOST = 11

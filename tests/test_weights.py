@@ -61,6 +61,14 @@ def test_adapters_of_the_package_are_the_base_with_something_added():
     assert moved == {name for name in base if "language_model.layers" in name and "_proj.weight" in name}
 
 
+def test_their_tokenizer_is_the_one_that_training_makes():
+    tokenizer = import_module("awares_bench.training.nano").nano_tokenizer()
+    for name in ("nano", "nano-base"):
+        assert VLM.load(resolve(name)).tokenizer.get_vocab() == tokenizer.get_vocab()
+    ids = tokenizer(import_module("awares_bench.baselines.visionthink").SYSTEM)["input_ids"]
+    assert len(ids) < 12  # sentences that every VisionThink prompt repeats are whole tokens
+
+
 def test_stock_transformers_loads_them():
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
