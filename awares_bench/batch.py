@@ -138,4 +138,4 @@ class Batch:
 
     def _caches_of(self, b: int, session: Session) -> None:
         session.keys, session.values = self.done.pop(b) if b in self.done else self._row(self.rows.index(b))
-        session.held, session.room = [], 0
+        session.held = []

@@ -36,15 +36,15 @@ class Row:
     """The cache of one conversation: per layer keys and values (2, 1, G, room, d), the first ``length`` of ``room`` in use."""
 
     def __init__(self, session: Session, layers: int):
-        self.length, self.room = session.length, session.room
+        self.length = session.length
         self.held = list(session.held) or [None] * layers
         self.before = [] if session.held else list(zip(session.keys, session.values, strict=True))
 
     def put(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (2, G, n, d) -> all of them (1, G, length + n, d). ``length`` stays until ``advance``."""
+        """Append keys and values (2, G, n, d) -> all of them (1, G, length + n, d). ``length`` is the caller's to move, after the last layer."""
         after, buffer = self.length + new.shape[2], self.held[layer]
         if buffer is None or buffer.shape[3] < after:
-            wider = new.new_empty((2, 1, new.shape[1], max(SPARE * after, self.room), new.shape[3]))
+            wider = new.new_empty((2, 1, new.shape[1], SPARE * after, new.shape[3]))
             if self.length:
                 wider[:, 0, :, : self.length] = (
                     buffer[:, 0, :, : self.length] if buffer is not None else torch.stack(self.before[layer])
@@ -117,7 +117,7 @@ class RaggedBatch(Batch):
 
     def _caches_of(self, b: int, session: Session) -> None:
         row = self.caches[b]
-        session.held, session.room = row.held, row.held[0].shape[3]
+        session.held = row.held
         session.keys, session.values = ([buffer[kind, 0, :, : row.length] for buffer in row.held] for kind in (0, 1))
 
 

@@ -16,7 +16,7 @@ class Session:
     """One conversation and its key-value cache: what turn two continues from.
 
     keys, values: per layer (H, L, D) without padding, empty before the first turn and after the last.
-    held: what keys and values are views of, where rows have caches of their own (``ragged.py``), and room: its length.
+    held: what keys and values are views of, where rows have caches of their own (``ragged.py``).
     shifts: per layer, what to add to positions; empty unless a pruner repacks them.
     pending: tokens sampled but not yet in the cache; they open the next chunk.
     """
@@ -26,7 +26,6 @@ class Session:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
-    room: int = 0
     next_position: int = 0
     shifts: list[int] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)

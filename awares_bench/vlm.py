@@ -347,7 +347,7 @@ class VLM:
             usage = Usage(visual[b], batch.visual[b], len(ids[b]) - visual[b], len(output), *costs[b], passes=writer.passes)
             out.append(Reply(text, output, usage, writer.ended))
             if r.turn.last:
-                r.session.keys, r.session.values, r.session.held, r.session.room = [], [], [], 0
+                r.session.keys, r.session.values, r.session.held = [], [], []
             else:
                 batch.keep(b, r.session, writer.written)
         for r, made, reply, again in zip(requests, prepared, out, reused, strict=True):  # after all that may run out of memory

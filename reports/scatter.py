@@ -53,7 +53,7 @@ def draw_points(
     """Plot ``points``: cost on x, accuracy in percent on y. paper: rows (label, family, cost, accuracy as a fraction), drawn hollow."""
     notes = list(notes)
     with draw.style():
-        figure, axes = draw.canvas(3.0)
+        figure, axes = draw.canvas(3.4)
         front = data[data["front"]].sort_values("cost")
         axes.plot(front["cost"], 100 * front["accuracy"], color="#bbbbbb", lw=0.9, ls="--", zorder=1)
         crowd = len(data) > 60
