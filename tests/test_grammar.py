@@ -134,10 +134,16 @@ def inclined_to_call(vlm, strength=12.0):
     table[comma, quote] = table[opened, digits] = table[closed, tokens.eos_token_id] = strength
     for digit in digits:
         table[digit, [comma, closed]] = strength
-    seen = []
+    fed = []  # since the last scores: every row's prompt, or one line of the tokens written last
+
+    def raised(module, args, out):
+        before = fed[0] if len(fed) == 1 and len(fed[0]) == len(out) else torch.stack([prompt[-1] for prompt in fed])
+        fed.clear()
+        return out + table[before]
+
     hooks = [
-        vlm.decoder.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(torch.atleast_2d(args[0]))),
-        vlm.model.lm_head.register_forward_hook(lambda _, args, out: out + table[seen[-1][:, -out.shape[1] :]]),
+        vlm.decoder.get_input_embeddings().register_forward_hook(lambda module, args, out: fed.append(args[0])),
+        vlm.model.lm_head.register_forward_hook(raised),
     ]
     try:
         yield
