@@ -134,12 +134,13 @@ def inclined_to_call(vlm, strength=12.0):
     table[comma, quote] = table[opened, digits] = table[closed, tokens.eos_token_id] = strength
     for digit in digits:
         table[digit, [comma, closed]] = strength
-    fed = []  # since the last scores: every row's prompt, or one line of the tokens written last
+    fed = []  # since the last scores: every row's prompt, or at once the tokens that all rows wrote last
 
     def raised(module, args, out):
-        before = fed[0] if len(fed) == 1 and len(fed[0]) == len(out) else torch.stack([prompt[-1] for prompt in fed])
+        written = len(fed) == 1 and fed[0].numel() == out[..., 0].numel()
+        before = fed[0] if written else torch.stack([prompt[-1] for prompt in fed])
         fed.clear()
-        return out + table[before]
+        return out + table[before].view(out.shape)
 
     hooks = [
         vlm.decoder.get_input_embeddings().register_forward_hook(lambda module, args, out: fed.append(args[0])),
@@ -204,6 +205,7 @@ def test_the_second_turn_continues_a_constrained_call_as_it_does_a_plain_one():
         assert (kept - wanted).abs().max() < TOLERANCE, plain.text
 
 
+@pytest.mark.usefixtures("layout")
 def test_in_a_batch_calls_and_answers_have_the_scores_of_each_alone():
     vlm = tiny_vlm()
     turns = [

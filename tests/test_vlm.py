@@ -50,13 +50,6 @@ TURNS = [
 ]
 
 
-@pytest.fixture(params=["line", "rectangle"])
-def layout(request, monkeypatch):
-    """Both ways to lay out a batch: the one for CPUs, and the one for GPUs and other attentions."""
-    kind = {"line": RaggedBatch, "rectangle": Batch}[request.param]
-    monkeypatch.setattr(VLM, "_rows", lambda vlm, sessions, chunks: kind(vlm, sessions, chunks))
-
-
 BOTH = pytest.mark.usefixtures("layout")
 
 
