@@ -32,6 +32,7 @@ class Batch:
         self._lay_out(sessions, chunks)
 
     def _lay_out(self, sessions: list[Session], chunks: list[Chunk]) -> None:
+        """Put caches and chunks where the decoder takes them."""
         device = self.vlm.device
         rows, past, new = len(chunks), max(s.length for s in sessions), max(len(c.embeds) for c in chunks)
         self.embeds = chunks[0].embeds.new_zeros((rows, new, chunks[0].embeds.shape[1]))
@@ -137,5 +138,6 @@ class Batch:
         session.pending = written[self.fed[b] :]
 
     def _caches_of(self, b: int, session: Session) -> None:
+        """Give a session the cache of row ``b``."""
         session.keys, session.values = self.done.pop(b) if b in self.done else self._row(self.rows.index(b))
         session.held = []

@@ -169,9 +169,7 @@ class VLM:
 
     @property
     def device(self) -> torch.device:
-        return (
-            self.decoder.norm.weight.device
-        )  # the model's own property goes through every parameter: asked often, a percent of nano
+        return self.decoder.norm.weight.device  # model.device goes through every parameter, and this is asked often
 
     # ------------------------------------------------------------------ pictures and text to tokens
 

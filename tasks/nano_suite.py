@@ -27,7 +27,10 @@ def suite_seeds(suite: int, documents: int) -> range:
 
 
 def row(d: Document, index: int) -> dict:
-    """A document in its official dataset's columns, plus ``evidence``, ``low_is_enough`` and ``seed``."""
+    """A document in its official dataset's columns, plus ``evidence``, ``low_is_enough`` and ``seed``.
+
+    The shipped suite is these rows with the same pixels packed once more (quality 100, method 6: a twentieth smaller, 30 times slower).
+    """
     encoded = io.BytesIO()
     d.image.save(encoded, "WEBP", lossless=True, quality=50, method=2)
     image, name = {"bytes": encoded.getvalue(), "path": None}, f"{d.family}-{d.seed}"

@@ -27,8 +27,8 @@ words). Crops of nano's pictures are then of whole visual tokens: with tenths th
 
 
 def visionthink(row: dict, size: tuple[int, int]) -> list[str]:
-    """A call where the label is HR, an answer after it. The thought is the question again: it names what to look for behind
-    the picture that was shown last, which three million parameters read better than a question above it."""
+    """A call where the label is HR, an answer after it. The thought is the question again: it then stands behind the picture that was
+    shown last, where nano's base is used to it."""
     first = row["question"].splitlines()[0]
     thought = f"<think>{first[: first.find('?') + 1] or first}</think>"
     answer = f"{thought}<answer>{examples.answers(row)[0]}</answer>"
