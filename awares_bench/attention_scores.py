@@ -39,6 +39,11 @@ def raster_order(rows: int, columns: int, window: int, device: torch.device) -> 
     return window_order(rows, columns, window).argsort().to(device)
 
 
+def softmaxed(scores: Tensor) -> Tensor:
+    """Softmax over the last axis; on a CPU in place of the scores, where fresh memory is as dear as the exponentials."""
+    return torch.softmax(scores, -1, out=scores if scores.device.type == "cpu" else None)
+
+
 def column_attention(q: Tensor, k: Tensor, scaling: float, block: int = BLOCK) -> Tensor:
     """Attention that each key receives, the mean over heads and queries: (H, N, d) twice -> (N,)."""
     heads, n, _ = q.shape
@@ -49,7 +54,7 @@ def column_attention(q: Tensor, k: Tensor, scaling: float, block: int = BLOCK) -
         keys = k[a : a + together].float().contiguous()
         for i in range(0, n, step):
             scores = products(q[a : a + together, i : i + step].float() * scaling, keys)
-            out += torch.softmax(scores, -1, out=scores).sum((0, 1))  # in its place: fresh memory is as dear as the rest
+            out += softmaxed(scores).sum((0, 1))
     return out.div_(heads * n)
 
 
@@ -116,7 +121,7 @@ class AttentionRows:
             q = self.q[:, i : i + step].float() * width**-0.5
             scores = (q.reshape(groups, -1, width) @ keys).view(heads, -1, length)
             scores[..., after:].masked_fill_(late[i : i + step], -torch.inf)
-            weights = torch.softmax(scores, -1, out=scores)[..., self.columns]
+            weights = softmaxed(scores)[..., self.columns]
             part = (weights if divisor is None else weights / divisor[i : i + step]).sum(1)
             out = part if out is None else out.add_(part)
         return out.div_(n)

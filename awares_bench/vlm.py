@@ -322,7 +322,7 @@ class VLM:
             chunk = self.embed(i, placed, [next(images) for _ in g])
             chunks.append(chunk.cut(pruner, pruner.retention) if pruner and not stages else chunk)
         sessions = [r.session for r in requests]
-        batch = StagedBatch(self, sessions, chunks, pruner, stages) if stages else self._rows(sessions, chunks)
+        batch = StagedBatch(self, sessions, chunks, pruner, stages) if stages else self._batch(sessions, chunks)
         logits = batch.prefill()
         self.synchronise()
         marks.append(clock())
@@ -358,7 +358,7 @@ class VLM:
                 )
         return out
 
-    def _rows(self, sessions: list[Session], chunks: list[Chunk]) -> Batch:
+    def _batch(self, sessions: list[Session], chunks: list[Chunk]) -> Batch:
         """A line of rows on a CPU, a rectangle of them elsewhere or where another attention was asked for."""
         line = self.device.type == "cpu" and self.decoder.config._attn_implementation == "sdpa"
         return (RaggedBatch if line else Batch)(self, sessions, chunks)

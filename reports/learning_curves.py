@@ -69,8 +69,8 @@ def data(curves: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure:
     """Plot ``data``: the losses of all runs, and the evaluations of each in a panel of its own."""
     runs = list(table["run"].unique())
-    kind = "colorblind" if len(runs) <= 10 else "husl"  # the first has ten colours
-    palette = dict(zip(runs, sns.color_palette(kind, len(runs)).as_hex(), strict=True))
+    colours = "colorblind" if len(runs) <= 10 else "husl"  # the first has ten
+    palette = dict(zip(runs, sns.color_palette(colours, len(runs)).as_hex(), strict=True))
     loss, evaluation = (table[table["kind"] == kind] for kind in ("loss", "evaluation"))
     panels = [r for r in runs if (evaluation["run"] == r).any()]
     more = [f"Evaluations of {MOST} of {len(panels)} runs; all are in the CSV."] if len(panels) > MOST else []

@@ -11,4 +11,4 @@ from awares_bench.vlm import VLM
 def layout(request, monkeypatch):
     """Both ways to lay out a batch: the one for CPUs, and the one for GPUs and other attentions."""
     kind = {"line": RaggedBatch, "rectangle": Batch}[request.param]
-    monkeypatch.setattr(VLM, "_rows", lambda vlm, sessions, chunks: kind(vlm, sessions, chunks))
+    monkeypatch.setattr(VLM, "_batch", lambda vlm, sessions, chunks: kind(vlm, sessions, chunks))

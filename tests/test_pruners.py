@@ -18,8 +18,8 @@ from transformers.vision_utils import get_vision_window_index
 
 from awares_bench import bench_pruners
 from awares_bench.attention_scores import AttentionRows, Probe, column_attention, window_order
-from awares_bench.bench_pruners import Meter
 from awares_bench.images import half
+from awares_bench.metering import Meter
 from awares_bench.method import Pruner, Visual
 from awares_bench.pruning import look
 from awares_bench.session import Request, Session

@@ -168,7 +168,7 @@ def test_a_cache_stays_where_it_is_and_another_layout_goes_on_from_it():
     def begun(kind):
         sessions = [Session(), Session()]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(VLM, "_rows", lambda v, s, c: kind(v, s, c))
+            patch.setattr(VLM, "_batch", lambda v, s, c: kind(v, s, c))
             vlm.reply([Request(sessions[0], one, 4), Request(sessions[1], other, 2)])
         return sessions[0]
 
