@@ -55,7 +55,7 @@ class AwaRes(Policy):
 
         (image,) = sample.images
         system = PAPER_GRID.prompt_as(self.prompt)
-        reply = yield Turn((half(image),), sample.question, system=system, last=False, budget=self.call_budget, calls=PAPER_GRID)
+        reply = yield sample.ask((half(image),), system=system, last=False, budget=self.call_budget, calls=PAPER_GRID)
         try:
             request = PAPER_GRID.parse(reply.text)
         except CropRequestError as error:
@@ -83,7 +83,7 @@ def without_crops(sample: Sample) -> Look:
         yield Event("several_images", f"{len(sample.images)} images: a crop has no image id, so all are shown in full")
     else:
         yield Event("no_image", "answered from the text alone")
-    return (yield Turn(sample.images, sample.question))
+    return (yield sample.ask(sample.images))
 
 
 def fit(image: Image.Image, names: tuple[str, ...]):
@@ -109,8 +109,8 @@ def give(sample: Sample, names: tuple[str, ...], form: str, prompt: str, crops: 
     names = yield from fit(image, names)
     view, crops = half(image), crops or PAPER_GRID.cut(image, names)
     if form == "plain":
-        return (yield Turn((view, *crops), sample.question))
-    yield Turn((view,), sample.question, system=PAPER_GRID.prompt_as(prompt), last=False, said=PAPER_GRID.format(names))
+        return (yield sample.ask((view, *crops)))
+    yield sample.ask((view,), system=PAPER_GRID.prompt_as(prompt), last=False, said=PAPER_GRID.format(names))
     return (yield Turn(tuple(crops)))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .decoding import Repetition
 from .pruning import Chunk
 from .session import Session
 from .writer import Writer
@@ -78,24 +80,36 @@ class Batch:
         """-> scores after the prompt (B, 1, vocabulary)."""
         return self._forward(self.embeds, self.positions, 1)
 
-    def decode(self, logits: Tensor, writers: list[Writer]) -> None:
+    def decode(self, logits: Tensor, writers: list[Writer], repetition: Repetition) -> None:
         """Write every row's reply, greedily."""
-        for b, best in enumerate(logits.argmax(-1).tolist()):
+        logits = repetition.first(logits)
+        for b, (best, top) in enumerate(_best(logits)):
             if writers[b].live:
-                writers[b].take([0], best, logits[b])  # what was fed is the prompt
+                self._take(writers[b], [0], best, top, logits[b])  # what was fed is the prompt
         while live := [b for b in self.rows if writers[b].live]:
             self._let_go(live, writers)
             feeds = [writers[b].feed() if writers[b].live else [] for b in self.rows]
-            logits = self._step(feeds)
-            width, best = logits.shape[1], logits.argmax(-1).tolist()
-            stands = [0] * len(feeds)
-            for i, (b, fed) in enumerate(zip(self.rows, feeds, strict=True)):
+            logits = repetition.next(self._step(feeds), self.rows, feeds)
+            width, stands = logits.shape[1], [0] * len(feeds)
+            for i, (b, fed, (best, top)) in enumerate(zip(self.rows, feeds, _best(logits), strict=True)):
                 if fed:
                     writers[b].passes += 1
-                    stands[i] = writers[b].take(fed, best[i][width - len(fed) :], logits[i, width - len(fed) :])
+                    new = width - len(fed)
+                    stands[i] = self._take(writers[b], fed, best[new:], top[new:], logits[i, new:])
                     self.fed[b] += stands[i]
+            repetition.keep(self.rows, feeds, stands)
             if any(n < len(fed) for n, fed in zip(stands, feeds, strict=True)):
                 self._take_back(feeds, stands)
+
+    def _take(self, writer: Writer, fed: list[int], best: list[int], top: list[float], scores: Tensor) -> int:
+        """``Writer.take``, or its failure where the best score is not a finite number."""
+        wrong = [value for value in top if not isfinite(value)]
+        if wrong:
+            kind = str(self.vlm.model.dtype).removeprefix("torch.")
+            advice = "overflow; pass dtype=bfloat16 or dtype=float32" if kind == "float16" else "the weights may be broken"
+            writer.fail(f"the model's scores are {wrong[0]} in {kind} after {len(writer.written)} tokens of its reply: {advice}")
+            return len(fed)
+        return writer.take(fed, best, scores)
 
     def _step(self, feeds: list[list[int]]) -> Tensor:
         """Feed each row its tokens, none where a row is done -> scores after each, padded on the left."""
@@ -141,3 +155,10 @@ class Batch:
         """Give a session the cache of row ``b``."""
         session.keys, session.values = self.done.pop(b) if b in self.done else self._row(self.rows.index(b))
         session.held = []
+
+
+def _best(scores: Tensor) -> list[tuple[list[int], list[float]]]:
+    """Scores (B, n, vocabulary) -> per row the most probable token after each, and its score: NaN where any score is NaN."""
+    top = scores.max(-1)
+    found = torch.stack([top.indices.double(), top.values.double()]).tolist()  # in one transfer from the device
+    return [([int(token) for token in row], values) for row, values in zip(*found, strict=True)]

@@ -14,8 +14,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from openai import APIConnectionError, APIStatusError, OpenAI
-from transformers import AutoProcessor
+from transformers import AutoProcessor, GenerationConfig
 
+from .decoding import own_penalty, penalty_of
 from .engine import Failure
 from .images import within_aspect
 from .session import Prepared, Request
@@ -34,6 +35,8 @@ class Endpoint:
     base_url: such as http://localhost:8000/v1. model: its name there. pretrained: whose processor counts tokens.
     concurrency: requests in flight. retries: after refused connections, time-outs, rate limits (waiting as long as the server
     asks) and server errors. The key is read from OPENAI_API_KEY.
+    repetition_penalty: sent with every request unless it is 1; None: the one of ``pretrained``'s ``generation_config.json``. A server
+    that refuses the field is trusted to apply the checkpoint's own, which is then an event.
     """
 
     def __init__(
@@ -46,8 +49,12 @@ class Endpoint:
         max_pixels: int = MAX_PIXELS,
         retries: int = RETRIES,
         timeout: float = 600.0,
+        repetition_penalty: float | None = None,
     ):
         self.processor = AutoProcessor.from_pretrained(resolve(pretrained))
+        self.own_penalty = _own_penalty(resolve(pretrained))
+        self.repetition_penalty = self.own_penalty if repetition_penalty is None else penalty_of(repetition_penalty)
+        self._takes_penalty = True
         self.tokenizer = self.processor.tokenizer
         self.limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
@@ -100,9 +107,7 @@ class Endpoint:
             payload = _payload(messages(history, session.replies))
             prepared = time.perf_counter()
             try:
-                made = self.client.chat.completions.create(
-                    model=self.model, messages=payload, max_tokens=request.budget, temperature=0.0, seed=0
-                )
+                made = self._create(payload, request, events)
             except APIStatusError as error:
                 if error.status_code >= 500 or error.status_code in (408, 409, 429):
                     raise self._gone(error) from error
@@ -130,6 +135,24 @@ class Endpoint:
         tokens = () if turn.said is not None else tuple(self._ids(answer))
         return Reply(answer, tokens, usage, complete)
 
+    def _create(self, payload: list[dict], request: Request, events: list[Event]):
+        """The completion of a conversation. Raises what the client raises."""
+        penalty = self.repetition_penalty if request.penalty is None else request.penalty
+        asked = {"model": self.model, "messages": payload, "max_tokens": request.budget, "temperature": 0.0, "seed": 0}
+        create, own = self.client.chat.completions.create, penalty == self.own_penalty
+        if penalty == self.own_penalty == 1:
+            return create(**asked)
+        if self._takes_penalty or not own:
+            try:
+                return create(**asked, extra_body={"repetition_penalty": penalty})
+            except APIStatusError as error:
+                if not own or error.status_code not in (400, 422) or "repetition_penalty" not in str(error):
+                    raise
+                self._takes_penalty = False
+        told = f"the server takes no repetition_penalty; it is trusted to apply the checkpoint's own, {penalty:g}"
+        events.append(Event("repetition_penalty", told))
+        return create(**asked)
+
     def _gone(self, error: Exception) -> RuntimeError:
         return RuntimeError(
             f"the server at {self.base_url} did not answer after {self.retries} retries ({error}); "
@@ -149,6 +172,14 @@ class Endpoint:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _own_penalty(pretrained: str) -> float:
+    """The repetition penalty of a checkpoint's ``generation_config.json``; 1 where it has no such file."""
+    try:
+        return own_penalty(GenerationConfig.from_pretrained(pretrained))
+    except OSError:
+        return 1.0
 
 
 def _cache_events(spent) -> list[Event]:

@@ -29,11 +29,12 @@ LOW_RATIO = 0.35
 
 @dataclass(frozen=True)
 class Job:
-    """A sample and what its task allows: tokens of the answer, stop strings."""
+    """A sample and what its task allows: tokens of the answer, stop strings; and a repetition penalty where it sets one of its own."""
 
     sample: Sample
     max_new_tokens: int
     until: tuple[str, ...] = ()
+    repetition_penalty: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class _Run:
             if turn.last:
                 del self.others[turn.model]
         until = self.job.until if turn.until is None else turn.until
-        return Request(session, turn, max(self.job.max_new_tokens, turn.budget or 0), until)
+        penalty = None if turn.model else self.job.repetition_penalty
+        return Request(session, turn, max(self.job.max_new_tokens, turn.budget or 0), until, penalty=penalty)
 
 
 class Engine:
@@ -204,7 +206,7 @@ class Engine:
         except CropRequestError as error:
             return Failure(f"malformed crop request and on_malformed='error': {error}")
         run.turn = step
-        text = len(step.text) + len(step.system or "")
+        text = len(step.text) + len(step.system or "") + sum(map(len, step.before))
         visual = sum(self.vlm.visual_tokens(image) for image in step.images)
         run.cost = run.session.length + visual + text // 4 + max(run.job.max_new_tokens, step.budget or 0)
         return None

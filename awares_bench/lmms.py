@@ -18,6 +18,7 @@ import sys
 from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import reduce
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 from . import registry
 from .crops import Box
+from .decoding import penalty_of
 from .engine import Engine, Failure, Job
 from .features import FeatureStore
 from .images import whole_images
@@ -55,6 +57,7 @@ COMMON = {
     "min_pixels": MIN_PIXELS,
     "max_pixels": MAX_PIXELS,
     "constrained": True,
+    "repetition_penalty": None,
     "batch_size": 1,
     "max_batch_tokens": None,
     "reuse_features": 0,
@@ -66,6 +69,10 @@ COMMON = {
     "seed": 0,
 }
 """Options of every model beside its method's own, with their defaults."""
+
+NOT_A_STOP = ("\n\n",)
+"""lmms-eval stops every task that sets no stop string at a blank line, and its own Qwen2.5-VL leaves that out again (``models/simple/qwen2_5_vl.py``:
+it cuts reasoning off). So do we."""
 
 
 @dataclass
@@ -107,7 +114,9 @@ class MethodModel(lmms):
         self._vlms = {} if vlms is None else vlms
         served = self._served(chosen)
         self._store = _whole("reuse_features", chosen["reuse_features"], least=0) * 2**30
-        self.vlm, weights = served or self._load(chosen["pretrained"], chosen)
+        self.vlm, weights = served or self._load(chosen["pretrained"], chosen, chosen["repetition_penalty"])
+        if self.vlm.repetition_penalty != self.vlm.own_penalty and not chosen["label"]:
+            self.label += f" repetition_penalty={self.vlm.repetition_penalty:g}"
         loaded = {role: self._load(checkpoint, chosen) for role, checkpoint in auxiliary.items()}
         self.models = {role: vlm for role, (vlm, _) in loaded.items()}
         identity = {
@@ -125,6 +134,7 @@ class MethodModel(lmms):
             "min_pixels": self.vlm.limits["shortest_edge"],
             "max_pixels": self.vlm.limits["longest_edge"],
             "constrained": None if served else self.vlm.constrained,
+            "repetition_penalty": self.vlm.repetition_penalty,
             "seed": seed,
         }
         out = chosen["output_dir"] or Path("awares-runs") / f"{Path(name).name.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -150,17 +160,21 @@ class MethodModel(lmms):
         from .endpoint import Endpoint
 
         limits = _whole("min_pixels", chosen["min_pixels"]), _whole("max_pixels", chosen["max_pixels"])
-        return Endpoint(chosen["base_url"], str(chosen["model"]), str(chosen["pretrained"]), self.batch_size, *limits), None
+        served = (chosen["base_url"], str(chosen["model"]), str(chosen["pretrained"]), self.batch_size, *limits)
+        return Endpoint(*served, repetition_penalty=chosen["repetition_penalty"]), None
 
-    def _load(self, pretrained: object, chosen: dict) -> tuple[VLM, str | None]:
-        """A checkpoint under the chosen limits, dtype and device -> the model, and a fingerprint of its folder."""
+    def _load(self, pretrained: object, chosen: dict, penalty: float | None = None) -> tuple[VLM, str | None]:
+        """A checkpoint under the chosen limits, dtype and device -> the model, and a fingerprint of its folder.
+
+        penalty: repetition penalty in place of the checkpoint's own.
+        """
         device = str(chosen["device"] or "auto")
         if self._world_size > 1 and torch.cuda.is_available() and not device.startswith("cpu"):
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
         folder = resolve(str(pretrained))
         limits = _whole("min_pixels", chosen["min_pixels"]), _whole("max_pixels", chosen["max_pixels"])
         constrained = _flag("constrained", chosen["constrained"])
-        key = (folder, str(chosen["dtype"]), device, chosen["attn_implementation"], *limits, constrained)
+        key = (folder, str(chosen["dtype"]), device, chosen["attn_implementation"], *limits, constrained, penalty)
         if key not in self._vlms:
             self._vlms[key] = VLM.load(*key)
         if self._store and self._vlms[key].features is None:
@@ -323,14 +337,27 @@ def _job(messages: list[dict], gen_kwargs: dict, key: str) -> Job:
         raise ValueError(
             f"the document is a conversation of {[m.role for m in chat.messages]}; one user message is supported (no few-shot)"
         )
-    text = "".join(c.text for c in chat.messages[0].content if c.type == "text")
+    parts = [""]
+    for content in chat.messages[0].content:  # in the order the task gives: an image may stand between words
+        if content.type == "image":
+            parts.append("")
+        else:
+            parts[-1] += content.text
+    text = reduce(_joined, parts)
     if gen_kwargs.get("do_sample") and gen_kwargs.get("temperature", 1.0):
         raise ValueError(
             "the task asks for sampling (do_sample=true); awares-bench decodes greedily. Pass --gen_kwargs do_sample=false"
         )
     until = gen_kwargs.get("until") or ()
-    until = (until,) if isinstance(until, str) else tuple(until)
-    return Job(Sample(tuple(images), text, key), int(gen_kwargs.get("max_new_tokens", 128)), tuple(s for s in until if s))
+    until = tuple(s for s in ((until,) if isinstance(until, str) else until) if s and s not in NOT_A_STOP)
+    penalty = gen_kwargs.get("repetition_penalty")
+    sample = Sample(tuple(images), text, key, parts=tuple(parts) if any(parts[:-1]) else ())
+    return Job(sample, int(gen_kwargs.get("max_new_tokens", 128)), until, None if penalty is None else penalty_of(penalty))
+
+
+def _joined(before: str, after: str) -> str:
+    """Texts on both sides of an image as one, at least a space between words."""
+    return f"{before}{' ' if before[-1:].strip() and after[:1].strip() else ''}{after}"
 
 
 def _evidence(column: object) -> tuple[Box, ...] | None:

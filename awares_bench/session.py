@@ -19,6 +19,7 @@ class Session:
     held: what keys and values are views of, where rows have caches of their own (``ragged.py``).
     shifts: per layer, what to add to positions; empty unless a pruner repacks them.
     pending: tokens sampled but not yet in the cache; they open the next chunk.
+    seen: token ids shown and written so far, where there is a repetition penalty.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -29,6 +30,7 @@ class Session:
     next_position: int = 0
     shifts: list[int] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
+    seen: frozenset[int] = frozenset()
     events: list[Event] = field(default_factory=list)
 
     @property
@@ -59,6 +61,7 @@ class Request:
     budget: tokens the reply may have. until: stop strings, cut from the reply.
     prepared: the turn as the model takes it, when that was made ahead.
     forced: token ids that the reply is made of instead of the model's own, for measuring speed with random weights.
+    penalty: repetition penalty of this reply; None: the model's.
     """
 
     session: Session
@@ -67,3 +70,4 @@ class Request:
     until: tuple[str, ...] = ()
     prepared: Prepared | None = None
     forced: tuple[int, ...] | None = None
+    penalty: float | None = None

@@ -15,8 +15,10 @@ from .usage import Usage
 class Sample:
     """A question about images. ``key`` names it uniquely and seeds whatever a policy draws at random.
 
+    question:      all of its text; where an image stands between two words there is at least a space
     evidence:      boxes that hold the answer, in pixels of the only image; None where the data does not say
     low_is_enough: whether the half-size view shows the answer; None where the data does not say
+    parts:         the text before each image and the text after the last, one more than images; empty where all text follows the images
     """
 
     images: tuple[Image.Image, ...]
@@ -24,6 +26,20 @@ class Sample:
     key: str = ""
     evidence: tuple[Box, ...] | None = None
     low_is_enough: bool | None = None
+    parts: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.parts and len(self.parts) != len(self.images) + 1:
+            raise ValueError(f"{len(self.images)} images have {len(self.images) + 1} parts of text around them; got {len(self.parts)}")
+
+    def ask(self, images: tuple[Image.Image, ...], **options) -> Turn:
+        """The turn that asks the question with ``images`` in the places of its own, further ones after the last.
+
+        options: of the Turn.
+        """
+        if not self.parts or len(images) < len(self.images):
+            return Turn(tuple(images), self.question, **options)
+        return Turn(tuple(images), self.parts[-1], before=self.parts[:-1], **options)
 
 
 @dataclass(frozen=True)

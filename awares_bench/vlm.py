@@ -24,6 +24,8 @@ from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGene
 from .attention_scores import probed
 from .batch import Batch
 from .crops import CropGrid
+from .decoding import Repetition, own_penalty, penalty_of, unsupported
+from .engine import Failure
 from .features import FeatureStore
 from .grammar import CallGrammar
 from .images import within_aspect
@@ -87,6 +89,7 @@ class VLM:
     """A Qwen2.5-VL and its processor. Greedy decoding; every public method is deterministic.
 
     constrained: hold replies that begin as a call to its grammar (``CallGrammar``); False is plain greedy decoding.
+    repetition_penalty: 1 for none; None: the one of the checkpoint's ``generation_config.json``, as transformers' ``generate`` applies it.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class VLM:
         min_pixels: int = MIN_PIXELS,
         max_pixels: int = MAX_PIXELS,
         constrained: bool = True,
+        repetition_penalty: float | None = None,
     ):
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels; got {min_pixels} and {max_pixels}")
@@ -106,7 +110,14 @@ class VLM:
         self.image_token = model.config.image_token_id
         stop = model.generation_config.eos_token_id
         self.stop = set(stop if isinstance(stop, list) else [stop]) | {self.tokenizer.eos_token_id}
+        if asked := unsupported(model.generation_config):
+            raise CheckpointError(
+                f"the checkpoint's generation_config.json asks for {', '.join(asked)}, which greedy decoding here does not do; "
+                "remove it there to measure the model without"
+            )
         self.constrained = constrained
+        self.own_penalty = own_penalty(model.generation_config)
+        self.repetition_penalty = self.own_penalty if repetition_penalty is None else penalty_of(repetition_penalty)
         self._grammars: dict[CropGrid, CallGrammar] = {}
         self._most = 0  # bytes at the peaks of replies that were counted one by one
         self._tokenizing = Lock()  # a fast tokenizer must not be configured while another thread uses it
@@ -125,6 +136,7 @@ class VLM:
         min_pixels: int = MIN_PIXELS,
         max_pixels: int = MAX_PIXELS,
         constrained: bool = True,
+        repetition_penalty: float | None = None,
     ) -> VLM:
         """Load a checkpoint folder or hub name, or a folder of LoRA adapters, which are merged into the base that they name.
 
@@ -143,7 +155,8 @@ class VLM:
             raise CheckpointError(f"no checkpoint folder at {pretrained!r}; pass a folder, a hub name, or pretrained=nano")
         if (folder / "adapter_config.json").exists():
             base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-            whole = cls.load(resolve(base), dtype, device, attn_implementation, min_pixels, max_pixels, constrained)
+            more = (min_pixels, max_pixels, constrained, repetition_penalty)
+            whole = cls.load(resolve(base), dtype, device, attn_implementation, *more)
             whole.model = _merged(whole.model, folder).eval()
             return whole
         try:
@@ -165,7 +178,7 @@ class VLM:
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot load {pretrained!r}: {_first_line(error)}") from error
-        return cls(model.to(device), processor, min_pixels, max_pixels, constrained)
+        return cls(model.to(device), processor, min_pixels, max_pixels, constrained, repetition_penalty)
 
     @property
     def device(self) -> torch.device:
@@ -277,11 +290,11 @@ class VLM:
 
     # ------------------------------------------------------------------ answering
 
-    def reply(self, requests: list[Request], pruner: Pruner | None = None) -> list[Reply]:
+    def reply(self, requests: list[Request], pruner: Pruner | None = None) -> list[Reply | Failure]:
         """Answer one turn of each session, all in one batch, whatever their sizes, turns and image counts.
 
         A session keeps its cache when ``turn.last`` is false; its next turn then prefills only what is new. A pruner cuts
-        the images of this turn; what a session already holds stays as it is.
+        the images of this turn; what a session already holds stays as it is. A reply whose scores are not finite is a failure.
 
         Raises MemoryError when the device has no room; the sessions are then as they were.
         """
@@ -292,7 +305,7 @@ class VLM:
             with fast_products(self.decoder, self.model.lm_head):
                 replies = self._reply(requests, pruner)
             most = peak(self.device) if counted else None
-            return [replace(reply, peak_memory_bytes=most) for reply in replies]
+            return [r if isinstance(r, Failure) else replace(r, peak_memory_bytes=most) for r in replies]
         except torch.cuda.OutOfMemoryError as error:
             for r, fields in zip(requests, before, strict=True):
                 vars(r.session).update(fields)
@@ -301,7 +314,7 @@ class VLM:
         raise MemoryError(reason)
 
     @torch.inference_mode()
-    def _reply(self, requests: list[Request], pruner: Pruner | None) -> list[Reply]:
+    def _reply(self, requests: list[Request], pruner: Pruner | None) -> list[Reply | Failure]:
         if pruner is not None and pruner.retention == 1:
             pruner = None
         stages = self.stages(pruner)
@@ -328,7 +341,9 @@ class VLM:
         marks.append(clock())
 
         writers = [Writer(r, self.tokenizer, self.stop, self._grammar(r), self.trace is not None) for r in requests]
-        batch.decode(logits, writers)
+        penalty = [self.repetition_penalty if r.penalty is None else r.penalty for r in requests]
+        seen = [r.session.seen.union(i) if p != 1 else frozenset() for r, i, p in zip(requests, ids, penalty, strict=True)]
+        batch.decode(logits, writers, Repetition(seen, penalty, self.device))
         self.synchronise()
         marks.append(clock())
 
@@ -340,6 +355,9 @@ class VLM:
             self.trace += torch.nn.utils.rnn.pad_sequence(scores, padding_value=float("nan"))
         out = []
         for b, (r, writer) in enumerate(zip(requests, writers, strict=True)):
+            if writer.fault:
+                out.append(Failure(writer.fault))
+                continue
             text = r.turn.said if writer.said else self.text(writer.written, r.until)
             output = () if writer.said else tuple(writer.written)
             usage = Usage(visual[b], batch.visual[b], len(ids[b]) - visual[b], len(output), *costs[b], passes=writer.passes)
@@ -348,7 +366,11 @@ class VLM:
                 r.session.keys, r.session.values, r.session.held = [], [], []
             else:
                 batch.keep(b, r.session, writer.written)
-        for r, made, reply, again in zip(requests, prepared, out, reused, strict=True):  # after all that may run out of memory
+        for b, (r, made, reply, again) in enumerate(zip(requests, prepared, out, reused, strict=True)):
+            if isinstance(reply, Failure):  # all of this comes after what may run out of memory
+                continue
+            if penalty[b] != 1:
+                r.session.seen = seen[b].union(writers[b].written)
             r.session.turns.append(r.turn)
             r.session.replies.append(reply.text)
             r.session.events += made.events

@@ -17,6 +17,7 @@ class Writer:
 
     stop: token ids that end a reply. written: the end token is not part of it. ended: by itself, not by its budget.
     passes: forward passes after the prefill that it took part in. scores: kept of every choice when ``trace`` is set.
+    fault: why the reply is no reply, such as scores that are not finite.
     """
 
     request: Request
@@ -28,6 +29,7 @@ class Writer:
     live: bool = True
     ended: bool = False
     passes: int = 0
+    fault: str = ""
     scores: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self):
@@ -58,6 +60,10 @@ class Writer:
             if not self.live or j + 1 == len(fed) or self.written[-1] != fed[j + 1]:
                 return j + 1
         raise ValueError("nothing was fed")
+
+    def fail(self, fault: str) -> None:
+        """End the reply, which is none."""
+        self.live, self.fault = False, fault
 
     def _choose(self, best: int, scores: Tensor) -> int:
         if self.request.forced is not None:

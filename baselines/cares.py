@@ -58,7 +58,7 @@ class Cares(Policy):
             size = choose(gate.probabilities((yield probe).hidden), gate.sizes, self.mode)
             yield Event("resolution", f"longer side at most {size} of {max(image.size)} pixels")
             views.append(within(image, size))
-        return (yield Turn(tuple(views), sample.question))
+        return (yield sample.ask(tuple(views)))
 
 
 def choose(probabilities: tuple[float, ...], sizes: tuple[int, ...], mode: str) -> int:

@@ -69,7 +69,7 @@ class CropVLM(Policy):
                 yield Event("box", ",".join(map(str, box)))
                 crop = image.crop(box)
                 views = (*views, within(crop, self.crop_longest) if self.crop_longest else crop)
-        return (yield Turn(views, sample.question))
+        return (yield sample.ask(views))
 
 
 def parse_box(text: str, width: int, height: int) -> Box:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from awares_bench.method import Look, Policy
-from awares_bench.trajectory import Sample, Turn
+from awares_bench.trajectory import Sample
 
 
 @dataclass(frozen=True)
@@ -20,4 +20,4 @@ class Full(Policy):
     """Look at the whole image at its own size."""
 
     def look(self, sample: Sample) -> Look:
-        return (yield Turn(sample.images, sample.question))
+        return (yield sample.ask(sample.images))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from awares_bench.images import half
 from awares_bench.method import Look, Policy
-from awares_bench.trajectory import Sample, Turn
+from awares_bench.trajectory import Sample
 
 
 @dataclass(frozen=True)
@@ -21,4 +21,4 @@ class Low(Policy):
     """Look at the half-size view only."""
 
     def look(self, sample: Sample) -> Look:
-        return (yield Turn(tuple(half(i) for i in sample.images), sample.question))
+        return (yield sample.ask(tuple(half(i) for i in sample.images)))

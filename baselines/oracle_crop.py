@@ -16,7 +16,7 @@ from awares_bench.awares import give, without_crops
 from awares_bench.crops import PAPER_GRID, Box
 from awares_bench.images import SMALLEST_SIDE, half
 from awares_bench.method import Look, Policy
-from awares_bench.trajectory import Event, Sample, Turn
+from awares_bench.trajectory import Event, Sample
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class OracleCrop(Policy):
             return (yield from without_crops(sample))
         (image,) = sample.images
         if self.when == "needed" and sample.low_is_enough:
-            return (yield Turn((half(image),), sample.question))
+            return (yield sample.ask((half(image),)))
         if not sample.evidence:
             yield Event("no_evidence", "the document marks no evidence, so the image is shown in full")
-            return (yield Turn(sample.images, sample.question))
+            return (yield sample.ask(sample.images))
         names, crops = PAPER_GRID.cheapest_cover(list(sample.evidence), *image.size), None
         if self.crops == "box":
             crops = [image.crop(_at_least(box, SMALLEST_SIDE, image.size)) for box in sample.evidence]

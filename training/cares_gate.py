@@ -46,7 +46,7 @@ class AtSize(Policy):
     longest: int = 0
 
     def look(self, sample: Sample) -> Look:
-        return (yield Turn(tuple(within(image, self.longest) for image in sample.images), sample.question))
+        return (yield sample.ask(tuple(within(image, self.longest) for image in sample.images)))
 
 
 def anls(answer: str, references: Iterable[str], threshold: float = 0.5) -> float:

@@ -1,0 +1,232 @@
+"""A checkpoint as Qwen2.5-VL is released: its file layout, its tokenizer, its chat template and generation settings; small random weights.
+
+The tokenizer is Qwen's own: the package ``dashscope`` carries its BPE ranks, and the merges follow from them. Weights are rounded to
+bfloat16, in which checkpoints are released, so that a runner that loads them so and one that loads them in float32 have the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from weakref import finalize
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+SPECIAL = [
+    "<|endoftext|>",
+    *(
+        f"<|{name}|>"
+        for name in ("im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start")
+    ),
+    *(f"<|{name}|>" for name in ("quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")),
+]
+ADDED = [
+    "<tool_call>",
+    "</tool_call>",
+    *(f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")),
+]
+
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How Qwen's tokenizer splits text before BPE (tokenizer.json of the releases)."""
+
+TEXT_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CHAT_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Of the released processors (``chat_template.json``); the tokenizer has one for text alone."""
+
+
+def tokenizer() -> Tokenizer:
+    """Qwen's tokenizer: 151,643 byte-level BPE tokens, 14 special ones, 8 added."""
+    lines = (files("dashscope") / "resources" / "qwen.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+    letters = _letters()
+    spell = lambda token: "".join(letters[byte] for byte in token)  # noqa: E731
+    merges = [tuple(map(spell, _merged_last(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    out = Tokenizer(models.BPE(vocab={spell(token): rank for token, rank in ranks.items()}, merges=merges))
+    out.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    out.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    out.decoder, out.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
+    out.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
+    out.add_tokens([AddedToken(text, normalized=False, special=False) for text in ADDED])
+    return out
+
+
+def _letters() -> list[str]:
+    """Byte -> the visible character that stands for it in a byte-level vocabulary (GPT-2's table)."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = iter(range(256, 512))
+    return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]
+
+
+def _merged_last(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two parts that BPE joins into ``token``: what is left when every merge of a lower rank is done."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
+
+
+IM_END, BLANK_LINE = 151645, 271
+"""Ids of ``<|im_end|>`` and of two line breaks."""
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+VISION = {
+    "depth": 4,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_heads": 2,
+    "out_hidden_size": SHAPE["hidden_size"],
+    "fullatt_block_indexes": [1, 3],
+}
+
+
+@cache
+def stock(tied: bool = True, penalty: float = 1.05, seed: int = 0) -> Path:
+    """The folder of ``write`` in a temporary place, written once a process."""
+    holder = TemporaryDirectory(prefix="stock-")
+    finalize(stock, holder.cleanup)
+    return write(Path(holder.name) / "Qwen2.5-VL", tied, penalty, seed)
+
+
+def write(folder: Path, tied: bool = True, penalty: float = 1.05, seed: int = 0) -> Path:
+    """A checkpoint folder in the layout of Qwen2.5-VL-3B-Instruct (tied) or 7B (untied).
+
+    penalty: of ``generation_config.json``; the releases have 1.05. Random weights hardly ever write one token of 151,936: the scores
+    of an end and of a blank line are raised, so that both occur in a few answers of a hundred tokens.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(folder)
+    _write_settings(folder, tied, penalty)
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder)).float()
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:  # large enough for attention to matter: the default initialisation hides mistakes
+            torch.nn.init.normal_(weight, std=0.02 if "patch_embed" in name else 0.15)
+    _raise_scores(model, {IM_END: 13.0, BLANK_LINE: 8.0})
+    released = {}
+    for name, weight in model.state_dict().items():
+        if not (tied and name == "lm_head.weight"):
+            old = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+            released[old] = weight.to(torch.bfloat16).contiguous()
+    save_file(released, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@torch.no_grad()
+def _raise_scores(model, more: dict[int, float]) -> None:
+    """Give some tokens a bias, which the architecture does not have: the first of the hidden numbers is made the same everywhere."""
+    embeddings, head = model.get_input_embeddings().weight, model.lm_head.weight
+    embeddings[:, 0] = head[:, 0] = 1.0
+    for layer in model.model.language_model.layers:
+        layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+    last = model.model.visual.merger.mlp[2]
+    last.weight[0], last.bias[0] = 0.0, 1.0
+    for token, value in more.items():
+        head[token, 0] += value
+
+
+def _write_tokenizer(folder: Path) -> None:
+    made = json.loads(tokenizer().to_str())
+    words, added = made["model"]["vocab"], made["added_tokens"]
+    _write(folder / "tokenizer.json", made)
+    _write(folder / "vocab.json", words)
+    pairs = [" ".join(pair) if isinstance(pair, list) else pair for pair in made["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
+    kept = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    settings = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(token["id"]): {k: token[k] for k in kept} for token in added},
+        "additional_special_tokens": SPECIAL[1:],
+        "bos_token": None,
+        "chat_template": TEXT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    _write(folder / "tokenizer_config.json", settings)
+    _write(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+
+
+def _write_settings(folder: Path, tied: bool, penalty: float) -> None:
+    pictures = {
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+    _write(folder / "preprocessor_config.json", pictures)
+    ends = {"bos_token_id": 151643, "pad_token_id": 151643, "eos_token_id": [151645, 151643]}
+    sampling = {"do_sample": True, "repetition_penalty": penalty, "temperature": 0.000001, "transformers_version": "4.49.0"}
+    _write(folder / "generation_config.json", ends | sampling)
+    vision = {"hidden_act": "silu", "in_chans": 3, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14}
+    vision |= {"window_size": 112, "tokens_per_second": 2, "temporal_patch_size": 2}
+    marks = {"vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654}
+    flat = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        **marks,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 128000,
+        "max_window_layers": 70,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.41.2",
+        "use_cache": True,
+        "vocab_size": 151936,
+        "vision_config": vision | VISION,
+        **SHAPE,
+    }
+    _write(folder / "config.json", flat)
+
+
+def _write(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
