@@ -11,15 +11,15 @@ from .tiny import picture
 
 TASKS = "chartqa,docvqa_val,ocrbench,pope,realworldqa,vstar_bench"
 TEXT = Value("string")
-COUNT = 4
+SIZES = ((320, 240), (57, 400), (200, 60), (640, 480))
+COUNT = len(SIZES)
 
 
-def write(root: Path, broken: bool = False) -> None:
+def write(root: Path, broken: bool = False, sizes: tuple[tuple[int, int], ...] = SIZES) -> None:
     """Folders ``root/lmms-lab-encoder/ChartQA`` and so on: a relative path that exists wins over the hub.
 
-    broken: document 1 is a truncated image, document 2 no image at all.
+    broken: document 1 is a truncated image, document 2 no image at all. sizes: of the pictures, one a document.
     """
-    sizes = [(320, 240), (57, 400), (200, 60), (640, 480)]
     images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
     if broken:
         whole = io.BytesIO()
@@ -83,7 +83,7 @@ def write(root: Path, broken: bool = False) -> None:
     }
     for name, (config, split, features, row) in specs.items():
         data = Dataset.from_list(
-            [row(i) | {"image": images[i]} for i in range(COUNT)], features=Features(features | {"image": Image()})
+            [row(i) | {"image": images[i]} for i in range(len(images))], features=Features(features | {"image": Image()})
         )
         folder = config or "data"
         (root / name / folder).mkdir(parents=True)

@@ -54,6 +54,7 @@ class GRPO(Tuning):
     target:         frozen checkpoint of scheme ``likelihood``
     w_ans, miss, use, area, area_of, missed: see ``rewards.Costs``
     max_new_tokens: of a reply; crops do not count against it
+    repetition_penalty: of rollouts and their scores; null: the one of the start's ``generation_config.json``, with which it is evaluated
     """
 
     lr: float = key(1e-5, above=0, high=1)
@@ -63,6 +64,7 @@ class GRPO(Tuning):
     group: int = key(8, low=2)
     micro_batch: int = key(1, low=1)
     temperature: float = key(1.0, above=0, high=10)
+    repetition_penalty: float | None = key(None, above=0)
     max_new_tokens: int = key(512, low=1)
     scaling: str = key("group_std", one_of=("group_std", "dr_grpo", "none"))
     clip: float = key(0.2, above=0, high=1)
@@ -131,7 +133,7 @@ class GRPOTrainer(ExactTrainer):
         self.reference = None
         if recipe.beta and recipe.tuning == "full":
             frozen = copy.deepcopy(scorer.model).requires_grad_(False).eval()
-            self.reference = Scorer(frozen, tuple(scorer.banned), scorer.temperature)
+            self.reference = Scorer(frozen, tuple(scorer.banned), scorer.temperature, scorer.penalty)
         self.watch = Watch(calls=not recipe.role)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -162,7 +164,7 @@ class GRPOTrainer(ExactTrainer):
         return Group(group, parts, rewards.advantages([p["reward"] for p in parts], self.recipe.scaling))
 
     def _refer(self, groups: list[Group]) -> None:
-        packed = pack([[r.conversation for r in g.rollouts] for g in groups], self.vlm, self.args.device)
+        packed = pack([[r.conversation for r in g.rollouts] for g in groups], self.vlm, self.args.device, self.scorer.penalty != 1)
         without = self.scorer.model.disable_adapter() if self.reference is None else nullcontext()
         with without:
             scores, _ = (self.reference or self.scorer)(packed, self.features(packed.views))
@@ -172,7 +174,7 @@ class GRPOTrainer(ExactTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         r, groups = self.recipe, inputs
-        packed = pack([[x.conversation for x in g.rollouts] for g in groups], self.vlm, self.args.device)
+        packed = pack([[x.conversation for x in g.rollouts] for g in groups], self.vlm, self.args.device, self.scorer.penalty != 1)
         scores, entropy = self.score(model, packed)
         some, device = [x for g in groups for x in g.rollouts], scores.device
         advantage = torch.tensor([a for g in groups for a in g.advantages], device=device)[packed.owner]  # (N,)
@@ -268,7 +270,7 @@ def build(recipe: GRPO, dry: bool = False) -> GRPOTrainer:
     if not dry:
         claim(recipe, "grpo")
     scorer, vlm = prepare(recipe)
-    scorer.banned, scorer.temperature = list(banned(vlm)), recipe.temperature
+    scorer.banned, scorer.temperature, scorer.penalty = list(banned(vlm)), recipe.temperature, vlm.repetition_penalty
     args = arguments(recipe, recipe.micro_batch, accumulate, dataloader_drop_last=True)
     return GRPOTrainer(scorer, vlm, recipe, policy, grader, args=args, train_dataset=Prompts(table, recipe))
 

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
@@ -150,6 +150,10 @@ def check(cls: type[R], said: dict, where: str = "recipe") -> R:
 
 
 def _checked(f: Field, hint: Any, value: Any, where: str) -> Any:
+    if type(None) in get_args(hint):  # a key that may be null
+        if value is None:
+            return None
+        hint = next(kind for kind in get_args(hint) if kind is not type(None))
     kind = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}[
         getattr(hint, "__name__", str(hint)).split("[")[0]
     ]

@@ -16,6 +16,7 @@ from awares_bench.training.scoring import Conversation, Features, View
 from torch import Tensor
 from transformers import DynamicCache
 
+from awares_bench.decoding import Repetition
 from awares_bench.engine import Engine, Failure, Job, _Run
 from awares_bench.method import Policy
 from awares_bench.session import Request
@@ -83,7 +84,9 @@ class Sampler:
             raise ValueError("conversations must move together: some requests begin one, others continue one")
         logits = (self._first if new else self._next)(requests, ids, views)
         fixed = [None if s is None else vlm.tokenizer(s, add_special_tokens=False)["input_ids"] for s in forced]
-        written, logps = self._write(logits, requests, fixed)
+        seen = [r.session.seen.union(i) for r, i in zip(requests, ids, strict=True)]
+        penalty = [vlm.repetition_penalty if r.penalty is None else r.penalty for r in requests]
+        written, logps = self._write(logits, requests, fixed, Repetition(seen, penalty, vlm.device))
         out = []
         for b, (r, tokens) in enumerate(zip(requests, written, strict=True)):
             put = fixed[b] is not None
@@ -96,6 +99,7 @@ class Sampler:
             out.append(Sampled(text, tuple(kept), usage, ended or put, **scoring, views=views[b], forced=put))
             r.session.turns.append(r.turn)
             r.session.replies.append(text)
+            r.session.seen = seen[b].union(tokens)
             self._held[b] = (*self._held[b], tuple(tokens))
             # the last token said was never fed; the template's own end stands for a sampled end
             r.session.pending = list(fixed[b]) if put else ([] if ended else tokens[-1:])
@@ -171,14 +175,19 @@ class Sampler:
 
     # ------------------------------------------------------------------ writing
 
-    def _write(self, logits: Tensor, requests: list[Request], fixed: list) -> tuple[list[list[int]], list[list[float]]]:
+    def _write(
+        self, logits: Tensor, requests: list[Request], fixed: list, repetition: Repetition
+    ) -> tuple[list[list[int]], list[list[float]]]:
         vlm, rows = self.vlm, len(requests)
         end, pad = vlm.tokenizer.eos_token_id, vlm.tokenizer.pad_token_id
         budget = [r.budget if f is None else 0 for r, f in zip(requests, fixed, strict=True)]
         draws = self._draws(requests, max(budget))
         written: list[list[int]] = [list(f) if f is not None else [] for f in fixed]
         logps: list[list[float]] = [[0.0] * len(w) for w in written]
+        logits = repetition.first(logits[:, None])[:, 0]
         for step in range(max(budget)):
+            if not logits.isfinite().all():
+                raise ValueError("the model's scores are not finite: training has diverged, or the weights overflow in their precision")
             logits[:, self.banned] = float("-inf")
             if step == 0 and not any(r.session.replies for r in requests):
                 logits[:, self.never_first] = float("-inf")
@@ -204,6 +213,9 @@ class Sampler:
             logits = self._feed(vlm.decoder.get_input_embeddings()(fed), on.long(), positions)
             self.next = self.next + on[:, 0].long()
             self.passes += 1
+            feeds, every = fed.tolist(), list(range(rows))
+            logits = repetition.next(logits[:, None], every, feeds)[:, 0]
+            repetition.keep(every, feeds, [1] * rows)
         return written, logps
 
     def _draws(self, requests: list[Request], budget: int) -> Tensor:

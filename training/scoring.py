@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from awares_bench.decoding import padded, penalised
 from awares_bench.session import Session
 from awares_bench.trajectory import Reply, Sample, Turn
 from awares_bench.vlm import VLM, mrope_positions
@@ -159,7 +160,8 @@ class Packed:
 
     ids (B, L); positions (3, B, L); mask (B, L) of tokens, or (B, 1, L, L) of who sees whom; where (N, 2): row and column of
     the token before; target, owner, weight (N,): the token, the number of its conversation, its loss weight. views: pictures in
-    the order of their tokens; tokens: how many go through the decoder, padding left out.
+    the order of their tokens; tokens: how many go through the decoder, padding left out. before (N, n): the tokens that a repetition
+    penalty holds against each scored one, where there is a penalty (some named twice).
     """
 
     ids: Tensor
@@ -171,10 +173,14 @@ class Packed:
     weight: Tensor
     views: list[View]
     tokens: int
+    before: Tensor | None = None
 
 
-def pack(groups: list[list[Conversation]], vlm: VLM, device: torch.device | str = "cpu") -> Packed:
-    """Groups of conversations -> one batch; a group is best one that shares its prompt, or a long system message. One of one is an ordinary row."""
+def pack(groups: list[list[Conversation]], vlm: VLM, device: torch.device | str = "cpu", followed: bool = False) -> Packed:
+    """Groups of conversations -> one batch; a group is best one that shares its prompt, or a long system message. One of one is an ordinary row.
+
+    followed: also what each scored token follows, for a ``Scorer`` with a repetition penalty.
+    """
     merge = vlm.processor.image_processor.merge_size
     built = [_row(group, vlm.image_token, merge) for group in groups]
     length, rows = max(len(ids) for ids, *_ in built), len(built)
@@ -197,8 +203,20 @@ def pack(groups: list[list[Conversation]], vlm: VLM, device: torch.device | str 
     tokens = sum(len(row) for row, *_ in built)
     scored = torch.tensor(where).reshape(-1, 2), torch.tensor(target), torch.tensor(owner), torch.tensor(weight)
     out = Packed(ids, positions, mask, *scored, views, tokens)
+    if followed:
+        out.before = padded([row for group in groups for c in group for row in _followed(c)]).to(device)
     for name in ("ids", "positions", "mask", "where", "target", "owner", "weight"):
         setattr(out, name, getattr(out, name).to(device))
+    return out
+
+
+def _followed(c: Conversation) -> list[list[int]]:
+    """The distinct tokens before each scored token of a conversation, in its order."""
+    out, seen = [], {}
+    for token, weight in zip(c.ids, c.weights, strict=True):
+        if weight:
+            out.append(list(seen))
+        seen[token] = None
     return out
 
 
@@ -257,12 +275,12 @@ def _branches(c: Conversation, common: int) -> list[tuple[int, int]]:
 class Scorer(torch.nn.Module):
     """A Qwen2.5-VL, plain or with adapters, as a function from packed rows to log-probabilities. What the trainers train.
 
-    banned: tokens that sampling never takes; temperature: of the sampling.
+    banned: tokens that sampling never takes; temperature, penalty: of the sampling.
     """
 
-    def __init__(self, model, banned: tuple[int, ...] = (), temperature: float = 1.0):
+    def __init__(self, model, banned: tuple[int, ...] = (), temperature: float = 1.0, penalty: float = 1.0):
         super().__init__()
-        self.model, self.banned, self.temperature = model, list(banned), temperature
+        self.model, self.banned, self.temperature, self.penalty = model, list(banned), temperature, penalty
 
     @property
     def core(self):
@@ -280,7 +298,10 @@ class Scorer(torch.nn.Module):
         hidden = decoder(
             inputs_embeds=embeds, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False
         ).last_hidden_state
-        logits = core.lm_head(hidden[packed.where[:, 0], packed.where[:, 1]]).float() / self.temperature  # (N, vocabulary)
+        logits = core.lm_head(hidden[packed.where[:, 0], packed.where[:, 1]]).float()  # (N, vocabulary)
+        if self.penalty != 1:
+            logits = penalised(logits, packed.before, self.penalty)
+        logits = logits / self.temperature
         if self.banned:
             logits[:, self.banned] = float("-inf")
         scores = logits.log_softmax(-1)

@@ -56,6 +56,7 @@ def open_vlm(recipe, dtype: str = "auto") -> VLM:
         attn_implementation=getattr(recipe, "attention", "sdpa"),
         min_pixels=recipe.min_pixels,
         max_pixels=recipe.max_pixels,
+        repetition_penalty=getattr(recipe, "repetition_penalty", None),
     )
 
 
