@@ -201,6 +201,7 @@ class MethodModel(lmms):
 
         Raises RuntimeError at the end if any could not be answered, unless ``on_error=skip`` leaves it out of the scores.
         """
+        self.left_out = {}
         keys = [(r.args[4], r.args[3], str(r.args[0])) for r in requests]  # (task, doc_id, prompt)
         todo = {key: r.args for key, r in zip(keys, requests, strict=True) if key not in self.run.done}
         if self._rank == 0 and len(todo) < len(set(keys)):
@@ -267,20 +268,20 @@ class MethodModel(lmms):
         left = {place for one in every for place in one["held"]} - set(lost)
         empty = sorted({task for task, _ in lost} - {task for task, _ in left})
         foreign = sorted(place for one in every for place in one["foreign"])
-        if foreign or empty:
-            task, doc_id = foreign[0] if foreign else next(place for place in lost if place[0] == empty[0])
-            why = (
-                "cannot be left out of a task of several rounds"
-                if foreign
-                else "is all that was asked, or like all others of its task"
-            )
+        kept = f"The other answers are kept in {self.run.folder}"
+        if foreign:
+            task, doc_id = foreign[0]
             raise RuntimeError(
-                f"on_error=skip: {len(lost)} documents could not be answered, and {task} document {doc_id} {why}: "
-                f"{lost[task, doc_id]}. The other answers are kept in {self.run.folder}"
+                f"{task} document {doc_id} could not be answered and is a request that on_error=skip cannot leave out, such as one "
+                f"round of several: {lost[foreign[0]]}. {kept}"
+            )
+        if empty:
+            doc_id, error = min((doc_id, error) for (task, doc_id), error in lost.items() if task == empty[0])
+            raise RuntimeError(
+                f"no document of {empty[0]} could be answered, so on_error=skip leaves nothing to score; document {doc_id}: {error}. {kept}"
             )
         for request, _ in failed:
             request.doc_id = None
-        self.left_out = {}
         for task, doc_id in sorted(lost):
             self.left_out.setdefault(task, []).append(doc_id)
         for task, documents in self.left_out.items() if self._rank == 0 else ():
@@ -410,12 +411,14 @@ def _readable(message: dict) -> dict:
 
     Raises ValueError for a text that no tokenizer reads.
     """
+    if not (isinstance(message, dict) and isinstance(message.get("content"), list)):
+        return message  # lmms-eval says what is wrong with it
     parts = []
     for part in message["content"]:
-        if part.get("type") == "text":
+        kind, stored = (part.get("type"), part.get("url")) if isinstance(part, dict) else (None, None)
+        if kind == "text" and isinstance(part.get("text"), str):
             check_text(part["text"], ())
-        stored = part.get("url")
-        if part.get("type") == "video" and isinstance(stored, dict) and set(stored) <= {"bytes", "path"}:
+        if kind == "video" and isinstance(stored, dict) and set(stored) <= {"bytes", "path"}:
             part = part | {"type": "image"}
         parts.append(part)
     return message | {"content": parts}

@@ -197,9 +197,9 @@ class VLM:
         """Merged visual tokens that ``image`` costs under this processor's limits, without encoding it."""
         return count_visual_tokens(self.processor, self.limits, image)
 
-    def check(self, question: str) -> None:
-        """Raise ValueError when a question holds the text of an image mark, which the tokenizer would take for an image, or no text."""
-        check_text(question, (self.tokenizer.convert_ids_to_tokens(self.image_token), *MARKS))
+    def check(self, question: str, what: str = "the question") -> None:
+        """Raise ValueError when a text holds an image mark, which the tokenizer would take for an image, or cannot be tokenized."""
+        check_text(question, (self.tokenizer.convert_ids_to_tokens(self.image_token), *MARKS), what)
 
     def room(self, session: Session, ids: list[int], grids: list[tuple[int, int, int]]) -> int:
         """Tokens that fit into the context after the chunk ``ids``. Raises ValueError when not one does.
