@@ -88,7 +88,7 @@ def opened(picture: object) -> tuple[Image.Image, list[Event]]:
     if hasattr(picture, "__array__") or isinstance(picture, (list, tuple)):
         return _from_array(picture)
     raise PictureError(
-        f"the image is a {type(picture).__name__}; allowed: a PIL image, a path, the bytes of a file, "
+        f"the image is of type {type(picture).__name__}; allowed: a PIL image, a path, the bytes of a file, "
         'a dictionary with "bytes" or "path", an array of shape (height, width, 3)'
     )
 

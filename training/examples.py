@@ -81,7 +81,11 @@ def _rooted(table, column: str, root: Path):
         return table
 
     def fix(value):
-        return [fix(v) for v in value] if isinstance(value, list) else str(root / value) if value else None
+        if isinstance(value, list):
+            return [fix(v) for v in value]
+        if not value or "://" in value or value.startswith("data:"):  # nothing, or an address
+            return value or None
+        return str(root / value)
 
     return table.map(lambda row: {column: fix(row[column])}, desc="image paths")
 
