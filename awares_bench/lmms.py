@@ -288,7 +288,7 @@ class MethodModel(lmms):
             print(
                 f"{self.label}: {len(documents)} of {len(documents) + sum(t == task for t, _ in left)} documents of {task} are left out of "
                 f"the scores ({', '.join(map(str, documents[:10]))}{', …' if len(documents) > 10 else ''}; the first: "
-                f"{lost[task, documents[0]]}). lmms-eval's numbers of {task} are over the others; its n-samples counts all. "
+                f"{lost[task, documents[0]]}). lmms-eval's numbers of {task} are over the others, whatever its n-samples says. "
                 "The same command tries them again",
                 file=sys.stderr,
             )

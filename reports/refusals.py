@@ -68,7 +68,9 @@ def _left_out(runs: list[Run]) -> list[str]:
     """Documents that could not be answered, named under every table: they are in no number."""
     out = []
     for run in runs:
-        lost = run.about.get("left_out") or {}
+        lost = {
+            task: dict(sorted(ids.items(), key=lambda x: int(x[0]))) for task, ids in (run.about.get("left_out") or {}).items()
+        }
         count = sum(map(len, lost.values()))
         if count:
             named = "; ".join(f"{task} {', '.join(list(ids)[:10])}{', …' if len(ids) > 10 else ''}" for task, ids in lost.items())

@@ -26,7 +26,7 @@ metric_list:
     higher_is_better: true
 """
 
-FUNCTIONS = '''
+FUNCTIONS = """
 import io
 import json
 
@@ -66,7 +66,7 @@ def messages(doc):
 
 def results(doc, answers):
     return {"here": {"score": float(int(doc["answer"]) % 2), "answered": len(answers)}["score"]}
-'''
+"""
 
 ANSWERED = ("plain", "path", "bytes", "stored", "array", "empty", "hole", "end")
 FAILED = {
