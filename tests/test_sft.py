@@ -323,5 +323,5 @@ def test_an_address_in_a_json_file_is_not_taken_for_a_path(tmp_path):
     rows = [{"image": "https://example.com/a.png", "question": "Which?", "replies": ["a"]}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     table = examples.rows(str(tmp_path / "rows.jsonl"), ("image", "question", "replies"))
-    with pytest.raises(examples.DataError, match="row 0: .*the address https://example.com/a.png"):
+    with pytest.raises(examples.DataError, match=r"row 0: .*the address https://example\.com/a\.png"):
         examples.sample(table[0], 0, 1000)
