@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .session import Request
+from .session import Request, RunError
 from .trajectory import Reply
 from .usage import Usage
 from .vlm import VLM, mrope_positions
@@ -21,7 +21,7 @@ class _Reached(Exception):
 def layer_of(share: float, layers: int) -> int:
     """Share of a decoder's depth, in (0, 1] -> number of layers to run, at least one. 0.5 of 28 is 14."""
     if not 0 < share <= 1:
-        raise ValueError(f"probe is {share!r}; it is a share of the decoder's layers, above 0 and at most 1")
+        raise RunError(f"probe is {share!r}; it is a share of the decoder's layers, above 0 and at most 1")
     return max(1, round(share * layers))
 
 
