@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .products import products
+from .session import RunError
 
 BLOCK = 2**19
 """Scores held at a time: 2 MiB, and as much again for their softmax; near a core's cache."""
@@ -84,7 +85,7 @@ def probed(model, block: int, attention: bool, metric: bool) -> Iterator[Probe]:
     number = range(len(visual.blocks))[block]
     full = visual.config.fullatt_block_indexes
     if attention and number not in full:
-        raise ValueError(f"vision block {block} attends within windows only; blocks that see the whole image: {list(full)}")
+        raise RunError(f"vision block {block} attends within windows only; blocks that see the whole image: {list(full)}")
     module = visual.blocks[number].attn
     module.probe = Probe(metric, attention)
     try:

@@ -14,15 +14,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from openai import APIConnectionError, APIStatusError, OpenAI
+from PIL import Image
 from transformers import AutoProcessor, GenerationConfig
 
 from .decoding import own_penalty, penalty_of
 from .engine import Failure
 from .images import within_aspect
-from .session import Prepared, Request
+from .session import Prepared, Request, RunError
 from .trajectory import Event, Reply, Turn, messages
 from .usage import Usage
-from .vlm import MAX_PIXELS, MIN_PIXELS, count_visual_tokens
+from .vlm import MARKS, MAX_PIXELS, MIN_PIXELS, check_text, count_visual_tokens
 from .weights import resolve
 
 RETRIES = 12
@@ -66,10 +67,8 @@ class Endpoint:
         return count_visual_tokens(self.processor, self.limits, image)
 
     def check(self, question: str) -> None:
-        """Raise ValueError when a question holds the text of an image mark."""
-        marker = self.processor.image_token
-        if marker in question:
-            raise ValueError(f"the question holds the text {marker!r}, which stands for an image; remove it from the question")
+        """Raise ValueError when a question holds the text of an image mark, or no text."""
+        check_text(question, (self.processor.image_token, *MARKS))
 
     def text(self, tokens, until: tuple[str, ...] = ()) -> str:
         """Token ids -> text, cut before the first stop string."""
@@ -80,19 +79,28 @@ class Endpoint:
         return Prepared([], [], [])
 
     def probe(self, requests: list[Request]):
-        raise ValueError("this policy reads the inside of a model; give it one of its own, or leave engine=openai out")
+        raise RunError("this policy reads the inside of a model; give it one of its own, or leave engine=openai out")
 
     def reply(self, requests: list[Request], pruner=None) -> list[Reply | Failure]:
-        """Answer one turn of each conversation; a request that the server refuses is a failure of its document.
+        """Answer one turn of each conversation. A request that the server refuses, or fails at while it answers others, is a
+        failure of its document.
 
-        Raises RuntimeError when the server cannot be reached any more: what was answered is in the run folder.
+        Raises RunError when the server cannot be reached any more: what was answered is in the run folder.
         """
         if pruner is not None:
-            raise ValueError(f"{type(pruner).__name__} cuts tokens inside the model; leave engine=openai out, or the pruner")
+            raise RunError(f"{type(pruner).__name__} cuts tokens inside the model; leave engine=openai out, or the pruner")
         with ThreadPoolExecutor(self.concurrency, "request") as threads:
             return list(threads.map(self._one, requests))
 
     def _one(self, request: Request) -> Reply | Failure:
+        try:
+            return self._ask(request)
+        except RunError:
+            raise
+        except Exception as error:  # a picture that cannot be packed, an answer that is none
+            return Failure(f"{type(error).__name__}: {error}")
+
+    def _ask(self, request: Request) -> Reply | Failure:
         start, session, turn = time.perf_counter(), request.session, request.turn
         shown = [within_aspect(image) for image in turn.images]
         events = [e for _, some in shown for e in some]
@@ -109,11 +117,13 @@ class Endpoint:
             try:
                 made = self._create(payload, request, events)
             except APIStatusError as error:
-                if error.status_code >= 500 or error.status_code in (408, 409, 429):
-                    raise self._gone(error) from error
-                return Failure(f"the server refused the request ({error.status_code}): {error.message}")
+                if error.status_code < 500 and error.status_code not in (408, 409, 429):
+                    return Failure(f"the server refused the request ({error.status_code}): {error.message}")
+                return self._failed(error, f"{error.status_code}: {error.message}")
             except APIConnectionError as error:
-                raise self._gone(error) from error
+                return self._failed(error, str(error))
+            if not made.choices:
+                return Failure("the server's answer holds no choices")
             seconds = (prepared - start, time.perf_counter() - prepared)
             whole, complete = made.choices[0].message.content or "", made.choices[0].finish_reason == "stop"
             answer = _cut(whole, request.until)
@@ -153,8 +163,26 @@ class Endpoint:
         events.append(Event("repetition_penalty", told))
         return create(**asked)
 
-    def _gone(self, error: Exception) -> RuntimeError:
-        return RuntimeError(
+    def _failed(self, error: Exception, told: str) -> Failure:
+        """What a request that failed at every retry means: its own failure where the server answers another, else the run's end."""
+        if not self._alive():
+            raise self._gone(error) from error
+        return Failure(
+            f"the server failed at this request {self.retries + 1} times ({told}) and answers others; exclude the document"
+        )
+
+    def _alive(self) -> bool:
+        """Whether the server answers a small picture now."""
+        try:
+            talk = _payload(messages([Turn((Image.new("RGB", (56, 56)),), "?")], []))
+            once = self.client.with_options(max_retries=0)
+            once.chat.completions.create(model=self.model, messages=talk, max_tokens=1, temperature=0.0, seed=0)
+        except (APIStatusError, APIConnectionError):
+            return False
+        return True
+
+    def _gone(self, error: Exception) -> RunError:
+        return RunError(
             f"the server at {self.base_url} did not answer after {self.retries} retries ({error}); "
             "start it again and run the same command with the same output_dir: it goes on where it stopped"
         )

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from traceback import extract_tb
 
 from .crops import CropRequestError
 from .images import as_rgb, half_size
 from .method import Look, Policy, Pruner
 from .schedule import Budget, choose
-from .session import Prepared, Request, Session
+from .session import Prepared, Request, RunError, Session
 from .trajectory import Event, Reply, Sample, Trajectory, Turn
 from .usage import Usage
 
@@ -93,6 +95,8 @@ class Engine:
     ):
         self.vlm, self.policy, self.batch_size = vlm, policy, batch_size
         self.pruner, self.models = pruner, models or {}
+        if pruner is not None and hasattr(vlm, "stages"):
+            vlm.stages(pruner)  # refuses now what would fail at every document
         self.budget = Budget(batch_size, max_batch_tokens)
         self.window = 1 if batch_size == 1 else AHEAD * batch_size
         if workers is None:  # beside a model on the CPU they would take its cores: a nano suite took 1.4 times as long
@@ -101,6 +105,9 @@ class Engine:
 
     def run(self, jobs: Iterable[Job | Failure]) -> Iterator[tuple[int, Trajectory | Failure]]:
         """Yield (index of the job, outcome) as conversations end; every job exactly once.
+
+        Whatever a document's pictures, its question or the policy raise is the Failure of that document, and the others go on;
+        only a RunError ends the run.
 
         Jobs are taken lazily, ``AHEAD`` batches of them, so that a benchmark's pictures are never all in memory and similar
         lengths find each other. While the model answers one batch, worker threads prepare the next. With one row a batch
@@ -153,63 +160,89 @@ class Engine:
         return batch
 
     def _answer(self, batch: list[_Run]) -> list[tuple[_Run, Reply | Failure]]:
-        """The reply to each turn of a batch of one kind. Out of memory, the batch goes on in halves."""
+        """The reply to each turn of a batch of one kind. A batch that fails, out of memory or otherwise, goes on in halves."""
         name, probing = batch[0].turn.model, batch[0].turn.probe is not None
-        vlm, costs = self.models.get(name, self.vlm), [run.cost for run in batch]
+        vlm, lost = self.models.get(name, self.vlm), []
         for run in batch:
             if run.ahead is not None:
-                run.asked, run.ahead = replace(run.asked, prepared=run.ahead.result()), None
-        requests = [run.asked for run in batch]
+                try:
+                    run.asked, run.ahead = replace(run.asked, prepared=run.ahead.result()), None
+                except Exception as error:
+                    lost.append((run, _failure(error)))
+        batch = [run for run in batch if run.ahead is None]
+        if not batch:
+            return lost
+        requests, costs = [run.asked for run in batch], [run.cost for run in batch]
+        before = [request.session.state() for request in requests]
         try:
             replies = vlm.probe(requests) if probing else vlm.reply(requests, None if name else self.pruner)
-        except MemoryError as error:
-            if len(batch) == 1:
-                detail = f"out of memory with this document alone, about {costs[0]} tokens ({error}); lower max_pixels"
-                return [(batch[0], Failure(detail))]
+        except Exception as error:
+            short, failure = isinstance(error, MemoryError), _failure(error)
+            if short:
+                failure = Failure(f"out of memory with this document alone, about {costs[0]} tokens ({error}); lower max_pixels")
+        else:
+            for run, request, reply in zip(batch, requests, replies, strict=True):
+                if request.session is not run.session and request.turn.last:
+                    run.events += request.session.events
+                if name in self.models and not isinstance(reply, Failure):
+                    reply = replace(reply, usage=reply.usage.as_auxiliary())
+                lost.append((run, reply))
+            return lost
+        for request, fields in zip(requests, before, strict=True):
+            vars(request.session).update(fields)
+        if len(batch) == 1:
+            return [*lost, (batch[0], failure)]
+        if short:
             self.budget.halve(costs)
-            for run in batch:
+        for run in batch:
+            if short:
                 detail = f"{len(batch)} rows of up to {max(costs)} tokens did not fit; went on with half"
                 run.events.append(Event("out_of_memory", detail))
-            middle = len(batch) // 2
-            return [*self._answer(batch[:middle]), *self._answer(batch[middle:])]
-        for run, request in zip(batch, requests, strict=True):
-            if request.session is not run.session and request.turn.last:
-                run.events += request.session.events
-        if name in self.models:
-            replies = [replace(reply, usage=reply.usage.as_auxiliary()) for reply in replies]
-        return list(zip(batch, replies, strict=True))
+            else:
+                run.events.append(Event("batch_failed", f"{len(batch)} rows went on in halves: {failure.error}"))
+        middle = len(batch) // 2
+        return [*lost, *self._answer(batch[:middle]), *self._answer(batch[middle:])]
 
     def _start(self, index: int, job: Job) -> _Run | Trajectory | Failure:
-        events: list[Event] = []
         try:
             self.vlm.check(job.sample.question)
             converted = [as_rgb(image) for image in job.sample.images]
-        except (OSError, ValueError) as error:
-            return Failure(str(error))
-        images = tuple(image for image, _ in converted)
-        events += [e for _, some in converted for e in some]
-        sample = replace(job.sample, images=images)
-        run = _Run(index, job, self.policy.look(sample), Turn(), events=events)
-        run.full_tokens = sum(self.vlm.visual_tokens(image) for image in images)
+            events = [e for _, some in converted for e in some]
+            if not job.sample.question.strip():
+                if not converted:
+                    return Failure("the document holds neither a question nor an image; exclude it")
+                events.append(Event("no_question", "the question is empty: answered from the image alone"))
+            job = replace(job, sample=replace(job.sample, images=tuple(image for image, _ in converted)))
+            run = _Run(index, job, self.policy.look(job.sample), Turn(), events=events)
+            run.full_tokens = sum(self.vlm.visual_tokens(image) for image in job.sample.images)
+        except Exception as error:
+            return _failure(error)
         outcome = self._advance(run, None)
         return run if outcome is None else outcome
 
     def _advance(self, run: _Run, reply: Reply | None) -> Trajectory | Failure | None:
         """Send a reply to the policy; None when it asks for another turn."""
         try:
-            step = run.look.send(reply)
-            while isinstance(step, Event):
-                run.events.append(step)
-                step = run.look.send(None)
-        except StopIteration as stop:
-            return self._finish(run, stop.value)
+            try:
+                step = run.look.send(reply)
+                while isinstance(step, Event):
+                    run.events.append(step)
+                    step = run.look.send(None)
+            except StopIteration as stop:
+                if not isinstance(stop.value, Reply):
+                    return Failure(f"{type(self.policy).__name__} ended with {stop.value!r}, which is not a Reply")
+                return self._finish(run, stop.value)
+            if not isinstance(step, Turn):
+                return Failure(f"{type(self.policy).__name__} yielded {step!r}, which is neither a Turn nor an Event")
+            run.turn = step
+            text = len(step.text) + len(step.system or "") + sum(map(len, step.before))
+            visual = sum(self.vlm.visual_tokens(image) for image in step.images)
+            run.cost = run.session.length + visual + text // 4 + max(run.job.max_new_tokens, step.budget or 0)
+            return None
         except CropRequestError as error:
             return Failure(f"malformed crop request and on_malformed='error': {error}")
-        run.turn = step
-        text = len(step.text) + len(step.system or "") + sum(map(len, step.before))
-        visual = sum(self.vlm.visual_tokens(image) for image in step.images)
-        run.cost = run.session.length + visual + text // 4 + max(run.job.max_new_tokens, step.budget or 0)
-        return None
+        except Exception as error:  # the policy is anyone's code
+            return _failure(error)
 
     def _finish(self, run: _Run, answer: Reply) -> Trajectory:
         events = run.events + run.session.events
@@ -227,6 +260,20 @@ class Engine:
         crops = next((tuple(e.detail.split(",")) for e in events if e.kind == "crops"), ())
         events = [e for e in events if e.kind != "crops"]
         return Trajectory(tuple(run.turns), tuple(run.replies), text, tuple(events), run.full_tokens, crops)
+
+
+def _failure(error: Exception) -> Failure:
+    """What a document raised, in words: this package's own sentences as they are, others with the place they come from.
+
+    Raises a RunError again.
+    """
+    if isinstance(error, RunError):
+        raise error
+    last = extract_tb(error.__traceback__)[-1]
+    if isinstance(error, (OSError, ValueError)) and str(error) and Path(last.filename).parent == Path(__file__).parent:
+        return Failure(str(error))
+    told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return Failure(f"{told} ({Path(last.filename).name}, line {last.lineno})")
 
 
 class Scripted:

@@ -9,6 +9,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from .session import RunError
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -32,9 +34,9 @@ class Gate:
             raise ValueError(f"sizes are {self.sizes}; they must be positive and ascending")
 
     def probabilities(self, hidden: tuple[float, ...]) -> tuple[float, ...]:
-        """(D,) -> (K,). Raises ValueError when the hidden state is not of the proxy it was trained on."""
+        """(D,) -> (K,). Raises RunError when the hidden state is not of the proxy it was trained on."""
         if len(hidden) != self.weight.shape[1]:
-            raise ValueError(
+            raise RunError(
                 f"the gate reads {self.weight.shape[1]} numbers and the proxy gives {len(hidden)}; "
                 f"pass the proxy it was trained on ({self.trained_on or 'unknown'})"
             )

@@ -19,6 +19,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import reduce
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ from lmms_eval.loggers import EvaluationTracker
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import get_datetime_str
+from packaging.version import Version
 from tqdm import tqdm
 
 from . import registry
@@ -43,7 +45,7 @@ from .manifests import COMPOSED
 from .method import UNDER_TEST
 from .record import Record, RunFolder, fingerprint
 from .trajectory import Sample
-from .vlm import MAX_PIXELS, MIN_PIXELS, VLM
+from .vlm import MAX_PIXELS, MIN_PIXELS, VLM, check_text
 from .weights import NANO, resolve
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ COMMON = {
     "model": None,
     "output_dir": None,
     "label": None,
+    "on_error": "stop",
     "seed": 0,
 }
 """Options of every model beside its method's own, with their defaults."""
@@ -73,6 +76,10 @@ COMMON = {
 NOT_A_STOP = ("\n\n",)
 """lmms-eval stops every task that sets no stop string at a blank line, and its own Qwen2.5-VL leaves that out again (``models/simple/qwen2_5_vl.py``:
 it cuts reasoning off). So do we."""
+
+
+SKIPS = "0.7.3"
+"""The first lmms-eval whose evaluator passes over a document that no request belongs to."""
 
 
 @dataclass
@@ -105,6 +112,16 @@ class MethodModel(lmms):
         self.policy, self.pruner, self.label = made.policy, made.pruner, str(chosen["label"] or made.label)
         self.batch_size = _whole("batch_size", chosen["batch_size"])
         tokens = chosen["max_batch_tokens"]
+        if chosen["on_error"] not in ("stop", "skip"):
+            raise ValueError(f"on_error is {chosen['on_error']!r}; allowed: stop, skip")
+        if chosen["on_error"] == "skip" and Version(version("lmms-eval")) < Version(SKIPS):
+            raise ValueError(
+                f"on_error=skip needs lmms-eval {SKIPS} or later, which passes over documents without requests; "
+                f"this is {version('lmms-eval')}. Update it, or leave on_error out"
+            )
+        self.on_error = chosen["on_error"]
+        self.left_out: dict[str, list[int]] = {}
+        """Documents by task that on_error=skip left out of the scores."""
         self.max_batch_tokens = None if tokens is None else _whole("max_batch_tokens", tokens)
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         seed = _whole("seed", chosen["seed"], least=0)
@@ -194,7 +211,11 @@ class MethodModel(lmms):
         raise NotImplementedError("multi-round tasks are not supported; use generate_until tasks")
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer every request, those of earlier interrupted runs from the record; raise at the end if any could not be."""
+        """Answer every request, those of earlier interrupted runs from the record.
+
+        Raises RuntimeError at the end if any could not be answered, unless ``on_error=skip`` leaves it out of the scores.
+        """
+        self.left_out = {}
         keys = [(r.args[4], r.args[3], str(r.args[0])) for r in requests]  # (task, doc_id, prompt)
         todo = {key: r.args for key, r in zip(keys, requests, strict=True) if key not in self.run.done}
         if self._rank == 0 and len(todo) < len(set(keys)):
@@ -222,19 +243,69 @@ class MethodModel(lmms):
         if torch.distributed.is_initialized():  # the run is whole when every rank is done, and fails on all when one fails
             counts *= self._world_size
             torch.distributed.all_gather_object(counts, len(failed))
-        if any(counts) and not failed:
+        if any(counts) and self.on_error == "skip":
+            self._skip([(r, failed[key]) for key, r in zip(keys, requests, strict=True) if key in failed], requests)
+            failed = {}
+        elif any(counts) and not failed:
             raise RuntimeError(f"{sum(counts)} documents of other processes could not be answered; see their messages")
         if failed:
             some = "; ".join(f"{task} document {doc_id}: {error}" for (task, doc_id, _), error in list(failed.items())[:3])
             raise RuntimeError(
                 f"{len(failed)} of {len(keys)} documents could not be answered: {some}. The other answers are kept in {self.run.folder}; "
-                "repair or exclude these documents and run the same command with the same output_dir"
+                "repair or exclude these documents and run the same command with the same output_dir, or add on_error=skip to "
+                "leave them out of the scores"
             )
         if self._rank == 0:
             mode = "latency" if self.batch_size == 1 else "throughput"  # what the seconds of the records are
-            self.run.finish(mode=mode, peak_memory_bytes=max((vlm.peak_memory() for vlm in local), default=None))
+            more = {"left_out": self.left_out} if self.left_out else {}
+            self.run.finish(mode=mode, peak_memory_bytes=max((vlm.peak_memory() for vlm in local), default=None), **more)
             print(f"{self.label}: records are in {self.run.folder}", file=sys.stderr)
-        return [_result(self.run.done[key]) for key in keys]
+        return [_result(self.run.done[key]) if key in self.run.done else GenerationResult(text="") for key in keys]
+
+    def _skip(self, failed: list[tuple[Instance, str]], requests: list[Instance]) -> None:
+        """Take the failed requests of this process out of what lmms-eval scores, and say so.
+
+        The evaluator groups its task's requests by ``doc_id`` and passes over documents that have none. A request that is
+        none of its task's own (an agentic round) would be scored whatever is returned, so it raises RuntimeError; so does
+        a task of which nothing is left.
+        """
+        told = {
+            "lost": [(r.args[4], r.args[3], error) for r, error in failed],
+            "held": [(r.args[4], r.args[3]) for r in requests],
+            "foreign": [(r.args[4], r.args[3]) for r, _ in failed if not (r.metadata.get("__padding_only__") or _is_own(r))],
+        }
+        every = [told]
+        if torch.distributed.is_initialized():
+            every *= self._world_size
+            torch.distributed.all_gather_object(every, told)
+        lost = {(task, doc_id): error for one in every for task, doc_id, error in one["lost"]}
+        left = {place for one in every for place in one["held"]} - set(lost)
+        empty = sorted({task for task, _ in lost} - {task for task, _ in left})
+        foreign = sorted(place for one in every for place in one["foreign"])
+        kept = f"The other answers are kept in {self.run.folder}"
+        if foreign:
+            task, doc_id = foreign[0]
+            raise RuntimeError(
+                f"{task} document {doc_id} could not be answered and is a request that on_error=skip cannot leave out, such as one "
+                f"round of several: {lost[foreign[0]]}. {kept}"
+            )
+        if empty:
+            doc_id, error = min((doc_id, error) for (task, doc_id), error in lost.items() if task == empty[0])
+            raise RuntimeError(
+                f"no document of {empty[0]} could be answered, so on_error=skip leaves nothing to score; document {doc_id}: {error}. {kept}"
+            )
+        for request, _ in failed:
+            request.doc_id = None
+        for task, doc_id in sorted(lost):
+            self.left_out.setdefault(task, []).append(doc_id)
+        for task, documents in self.left_out.items() if self._rank == 0 else ():
+            print(
+                f"{self.label}: {len(documents)} of {len(documents) + sum(t == task for t, _ in left)} documents of {task} are left out of "
+                f"the scores ({', '.join(map(str, documents[:10]))}{', …' if len(documents) > 10 else ''}; the first: "
+                f"{lost[task, documents[0]]}). lmms-eval's numbers of {task} are over the others, whatever its n-samples says. "
+                "The same command tries them again",
+                file=sys.stderr,
+            )
 
     def _job(self, args: tuple) -> Job | Failure:
         """A chat request's arguments -> a job; a document that its own task cannot turn into messages is a failure."""
@@ -303,6 +374,8 @@ def evaluate(model: MethodModel, tasks: tuple[str, ...], limit: int | None, inde
         return
     tracker = EvaluationTracker(output_path=str(output))
     tracker.general_config_tracker.log_experiment_args(model.method, told, None, None, False)
+    for task, left_out in model.left_out.items():
+        results["n-samples"][task]["effective"] -= len(left_out)
     samples = results.pop("samples")
     tracker.save_results_aggregated(results=results, samples=samples, datetime_str=now)
     for task in results["configs"]:
@@ -329,7 +402,7 @@ def _flag(name: str, value) -> bool:
 
 def _job(messages: list[dict], gen_kwargs: dict, key: str) -> Job:
     """A task's chat messages and generation arguments -> what the engine runs."""
-    chat = ChatMessages(messages=messages)
+    chat = ChatMessages(messages=[_readable(m) for m in messages])
     images, videos, audios = chat.extract_media()
     if videos or audios:
         raise ValueError("the document holds video or audio; awares-bench methods read images and text")
@@ -358,6 +431,30 @@ def _job(messages: list[dict], gen_kwargs: dict, key: str) -> Job:
 def _joined(before: str, after: str) -> str:
     """Texts on both sides of an image as one, at least a space between words."""
     return f"{before}{' ' if before[-1:].strip() and after[:1].strip() else ''}{after}"
+
+
+def _readable(message: dict) -> dict:
+    """A message as it is, but a stored picture that lmms-eval takes for a video, as it does any dictionary, is a picture.
+
+    Raises ValueError for a text that no tokenizer reads.
+    """
+    if not (isinstance(message, dict) and isinstance(message.get("content"), list)):
+        return message  # lmms-eval says what is wrong with it
+    parts = []
+    for part in message["content"]:
+        kind, stored = (part.get("type"), part.get("url")) if isinstance(part, dict) else (None, None)
+        if kind == "text" and isinstance(part.get("text"), str):
+            check_text(part["text"], ())
+        if kind == "video" and isinstance(stored, dict) and set(stored) <= {"bytes", "path"}:
+            part = part | {"type": "image"}
+        parts.append(part)
+    return message | {"content": parts}
+
+
+def _is_own(request: Instance) -> bool:
+    """Whether the request is one of those that its task's scores are made of."""
+    task = getattr(request.args[1], "__self__", None)
+    return any(own is request for own in getattr(task, "instances", None) or ())
 
 
 def _evidence(column: object) -> tuple[Box, ...] | None:

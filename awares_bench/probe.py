@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .session import Request
+from .session import Request, RunError
 from .trajectory import Reply
 from .usage import Usage
 from .vlm import VLM, mrope_positions
@@ -21,7 +21,7 @@ class _Reached(Exception):
 def layer_of(share: float, layers: int) -> int:
     """Share of a decoder's depth, in (0, 1] -> number of layers to run, at least one. 0.5 of 28 is 14."""
     if not 0 < share <= 1:
-        raise ValueError(f"probe is {share!r}; it is a share of the decoder's layers, above 0 and at most 1")
+        raise RunError(f"probe is {share!r}; it is a share of the decoder's layers, above 0 and at most 1")
     return max(1, round(share * layers))
 
 
@@ -30,9 +30,9 @@ def last_hidden(vlm: VLM, request: Request) -> Reply:
     """One turn -> a reply without text, with ``hidden`` (D,) in float32; prefill is charged for the layers that ran."""
     turn, marks = request.turn, [time.perf_counter()]
     views = [vlm.pixels(image) for image in turn.images]
-    request.session.events += [e for _, _, events in views for e in events]
     grids = [grid for _, grid, _ in views]
     ids = vlm.chunk(request.session, turn, grids)
+    vlm.room(request.session, ids, grids)
     marks.append(time.perf_counter())
     images = vlm.see([patches for patches, _, _ in views], grids)
     vlm.synchronise()
@@ -46,6 +46,7 @@ def last_hidden(vlm: VLM, request: Request) -> Reply:
 
     visual, share = sum(rows * columns // merge**2 for _, rows, columns in grids), run / len(vlm.decoder.layers)
     spans = [b - a for a, b in pairwise(marks)]
+    request.session.events += [e for _, _, events in views for e in events]  # after all that may fail
     usage = Usage(visual, visual * share, len(ids) - visual, 0, *spans)
     return Reply("", usage=usage, hidden=tuple(hidden))
 

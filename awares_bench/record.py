@@ -117,7 +117,7 @@ class RunFolder:
     def add(self, record: Record) -> None:
         """Append one line and flush it, so that a cut run loses nothing that was answered."""
         try:
-            self._file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+            self._file.write(_line(record) + "\n")
             self._file.flush()
         except OSError as error:
             kept = len(self.done)
@@ -134,6 +134,17 @@ class RunFolder:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _line(record: Record) -> str:
+    """A record as JSON, readable; escaped where a text holds half a character (a lone surrogate), which UTF-8 cannot write."""
+    fields = asdict(record)
+    line = json.dumps(fields, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(fields)
+    return line
 
 
 def read_records(folder: Path, repair: Path | None = None) -> Iterator[Record]:

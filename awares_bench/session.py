@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class RunError(RuntimeError, ValueError):
+    """What no document can be answered after or with: the server is gone, the device is broken, the method does not fit the model.
+
+    Any other exception is a failure of the document that raised it.
+    """
+
+
 @dataclass
 class Session:
     """One conversation and its key-value cache: what turn two continues from.
@@ -32,6 +39,10 @@ class Session:
     pending: list[int] = field(default_factory=list)
     seen: frozenset[int] = frozenset()
     events: list[Event] = field(default_factory=list)
+
+    def state(self) -> dict:
+        """All fields, to set them back with ``vars(session).update`` when a turn fails halfway."""
+        return {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
 
     @property
     def length(self) -> int:

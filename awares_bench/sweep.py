@@ -35,7 +35,7 @@ WEIGHTS = (
 )
 """Options that decide what is in memory, or which server answers: cells that share them run one after the other."""
 
-OTHER = ("batch_size", "max_batch_tokens", "seed")
+OTHER = ("batch_size", "max_batch_tokens", "seed", "on_error")
 """Further options of every model beside the method's own; ``output_dir`` is the sweep's."""
 
 
@@ -53,7 +53,7 @@ class Cell:
     @property
     def spec(self) -> dict:
         """What must be equal for a finished cell to count as done."""
-        told = {k: v for k, v in self.options.items() if k not in ("batch_size", "max_batch_tokens")}
+        told = {k: v for k, v in self.options.items() if k not in ("batch_size", "max_batch_tokens", "on_error")}
         return {"method": self.method, "options": told, "tasks": list(self.tasks), "limit": self.limit}
 
 
@@ -197,12 +197,13 @@ def _run_cell(cell: Cell, out: Path, index, vlms: dict) -> None:
 
 
 def _done(out: Path, cell: Cell) -> bool:
-    """Whether the cell ended before, with the same specification, and is whole."""
+    """Whether the cell ended before, with the same specification, and is whole: without documents that were left out."""
     run, scored = out / "runs" / cell.name / "run.json", out / "lmms" / cell.name / "cell.json"
     if not (run.is_file() and scored.is_file()):
         return False
     same = json.loads(scored.read_text()) == json.loads(json.dumps(cell.spec, default=str))
-    return same and json.loads(run.read_text())["status"] == "complete"
+    ended = json.loads(run.read_text())
+    return same and ended["status"] == "complete" and not ended.get("left_out")
 
 
 def _write(path: Path, text: str) -> None:

@@ -34,7 +34,7 @@ from .method import Pruner, Visual
 from .products import fast_products
 from .pruning import Chunk, Span, look
 from .ragged import RaggedBatch
-from .session import Prepared, Request, Session
+from .session import Prepared, Request, RunError, Session
 from .staged import StagedBatch
 from .trajectory import Event, Reply, Turn, messages
 from .usage import Usage
@@ -46,7 +46,9 @@ MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
 """Limits of the released Qwen2.5-VL processors: 4 to 16,384 visual tokens an image."""
 
 _END = "<|im_end|>"
-_HOLE = "\ufdd0reply\ufdd0"  # two noncharacters around a word: no question contains it
+_HOLE = "\ufdd0reply\ufdd0"  # two noncharacters around a word, lengthened where a question does contain it
+MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
+"""Texts that Qwen2.5-VL's tokenizer reads as the place of a picture or video, in whatever they stand."""
 
 
 class CheckpointError(ValueError):
@@ -83,6 +85,18 @@ def count_visual_tokens(processor, limits: dict[str, int], image: Image.Image) -
     ip = processor.image_processor
     given = {"min_pixels": limits["shortest_edge"], "max_pixels": limits["longest_edge"]}  # it does not read ``size``
     return ip.get_number_of_image_patches(image.height, image.width, given) // ip.merge_size**2
+
+
+def check_text(text: str, marks: tuple[str, ...] = MARKS, what: str = "the question") -> None:
+    """Raise ValueError when a text cannot be given to a tokenizer, or would be read as the place of a picture."""
+    mark = next((m for m in marks if m in text), None)
+    if mark:
+        raise ValueError(f"{what} holds the text {mark!r}, which stands for an image; remove it from {what}")
+    half = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+    if half:
+        raise ValueError(
+            f"{what} holds half a character, the lone surrogate U+{ord(half):04X}, which no tokenizer reads; repair or remove it"
+        )
 
 
 class VLM:
@@ -196,19 +210,35 @@ class VLM:
         """Merged visual tokens that ``image`` costs under this processor's limits, without encoding it."""
         return count_visual_tokens(self.processor, self.limits, image)
 
-    def check(self, question: str) -> None:
-        """Raise ValueError when a question holds the text of an image mark, which the tokenizer would take for an image."""
-        marker = self.tokenizer.convert_ids_to_tokens(self.image_token)
-        if marker in question:
-            raise ValueError(f"the question holds the text {marker!r}, which stands for an image; remove it from the question")
+    def check(self, question: str, what: str = "the question") -> None:
+        """Raise ValueError when a text holds an image mark, which the tokenizer would take for an image, or cannot be tokenized."""
+        check_text(question, (self.tokenizer.convert_ids_to_tokens(self.image_token), *MARKS), what)
+
+    def room(self, session: Session, ids: list[int], grids: list[tuple[int, int, int]]) -> int:
+        """Tokens that fit into the context after the chunk ``ids``. Raises ValueError when not one does.
+
+        A text token takes one position of the context, an image as many as it has rows or columns (see ``mrope_positions``).
+        """
+        merge, limit = self.processor.image_processor.merge_size, self.decoder.config.max_position_embeddings
+        images = sum(max(rows, columns) // merge - rows * columns // merge**2 for _, rows, columns in grids)
+        end = session.next_position + len(ids) + images
+        if end >= limit:
+            raise ValueError(
+                f"the conversation takes {end:,} positions, the checkpoint's context (max_position_embeddings) has {limit:,}; "
+                "shorten the question, or exclude the document"
+            )
+        return limit - end
 
     def chunk(self, session: Session, turn: Turn, grids: list[tuple[int, int, int]]) -> list[int]:
         """Token ids that ``turn`` adds to the session: everything up to where the model writes.
 
         The chat template renders the whole conversation with holes for the replies; what follows the last hole is new.
         """
-        history = messages([*session.turns, turn], [_HOLE] * len(session.replies))
-        text = self.processor.apply_chat_template(history, tokenize=False, add_generation_prompt=True).split(_HOLE)[-1]
+        turns, hole = [*session.turns, turn], _HOLE
+        while any(hole in text for t in turns for text in (t.text, t.system or "", *t.before)):
+            hole += "\ufdd0"
+        history = messages(turns, [hole] * len(session.replies))
+        text = self.processor.apply_chat_template(history, tokenize=False, add_generation_prompt=True).split(hole)[-1]
         if turn.tight:  # the end of the model's reply, the line break to leave out, the new message
             text = text.replace(f"{_END}\n", _END, 1)
         marker = self.tokenizer.convert_ids_to_tokens(self.image_token)
@@ -229,6 +259,7 @@ class VLM:
         events = [e for _, _, events in views for e in events]
         with self._tokenizing:
             ids = self.chunk(request.session, request.turn, grids)
+        self.room(request.session, ids, grids)
         return Prepared(ids, patches, grids, events, time.perf_counter() - start, keys)
 
     @torch.inference_mode()
@@ -310,6 +341,10 @@ class VLM:
             for r, fields in zip(requests, before, strict=True):
                 vars(r.session).update(fields)
             reason = _first_line(error)
+        except getattr(torch, "AcceleratorError", ()) as error:  # of PyTorch 2.8 and later; the device answers nothing after it
+            raise RunError(
+                f"the device failed ({_first_line(error)}); run the same command with the same output_dir: it goes on where it stopped"
+            ) from error
         torch.cuda.empty_cache()  # here, where the traceback no longer holds the batch
         raise MemoryError(reason)
 
@@ -340,7 +375,9 @@ class VLM:
         self.synchronise()
         marks.append(clock())
 
-        writers = [Writer(r, self.tokenizer, self.stop, self._grammar(r), self.trace is not None) for r in requests]
+        rooms = [self.room(r.session, i, g) for r, i, g in zip(requests, ids, grids, strict=True)]
+        asked = [replace(r, budget=min(r.budget, room)) for r, room in zip(requests, rooms, strict=True)]
+        writers = [Writer(r, self.tokenizer, self.stop, self._grammar(r), self.trace is not None) for r in asked]
         penalty = [self.repetition_penalty if r.penalty is None else r.penalty for r in requests]
         seen = [r.session.seen.union(i) if p != 1 else frozenset() for r, i, p in zip(requests, ids, penalty, strict=True)]
         batch.decode(logits, writers, Repetition(seen, penalty, self.device))
@@ -374,6 +411,10 @@ class VLM:
             r.session.turns.append(r.turn)
             r.session.replies.append(reply.text)
             r.session.events += made.events
+            room = rooms[b]
+            if room < r.budget and not reply.complete:
+                detail = f"the reply was cut after {room} tokens: the checkpoint's context was full"
+                r.session.events.append(Event("context_full", detail))
             if again:
                 r.session.events.append(
                     Event("features_reused", f"{again} pictures were encoded before; their encode time is not here")

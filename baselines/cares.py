@@ -17,6 +17,7 @@ from typing import Literal
 from awares_bench.gate import Gate
 from awares_bench.images import within
 from awares_bench.method import UNDER_TEST, Look, Policy
+from awares_bench.session import RunError
 from awares_bench.trajectory import Event, Sample, Turn
 from awares_bench.weights import gate as packaged
 
@@ -46,10 +47,13 @@ class Cares(Policy):
         return {"proxy": self.proxy}
 
     def opened(self) -> Gate:
-        """The gate. Raises ValueError when there is none."""
+        """The gate. Raises RunError when there is none: no document can be answered without it."""
         if not self.gate:
-            raise ValueError("cares needs gate=FILE; train one with: python -m awares_bench.training.cares_gate --out FILE")
-        return _gate(packaged(self.gate))
+            raise RunError("cares needs gate=FILE; train one with: python -m awares_bench.training.cares_gate --out FILE")
+        try:
+            return _gate(packaged(self.gate))
+        except ValueError as error:
+            raise RunError(str(error)) from error
 
     def look(self, sample: Sample) -> Look:
         gate, views = self.opened(), []

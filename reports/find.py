@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from . import names, records
-from .load import ReportError, Run, load, samples_files
+from .load import ReportError, Run, left_out, load, samples_files
 
 
 def runs(given: list[str | Path], metrics: dict[str, str] | None = None, drop_partial: list[str] | None = None) -> list[Run]:
@@ -104,8 +104,12 @@ def _run(name: str, about: dict, folder: Path | None, output: Path, files: dict[
         "documents": {t: told.get("n-samples", {}).get(t) for t in files},
         "datasets": {t: {k: c[k] for k in DATASET if c.get(k)} for t, c in told.get("configs", {}).items() if t in files},
     }
-    about = {**about, "evaluation": evaluation}
-    return Run(name, about, named(load(name, folder, output, metrics), name, about), folder or output, files)
+    documents = load(name, folder, output, metrics)
+    lost = left_out(folder, documents)
+    about = (
+        {k: v for k, v in about.items() if k != "left_out"} | {"evaluation": evaluation} | ({"left_out": lost} if lost else {})
+    )
+    return Run(name, about, named(documents, name, about), folder or output, files)
 
 
 DATASET = ("dataset_path", "dataset_name", "dataset_kwargs", "test_split")

@@ -107,6 +107,20 @@ def load(method: str, run: Path | None, lmms_output: Path, metrics: dict[str, st
     return typed(pd.DataFrame(rows))
 
 
+def left_out(run: Path | None, documents: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """Task -> {document: why}: those of a run's tasks that could not be answered and have no score; {} when every one was.
+
+    Documents are strings, as in the JSON of compact records.
+    """
+    out: dict[str, dict[str, str]] = {}
+    scored = set(zip(documents["task"], documents["doc_id"], strict=True))
+    tasks = set(documents["task"])
+    for r in sorted(read_records(run), key=lambda r: (r.task, r.doc_id)) if run is not None else ():
+        if r.error is not None and r.task in tasks and (r.task, r.doc_id) not in scored:
+            out.setdefault(r.task, {})[str(r.doc_id)] = r.error.encode(errors="backslashreplace").decode()
+    return out
+
+
 def _scored(path: Path, task: str, metrics: dict[str, str], telemetry: bool) -> dict[int, tuple[float, dict]]:
     """Document -> (score from 0 to 1, a record as far as the samples file itself tells it; {} without ``telemetry``)."""
     if task not in metrics:

@@ -49,6 +49,7 @@ def check(runs: list[Run], frame: pd.DataFrame, allow: tuple[str, ...] = (), tim
 def notes(runs: list[Run]) -> list[str]:
     """What a reader should know and nobody needs to allow: equal ``--limit``, commits, uncommitted changes, foreign models."""
     out = []
+    out += _left_out(runs)
     limits = {_evaluation(r).get("limit") for r in runs} - {None}
     if limits:
         out.append(f"--limit {min(limits):g}: only the first documents of each task")
@@ -60,6 +61,25 @@ def notes(runs: list[Run]) -> list[str]:
     foreign = [r.name for r in runs if r.about.get("status", "foreign") == "foreign"]
     if foreign:
         out.append(f"not run by awares-bench, so without token counts unless lmms-eval's samples hold them: {', '.join(foreign)}")
+    return out
+
+
+def _left_out(runs: list[Run]) -> list[str]:
+    """Documents that could not be answered, named under every table: they are in no number."""
+    out = []
+    for run in runs:
+        lost = {
+            task: dict(sorted(ids.items(), key=lambda x: int(x[0]))) for task, ids in (run.about.get("left_out") or {}).items()
+        }
+        count = sum(map(len, lost.values()))
+        if count:
+            named = "; ".join(f"{task} {', '.join(list(ids)[:10])}{', …' if len(ids) > 10 else ''}" for task, ids in lost.items())
+            why = " ".join(next(iter(next(iter(lost.values())).values())).split())
+            why = why if len(why) <= 200 else f"{why[:200]}…"
+            s = "s" if count > 1 else ""
+            out.append(
+                f"{count} document{s} left out of {run.name}, which could not answer {'them' if s else 'it'}: {named} (the first: {why})"
+            )
     return out
 
 
@@ -149,6 +169,11 @@ def _documents(runs: list[Run], frame: pd.DataFrame) -> str | None:
                     min(held[widest] - documents, default=None) if documents < held[widest] else min(documents ^ held[widest])
                 )
                 cut = [f"{r.name} ran with --limit {_evaluation(r)['limit']:g}" for r in runs if _evaluation(r).get("limit")]
+                cut += [
+                    f"{r.name} could not answer {len(lost)}"
+                    for r in runs
+                    if (lost := (r.about.get("left_out") or {}).get(str(task)))
+                ]
                 why = f" ({'; '.join(cut[:2])})" if cut else ""
                 return f"{method}, {task}: {len(documents)} documents, {widest} has {len(held[widest])}{why}; document {missing} is in one only"
     return None

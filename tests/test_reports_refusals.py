@@ -192,3 +192,40 @@ def test_damaged_compact_records_are_refused(tmp_path):
     (tmp_path / "small" / records.RUNS).write_text(json.dumps(told | {"version": 9}))
     with pytest.raises(ReportError, match=r"is of version 9; this release reads version 1"):
         find.runs([tmp_path / "small"])
+
+
+def fail(run, task, document, error="the image cannot be decoded"):
+    """One more document in a run's records, that could not be answered."""
+    from awares_bench.record import Record
+
+    line = json.dumps(vars(Record(task, document, "test", f"question {document}?", None, error=error)))
+    with (run / "records.jsonl").open("a") as records:
+        records.write(line + "\n")
+
+
+def test_documents_left_out_of_every_run_are_named_under_the_tables(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path, name, {"nano_doc": full()})
+        fail(tmp_path / "runs" / name, "nano_doc", 7, "half \ud800 " + "x" * 400)
+        fail(tmp_path / "runs" / name, "nano_chart", 1)  # of a task that the run has no scores of
+    assert check(tmp_path) == []
+    _, frame, notes = report.write([tmp_path], tmp_path / "report", formats=())
+    said = [n for n in notes if "left out" in n]
+    assert len(frame) == 8 and [n.split(" (the first")[0] for n in said] == [
+        f"1 document left out of {name}, which could not answer it: nano_doc 7" for name in ("a", "b")
+    ]
+    assert all(r"half \ud800" in n and len(n) < 300 for n in said)
+    for kind in ("md", "tex"):
+        assert "left out of" in (tmp_path / "report" / f"table.{kind}").read_text(encoding="utf-8")
+
+
+def test_a_document_that_one_run_left_out_is_refused_beside_a_run_that_has_it(tmp_path):
+    write_run(tmp_path, "a", {"nano_doc": full()})
+    write_run(tmp_path, "b", {"nano_doc": low(3)})
+    fail(tmp_path / "runs" / "b", "nano_doc", 3)
+    with pytest.raises(
+        ReportError, match=r"b, nano_doc: 3 documents, a has 4 \(b could not answer 1\); document 3 is in one only"
+    ):
+        check(tmp_path)
+    assert check(tmp_path, ("documents",))
+    assert "left_out" not in find.runs([tmp_path])[0].about

@@ -1,6 +1,7 @@
 """SFT: one loss whatever the split into micro-batches and processes, exact resume, a result that evaluation loads, clear errors."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -271,3 +272,56 @@ def test_the_recipes_that_ship_are_read_and_name_their_start():
     paper = recipe.load(grpo.GRPO, "paper_grpo_7b")
     assert (paper.miss, paper.use, paper.area, paper.group, paper.beta, paper.lr) == (2, 0.25, 0.01, 8, 0.05, 1e-5)
     assert recipe.load(sft.SFT, "paper_sft_7b").call_weight == 5
+
+
+ODD_ROWS = {
+    "question": (
+        {"question": lambda i: "What is <|image_pad|>?" if i == 5 else "What?"},
+        "row 5: the question holds the text '<|image_pad|>'",
+    ),
+    "reply": ({"replies": lambda i: ["a", "<|video_pad|>"][i == 3 :][:1]}, "row 3: the reply holds the text '<|video_pad|>'"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_ROWS)
+def test_a_row_with_a_mark_of_a_picture_is_named_before_training(place, tmp_path, kind):
+    columns, said = ODD_ROWS[kind]
+    write_rows(tmp_path / "odd.parquet", **columns)
+    with pytest.raises(examples.DataError, match=re.escape(said)):
+        train(place, tmp_path / "out", data=str(tmp_path / "odd.parquet"))
+
+
+def test_a_row_that_cannot_be_rendered_is_named(place):
+    from awares_bench.trajectory import Sample
+
+    for question, replies in (("What is <|image_pad|>?", ["a"]), ("What?", ["<|vision_end|>"]), ("What \ud800?", ["a"])):
+        with pytest.raises(ValueError, match=r"sample 'k': the (question|reply) holds"):
+            render(tiny_vlm(), AwaRes(), Sample((picture(112, 112),), question, "k"), replies)
+    table = examples.rows(str(place / "rows.parquet"), ("image", "question", "replies"))
+    data = sft.Trajectories(table, tiny_vlm(), AwaRes(), recipe.check(sft.SFT, settings(place, "never", max_length=16)))
+    with pytest.raises(examples.DataError, match=r"rows\.parquet', row 2: sample '2' has"):
+        data[2]
+
+
+def test_pictures_of_a_row_may_be_odd_and_a_row_without_a_name_is_numbered(tmp_path):
+    import numpy as np
+
+    picture(60, 40).save(tmp_path / "a.png")
+    for image in (str(tmp_path / "a.png"), {"bytes": (tmp_path / "a.png").read_bytes()}, np.zeros((40, 60), np.uint16)):
+        assert examples.pictures({"image": image}, 1000)[0].size == (60, 40)
+    for image, said in (
+        (None, "NoneType"),
+        ({}, "without bytes"),
+        (b"x", "cannot be decoded"),
+        ("https://x.org/a.png", "nothing is"),
+    ):
+        with pytest.raises(examples.DataError, match=f"row 4: the image cannot be read: .*{said}"):
+            examples.sample({"image": image, "question": "Which?"}, 4, 1000)
+
+
+def test_an_address_in_a_json_file_is_not_taken_for_a_path(tmp_path):
+    rows = [{"image": "https://example.com/a.png", "question": "Which?", "replies": ["a"]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = examples.rows(str(tmp_path / "rows.jsonl"), ("image", "question", "replies"))
+    with pytest.raises(examples.DataError, match=r"row 0: .*the address https://example\.com/a\.png"):
+        examples.sample(table[0], 0, 1000)

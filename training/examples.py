@@ -7,6 +7,7 @@ Columns   image (or images): bytes, path or PIL; question: as the task words it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image as Picture
@@ -80,24 +81,24 @@ def _rooted(table, column: str, root: Path):
         return table
 
     def fix(value):
-        return [fix(v) for v in value] if isinstance(value, list) else str(root / value) if value else None
+        if isinstance(value, list):
+            return [fix(v) for v in value]
+        if not value or "://" in value or value.startswith("data:"):  # nothing, or an address
+            return value or None
+        return str(root / value)
 
     return table.map(lambda row: {column: fix(row[column])}, desc="image paths")
 
 
-def pictures(row: dict, largest_side: int) -> tuple[Picture.Image, ...]:
-    """The images of a row, RGB and upright, none longer than ``largest_side`` pixels. Raises DataError."""
-    import io
-
+def pictures(row: dict, largest_side: int, index: int | None = None) -> tuple[Picture.Image, ...]:
+    """The images of a row, RGB and upright, none longer than ``largest_side`` pixels. Raises DataError that names the row."""
     stored = row.get("images") if row.get("images") is not None else [row.get("image")]
     out = []
     for item in stored:
         try:
-            if isinstance(item, dict):
-                item = Picture.open(io.BytesIO(item["bytes"]) if item.get("bytes") else item["path"])
             image, _ = as_rgb(item)
-        except (OSError, TypeError) as error:
-            raise DataError(f"row {row.get('id', '?')}: the image cannot be read: {error}") from error
+        except OSError as error:
+            raise DataError(f"row {row.get('id', '?' if index is None else index)}: the image cannot be read: {error}") from error
         if max(image.size) > largest_side:
             image = image.copy()
             image.thumbnail((largest_side, largest_side), Picture.Resampling.LANCZOS)
@@ -106,7 +107,21 @@ def pictures(row: dict, largest_side: int) -> tuple[Picture.Image, ...]:
 
 
 def sample(row: dict, index: int, largest_side: int) -> Sample:
-    return Sample(pictures(row, largest_side), row["question"], str(row.get("id", index)))
+    return Sample(pictures(row, largest_side, index), row["question"], str(row.get("id", index)))
+
+
+def check_texts(table, check: Callable[[str, str], None], data: str) -> None:
+    """Every question and reply of the rows, before training begins. check: (text, what it is) raises ValueError.
+
+    Raises DataError that names the first row with a text that the model would read as the place of a picture, or not at all.
+    """
+    for column in ("question", "replies"):
+        for index, value in enumerate(table[column]) if column in table.column_names else ():
+            for text in value if isinstance(value, (list, tuple)) else [value]:
+                try:
+                    check(str(text), "the question" if column == "question" else "the reply")
+                except ValueError as error:
+                    raise DataError(f"{data!r}, row {index}: {error}") from error
 
 
 def answers(row: dict) -> tuple[str, ...]:

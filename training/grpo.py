@@ -270,6 +270,7 @@ def build(recipe: GRPO, dry: bool = False) -> GRPOTrainer:
     if not dry:
         claim(recipe, "grpo")
     scorer, vlm = prepare(recipe)
+    examples.check_texts(table, vlm.check, recipe.data)
     scorer.banned, scorer.temperature, scorer.penalty = list(banned(vlm)), recipe.temperature, vlm.repetition_penalty
     args = arguments(recipe, recipe.micro_batch, accumulate, dataloader_drop_last=True)
     return GRPOTrainer(scorer, vlm, recipe, policy, grader, args=args, train_dataset=Prompts(table, recipe))

@@ -77,8 +77,14 @@ def render(vlm: VLM, policy, sample: Sample, replies: list[str], call_weight: fl
     """Play a policy against fixed replies -> the Conversation that evaluation would have fed, to the token.
 
     call_weight: loss weight of every reply but the last (paper Sec. 3.3: 5). Raises ValueError when the policy wants more or
-    fewer turns than there are replies, or when the conversation is longer than ``max_length`` tokens.
+    fewer turns than there are replies, when the conversation is longer than ``max_length`` tokens, or when the question or a
+    reply holds the text of an image mark.
     """
+    for text, what in ((sample.question, "the question"), *((reply, "the reply") for reply in replies)):
+        try:
+            vlm.check(text, what)
+        except ValueError as error:
+            raise ValueError(f"sample {sample.key!r}: {error}") from error
     out, session, end = Conversation(), Session(), vlm.tokenizer.eos_token_id
     for turn, reply, weight in turns(policy.look(sample), replies, call_weight):
         views = [View.of(vlm, image) for image in turn.images]

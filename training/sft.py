@@ -54,7 +54,10 @@ class Trajectories(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Conversation:
         row, r = self.table[index], self.recipe
         sample = examples.sample(row, index, r.largest_side)
-        return render(self.vlm, self.policy, sample, list(row["replies"]), r.call_weight, r.max_length)
+        try:
+            return render(self.vlm, self.policy, sample, list(row["replies"]), r.call_weight, r.max_length)
+        except ValueError as error:
+            raise examples.DataError(f"{r.data!r}, row {index}: {error}") from error
 
 
 class SFTTrainer(ExactTrainer):
@@ -85,6 +88,7 @@ def build(recipe: SFT, dry: bool = False) -> SFTTrainer:
     if not dry:
         claim(recipe, "sft")
     scorer, vlm = prepare(recipe, recipe.lora_dropout)
+    examples.check_texts(table, vlm.check, recipe.data)
     args = arguments(recipe, recipe.micro_batch, accumulate)
     return SFTTrainer(scorer, vlm, recipe, args=args, train_dataset=Trajectories(table, vlm, policy, recipe))
 
