@@ -95,7 +95,9 @@ def _prompt(to_messages: Callable, config: object) -> str | None:
     for value in (specific, *(getattr(config, name, None) for name in PROMPT)):
         function = value.func if isinstance(value, partial) else value
         if callable(function):
-            _feed(state, [function.__qualname__ if hasattr(function, "__qualname__") else type(function).__name__, source(function)])
+            _feed(
+                state, [function.__qualname__ if hasattr(function, "__qualname__") else type(function).__name__, source(function)]
+            )
         else:
             _feed(state, json.dumps(value, default=str, sort_keys=True))
     return state.hexdigest()[:16]
@@ -126,6 +128,4 @@ def unshown(to_messages: Callable, prompt: str, doc_id: int) -> str | None:
         return None
     if prompt == str(task.doc_to_text(task.eval_docs_no_media[doc_id])):
         return None
-    return (
-        "lmms-eval shows a chat model the document alone: the task's description, few-shot examples and --system_instruction are not shown"
-    )
+    return "lmms-eval shows a chat model the document alone: the task's description, few-shot examples and --system_instruction are not shown"

@@ -54,7 +54,9 @@ def _same_suite(out: Path, suite: Path) -> None:
     told = out / "demo.json"
     before = json.loads(told.read_text())["suite"] if told.is_file() else str(suite.resolve())
     if before != str(suite.resolve()):
-        raise ValueError(f"{out} holds a demo on the suite {before}, not {suite.resolve()}; pass another --out, or delete the folder")
+        raise ValueError(
+            f"{out} holds a demo on the suite {before}, not {suite.resolve()}; pass another --out, or delete the folder"
+        )
 
 
 def _evaluate(name: str, out: Path, suite: Path, limit: int | None, pretrained: str, batch_size: int) -> None:

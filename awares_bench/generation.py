@@ -84,11 +84,15 @@ def _sampling(given: dict) -> list[str]:
     """Refuse what samples; say when ``do_sample=false`` overrules a temperature, which lmms-eval's own models do not let it do."""
     sample, heat = given.get("do_sample"), given.get("temperature")
     if sample is not None and sample not in (True, False):
-        raise ValueError(f"do_sample is {sample!r}; allowed: false, for awares-bench decodes greedily. Pass --gen_kwargs do_sample=false")
+        raise ValueError(
+            f"do_sample is {sample!r}; allowed: false, for awares-bench decodes greedily. Pass --gen_kwargs do_sample=false"
+        )
     try:
         heat = None if heat is None else float(heat)
     except (TypeError, ValueError):
-        raise ValueError(f"temperature is {heat!r}; allowed: 0, for awares-bench decodes greedily. Pass --gen_kwargs temperature=0") from None
+        raise ValueError(
+            f"temperature is {heat!r}; allowed: 0, for awares-bench decodes greedily. Pass --gen_kwargs temperature=0"
+        ) from None
     if sample is not None and not sample:
         return [f"temperature={heat:g} is not acted on: do_sample=false means greedy decoding"] if heat else []
     one = _same(given.get("top_k"), 1) or _same(given.get("top_p"), 0)  # the most probable token alone is left
@@ -102,7 +106,9 @@ def _refusal(name: str, value: object) -> str:
     if name in INSTEAD:
         return f"{name}={value!r} is not read; write it as {INSTEAD[name]}, and pass --gen_kwargs {name}=none"
     neutral = str(NEUTRAL[name]).lower()
-    return f"{name}={value!r} would change the answers and is not supported; allowed: {neutral}. Pass --gen_kwargs {name}={neutral}"
+    return (
+        f"{name}={value!r} would change the answers and is not supported; allowed: {neutral}. Pass --gen_kwargs {name}={neutral}"
+    )
 
 
 def _length(value: object) -> int:

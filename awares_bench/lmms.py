@@ -269,7 +269,7 @@ class MethodModel(lmms):
                 said.append((task, f"repeats={request.repeats}: decoding is greedy, so all of them get the same answer"))
         self.run.expect({task: content.task_facts(r.args[1], r.args[5]) for task, r in first.items()})
         for sentence in dict.fromkeys(s for _, s in said) if self._rank == 0 else ():
-            tasks = [task for task, s in said if s == sentence]
+            tasks = sorted(task for task, s in said if s == sentence)
             print(f"{self.label}: {sentence} ({', '.join(tasks)})", file=sys.stderr)
         return asked
 

@@ -212,7 +212,9 @@ def read_records(folder: Path, repair: Path | None = None) -> Iterator[Record]:
 
 def _differences(before: dict, now: dict) -> str:
     """What two dictionaries do not share, in words; empty when they are equal."""
-    return "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted({*before, *now}) if before.get(k) != now.get(k))
+    return "; ".join(
+        f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted({*before, *now}) if before.get(k) != now.get(k)
+    )
 
 
 def provenance() -> dict:

@@ -156,7 +156,10 @@ def _documents(runs: list[Run], frame: pd.DataFrame) -> str | None:
 
 def _prompts(frame: pd.DataFrame) -> str | None:
     """The first document whose question or, as far as records tell, content is not the same in two runs."""
-    for column, what in (("prompt", "with different words, or it is another document"), ("content", "about other pictures or data")):
+    for column, what in (
+        ("prompt", "with different words, or it is another document"),
+        ("content", "about other pictures or data"),
+    ):
         if column not in frame:  # compact records of an earlier release
             continue
         values = frame.groupby(["task", "doc_id"], observed=True)[column]  # minimum and maximum leave nulls out

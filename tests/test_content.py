@@ -27,13 +27,25 @@ def never(document):
 
 
 def shown(document):
-    return [{"role": "user", "content": [{"type": "image", "url": document["image"]}, {"type": "text", "text": document["question"]}]}]
+    return [
+        {"role": "user", "content": [{"type": "image", "url": document["image"]}, {"type": "text", "text": document["question"]}]}
+    ]
 
 
 def test_pictures_and_texts_count_and_encoded_pictures_are_not_decoded():
     broken = encoded()[: len(encoded()) // 2]
-    rows = [("a", encoded(0)), ("a", encoded(0)), ("a", encoded(1)), ("b", encoded(0)), ("a", broken), ("a", b"no picture"), ("a", None)]
-    found = [content.digest(table(*((q, {"bytes": d, "path": None} if d else None) for q, d in rows)), i, never) for i in range(6)]
+    rows = [
+        ("a", encoded(0)),
+        ("a", encoded(0)),
+        ("a", encoded(1)),
+        ("b", encoded(0)),
+        ("a", broken),
+        ("a", b"no picture"),
+        ("a", None),
+    ]
+    found = [
+        content.digest(table(*((q, {"bytes": d, "path": None} if d else None) for q, d in rows)), i, never) for i in range(6)
+    ]
     assert found[0] == found[1] and len(set(found)) == 5 and all(len(f) == 16 for f in found)
 
 
@@ -62,7 +74,9 @@ def test_pictures_that_a_task_opens_itself_are_digested_as_it_shows_them(tmp_pat
     (tmp_path / "x.png").write_bytes(encoded(1))
     assert by_name[0] != content.digest(rows, 0, lambda d: shown({**d, "image": str(tmp_path / "x.png")}))
     texts = [
-        content.digest(rows, 0, lambda d, t=t: [{"role": "user", "content": [{"type": "text", "text": t}, *shown(d | {"image": 0})]}])
+        content.digest(
+            rows, 0, lambda d, t=t: [{"role": "user", "content": [{"type": "text", "text": t}, *shown(d | {"image": 0})]}]
+        )
         for t in ("before", "after")
     ]
     assert texts[0] != texts[1]

@@ -41,7 +41,10 @@ def test_what_means_greedy_passes_in_silence_and_is_one_setting(asked):
         ({"bad_words_ids": [[5]]}, r"bad_words_ids=\[\[5\]\] would change.*allowed: none"),
         ({"visual_cot": True}, "visual_cot=True would change.*allowed: false"),
         ({"skip_special_tokens": False}, "skip_special_tokens=False would change.*allowed: true"),
-        ({"max_gen_toks": 64}, "max_gen_toks=64 is not read; write it as max_new_tokens, and pass --gen_kwargs max_gen_toks=none"),
+        (
+            {"max_gen_toks": 64},
+            "max_gen_toks=64 is not read; write it as max_new_tokens, and pass --gen_kwargs max_gen_toks=none",
+        ),
         ({"stop_sequences": ["\n"]}, "is not read; write it as until"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be a whole number, at least 1"),
         ({"max_new_tokens": "many"}, "max_new_tokens is 'many'"),
