@@ -1,8 +1,8 @@
 """What a document shows and asks, as a short digest, so that an answer is never taken for another document's.
 
 A table's row is digested as it is stored, its pictures encoded: for pages of DocVQA's size (240 to 710 kB) 25 to 45 times as fast
-as decoding them and hashing their pixels, so that a resume decodes only what is answered. What is not stored in the row (pictures that a task opens itself) is digested as the task's messages
-show it. How a task turns a row into messages is part of ``task_facts``.
+as decoding them and hashing their pixels, so that a resume decodes only what is answered. What is not stored in the row (pictures
+that a task opens itself) is digested as the task's messages show it. How a task turns a row into messages is part of ``task_facts``.
 """
 
 from __future__ import annotations
