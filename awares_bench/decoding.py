@@ -8,50 +8,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-NEUTRAL = {
-    "num_beams": 1,
-    "no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "bad_words_ids": [],
-    "suppress_tokens": [],
-    "begin_suppress_tokens": [],
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "sequence_bias": None,
-    "guidance_scale": 1.0,
-    "watermarking_config": None,
-    "stop_strings": [],
-    "penalty_alpha": 0.0,
-    "dola_layers": None,
-    "diversity_penalty": 0.0,
-    "constraints": None,
-    "force_words_ids": None,
-}
-"""Settings of transformers' ``GenerationConfig`` that change a greedy answer, and the value that changes nothing. None is neutral for all.
-Sampling (do_sample, temperature, top_k, ...) is not among them: decoding here is greedy, as benchmarks ask."""
+from .generation import NEUTRAL, neutral, penalty_of
+
+OF_A_RELEASE = ("eos_token_id", "max_length", "max_time")
+"""Settings that every ``generation_config.json`` may have: its ends are ends here too, and the task says how long an answer may be."""
 
 
 def unsupported(config) -> list[str]:
-    """Settings of a ``GenerationConfig`` that change a greedy answer and are not applied here, as ``name=value``."""
-    set_to = {name: getattr(config, name, None) for name in NEUTRAL}
-    return [f"{name}={value!r}" for name, value in set_to.items() if value is not None and value != NEUTRAL[name]]
+    """Settings of transformers' ``GenerationConfig`` that change a greedy answer and are not applied here, as ``name=value``.
+
+    Sampling (do_sample, temperature, top_k, ...) is not among them: decoding here is greedy, as benchmarks ask.
+    """
+    asked = {name: getattr(config, name, None) for name in NEUTRAL if name not in OF_A_RELEASE}
+    return [f"{name}={value!r}" for name, value in asked.items() if not neutral(name, value)]
 
 
 def own_penalty(config) -> float:
     """The repetition penalty of a ``GenerationConfig``; 1 where it sets none."""
     value = getattr(config, "repetition_penalty", None)
     return 1.0 if value is None else penalty_of(value)
-
-
-def penalty_of(value: object) -> float:
-    """A repetition penalty as an option or a task gives it. Raises ValueError when it is no number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"repetition_penalty is {value!r}; it must be a number above 0, 1 for none")
-    return float(value)
 
 
 def penalised(scores: Tensor, before: Tensor, penalty: Tensor | float) -> Tensor:

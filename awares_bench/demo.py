@@ -37,6 +37,7 @@ def run(
         raise ValueError(
             f"{suite} holds no nano suite (nano_chart.parquet is missing); make one: awares-bench nano-data --seed 1 --out {suite}"
         )
+    _same_suite(out, suite)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "demo.json").write_text(json.dumps({"methods": methods, "suite": str(suite.resolve()), "limit": limit}))
@@ -46,6 +47,16 @@ def run(
         print(f"[{number}/{len(methods)}] {name} on the nano suite", file=sys.stderr)
         _evaluate(name, out, suite, limit, pretrained, batch_size)
     report(out)
+
+
+def _same_suite(out: Path, suite: Path) -> None:
+    """Raise ValueError when ``out`` holds a demo on another suite: its runs would stand beside the new ones."""
+    told = out / "demo.json"
+    before = json.loads(told.read_text())["suite"] if told.is_file() else str(suite.resolve())
+    if before != str(suite.resolve()):
+        raise ValueError(
+            f"{out} holds a demo on the suite {before}, not {suite.resolve()}; pass another --out, or delete the folder"
+        )
 
 
 def _evaluate(name: str, out: Path, suite: Path, limit: int | None, pretrained: str, batch_size: int) -> None:

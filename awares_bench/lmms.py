@@ -35,14 +35,14 @@ from lmms_eval.utils import get_datetime_str
 from packaging.version import Version
 from tqdm import tqdm
 
-from . import registry
+from . import content, registry
 from .crops import Box
-from .decoding import penalty_of
 from .engine import Engine, Failure, Job
 from .features import FeatureStore
+from .generation import Settings, settings
 from .images import whole_images
 from .manifests import COMPOSED
-from .method import UNDER_TEST
+from .method import UNDER_TEST, Policy, Pruner
 from .record import Record, RunFolder, fingerprint
 from .trajectory import Sample
 from .vlm import MAX_PIXELS, MIN_PIXELS, VLM, check_text
@@ -141,6 +141,8 @@ class MethodModel(lmms):
             "policy": made.parts[0],
             "pruner": made.parts[1],
             "fields": made.fields,
+            "code": {name: _code(part) for name, part in zip(made.parts, (self.policy, self.pruner), strict=True) if part},
+            "files": {k: content.file(v) for k, v in made.fields.items() if isinstance(v, str) and Path(v).is_file()},
             "pretrained": str(chosen["pretrained"]),
             "weights": weights,
             "auxiliary": {role: found for role, (_, found) in loaded.items()},
@@ -196,11 +198,20 @@ class MethodModel(lmms):
             self._vlms[key] = VLM.load(*key)
         if self._store and self._vlms[key].features is None:
             self._vlms[key].features = FeatureStore(self._store)
-        return self._vlms[key], fingerprint(Path(folder)) if Path(folder).is_dir() else None
+        vlm = self._vlms[key]  # a name of the hub: the commit that its files are of, where it is known
+        return vlm, fingerprint(Path(folder)) if Path(folder).is_dir() else getattr(vlm.model.config, "_commit_hash", None)
 
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def chat_template(self):
+        raise ValueError(
+            "--apply_chat_template renders text prompts; awares-bench models use their checkpoint's chat template anyway. Leave it out"
+        )
+
+    apply_chat_template = chat_template
 
     def loglikelihood(self, requests):
         raise NotImplementedError(
@@ -216,11 +227,25 @@ class MethodModel(lmms):
         Raises RuntimeError at the end if any could not be answered, unless ``on_error=skip`` leaves it out of the scores.
         """
         self.left_out = {}
+        everything, requests = requests, [r for r in requests if not _padding(r)]
+        asked = self._asked(requests)
         keys = [(r.args[4], r.args[3], str(r.args[0])) for r in requests]  # (task, doc_id, prompt)
-        todo = {key: r.args for key, r in zip(keys, requests, strict=True) if key not in self.run.done}
-        if self._rank == 0 and len(todo) < len(set(keys)):
+        unique = {key: r.args for key, r in zip(keys, requests, strict=True)}
+        todo = {
+            key: args
+            for key, args in unique.items()
+            if not self.run.holds(key, asked[key[0]].decisive, lambda args=args: self._content(args))
+        }
+        if self._rank == 0 and len(todo) < len(unique):
             print(
-                f"{self.label}: {len(set(keys)) - len(todo)} of {len(set(keys))} answers are taken from {self.run.folder}",
+                f"{self.label}: {len(unique) - len(todo)} of {len(unique)} answers are taken from {self.run.folder}",
+                file=sys.stderr,
+            )
+        other = sum(key in self.run.done for key in todo)
+        if other:
+            print(
+                f"{self.label}: {other} answers in {self.run.folder} are to other pictures, texts or generation arguments, or were "
+                "recorded without them by an earlier release; they are given again",
                 file=sys.stderr,
             )
         order, failed = list(todo), {}
@@ -237,7 +262,7 @@ class MethodModel(lmms):
                     record = Record(task, doc_id, split, question, None, error=outcome.error, batch_size=self.batch_size)
                 else:
                     record = Record.of(outcome, task, doc_id, split, question, self.batch_size)
-                self.run.add(record)
+                self.run.add(replace(record, content=self._content(todo[order[i]]), generation=asked[task].decisive))
                 bar.update()
         counts = [len(failed)]
         if torch.distributed.is_initialized():  # the run is whole when every rank is done, and fails on all when one fails
@@ -260,7 +285,8 @@ class MethodModel(lmms):
             more = {"left_out": self.left_out} if self.left_out else {}
             self.run.finish(mode=mode, peak_memory_bytes=max((vlm.peak_memory() for vlm in local), default=None), **more)
             print(f"{self.label}: records are in {self.run.folder}", file=sys.stderr)
-        return [_result(self.run.done[key]) if key in self.run.done else GenerationResult(text="") for key in keys]
+        results = iter([_result(self.run.done[key]) if key in self.run.done else GenerationResult(text="") for key in keys])
+        return [GenerationResult(text="") if _padding(r) else next(results) for r in everything]
 
     def _skip(self, failed: list[tuple[Instance, str]], requests: list[Instance]) -> None:
         """Take the failed requests of this process out of what lmms-eval scores, and say so.
@@ -306,6 +332,34 @@ class MethodModel(lmms):
                 "The same command tries them again",
                 file=sys.stderr,
             )
+    def _asked(self, requests: list[Instance]) -> dict[str, Settings]:
+        """Task -> what its generation arguments ask for; the run folder is told what each task is, the user what is not acted on.
+
+        Raises ValueError with the task's name for an argument that cannot be acted on, or when the folder holds another task.
+        """
+        first = {r.args[4]: r for r in requests}
+        asked, said = {}, []
+        for task, request in first.items():
+            prompt, to_messages, gen_kwargs, doc_id, _, _ = request.args
+            try:
+                asked[task] = settings(dict(gen_kwargs))
+            except ValueError as error:
+                raise ValueError(f"task {task}: {error}") from error
+            said += [(task, sentence) for sentence in asked[task].said]
+            lost = content.unshown(to_messages, str(prompt), doc_id)
+            said += [(task, lost)] if lost else []
+            if (request.repeats or 1) > 1:
+                said.append((task, f"repeats={request.repeats}: decoding is greedy, so all of them get the same answer"))
+        self.run.expect({task: content.task_facts(r.args[1], r.args[5]) for task, r in first.items()})
+        for sentence in dict.fromkeys(s for _, s in said) if self._rank == 0 else ():
+            tasks = sorted(task for task, s in said if s == sentence)
+            print(f"{self.label}: {sentence} ({', '.join(tasks)})", file=sys.stderr)
+        return asked
+
+    def _content(self, args: tuple) -> str:
+        """A chat request's arguments -> a digest of the document."""
+        _, to_messages, _, doc_id, task, split = args
+        return content.digest(self.task_dict[task][split], doc_id, to_messages)
 
     def _job(self, args: tuple) -> Job | Failure:
         """A chat request's arguments -> a job; a document that its own task cannot turn into messages is a failure."""
@@ -411,21 +465,17 @@ def _job(messages: list[dict], gen_kwargs: dict, key: str) -> Job:
             f"the document is a conversation of {[m.role for m in chat.messages]}; one user message is supported (no few-shot)"
         )
     parts = [""]
-    for content in chat.messages[0].content:  # in the order the task gives: an image may stand between words
-        if content.type == "image":
+    for piece in chat.messages[0].content:  # in the order the task gives: an image may stand between words
+        if piece.type == "image":
             parts.append("")
         else:
-            parts[-1] += content.text
+            parts[-1] += piece.text
     text = reduce(_joined, parts)
-    if gen_kwargs.get("do_sample") and gen_kwargs.get("temperature", 1.0):
-        raise ValueError(
-            "the task asks for sampling (do_sample=true); awares-bench decodes greedily. Pass --gen_kwargs do_sample=false"
-        )
+    asked = settings(gen_kwargs)
     until = gen_kwargs.get("until") or ()
     until = tuple(s for s in ((until,) if isinstance(until, str) else until) if s and s not in NOT_A_STOP)
-    penalty = gen_kwargs.get("repetition_penalty")
     sample = Sample(tuple(images), text, key, parts=tuple(parts) if any(parts[:-1]) else ())
-    return Job(sample, int(gen_kwargs.get("max_new_tokens", 128)), until, None if penalty is None else penalty_of(penalty))
+    return Job(sample, asked.max_new_tokens, until, asked.repetition_penalty)
 
 
 def _joined(before: str, after: str) -> str:
@@ -455,6 +505,17 @@ def _is_own(request: Instance) -> bool:
     """Whether the request is one of those that its task's scores are made of."""
     task = getattr(request.args[1], "__self__", None)
     return any(own is request for own in getattr(task, "instances", None) or ())
+
+
+def _padding(request: Instance) -> bool:
+    """Whether lmms-eval added the request only so that all processes have the same number; its answer is thrown away."""
+    return bool((request.metadata or {}).get("__padding_only__"))
+
+
+def _code(part: Policy | Pruner) -> str:
+    """A digest of the files that a method is written in, those it derives from too."""
+    own = [cls for cls in type(part).__mro__ if issubclass(cls, (Policy, Pruner)) and cls not in (Policy, Pruner)]
+    return "+".join(filter(None, map(content.source, own)))
 
 
 def _evidence(column: object) -> tuple[Box, ...] | None:

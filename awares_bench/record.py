@@ -11,8 +11,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +31,8 @@ class Record:
     one conversation is answered at a time. crops: what was asked for.
     models: who answered each turn, "" for the model under test; empty when no auxiliary model did.
     batch_size: conversations in flight; seconds of a batch above 1 are shares, not latencies.
+    content: digest of what the document shows and asks. generation: the arguments that decided the answer. Both are None in
+    records of releases that did not keep them. attempt: records of the same document before this one; the last is in force.
     """
 
     task: str
@@ -48,6 +50,9 @@ class Record:
     error: str | None = None
     batch_size: int | None = None
     models: list[str] = field(default_factory=list)
+    content: str | None = None
+    generation: dict | None = None
+    attempt: int = 0
     version: int = VERSION
 
     @classmethod
@@ -76,8 +81,12 @@ class Record:
 class RunFolder:
     """Writes a run; resumes it when the folder already holds the same one.
 
+    A folder holds one answer to a document: what it shows (``content``) and the generation arguments are checked one by one, and
+    an answer to others is given again. What is equal for all documents of a task is checked at its first one (``expect``).
+
     label: how tables and figures name the run.
-    identity: what must be equal for records to belong together (method and fields, weights, limits, dtype, seed).
+    identity: what must be equal for all records (method, its fields and code, weights, limits, dtype, seed).
+    done: (task, doc_id, question) -> the answer in force.
     Raises ValueError when the folder holds another run, OSError with the folder's name when it cannot be written.
     """
 
@@ -86,9 +95,8 @@ class RunFolder:
         self.path = self.folder / ("records.jsonl" if rank == 0 else f"records-{rank}.jsonl")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.done = {
-                (r.task, r.doc_id, r.question): r for r in read_records(self.folder, repair=self.path) if r.error is None
-            }
+            self._latest = {(r.task, r.doc_id): r for r in read_records(self.folder, repair=self.path)}
+            self.done = {(r.task, r.doc_id, r.question): r for r in self._latest.values() if r.error is None}
             if rank == 0:
                 self._write_provenance()
             self._file = self.path.open("a", encoding="utf-8")
@@ -97,17 +105,46 @@ class RunFolder:
 
     def _write_provenance(self) -> None:
         path = self.folder / "run.json"
+        now = {"version": VERSION, "status": "partial", "label": self.label, "identity": self.identity, **provenance()}
         if path.exists():
             before = json.loads(path.read_text())
-            changed = [
-                k for k in sorted({*before["identity"], *self.identity}) if before["identity"].get(k) != self.identity.get(k)
-            ]
-            if changed:
-                said = "; ".join(f"{k} was {before['identity'].get(k)!r}, is {self.identity.get(k)!r}" for k in changed)
+            both = [k for k in self.identity if k in before["identity"]]  # an earlier release did not know the others
+            said = _differences({k: before["identity"][k] for k in both}, {k: self.identity[k] for k in both})
+            if said:
                 raise ValueError(f"{self.folder} holds another run ({said}). Pass another output_dir, or delete the folder")
-        self._replace(
-            path, {"version": VERSION, "status": "partial", "label": self.label, "identity": self.identity, **provenance()}
-        )
+            now |= {k: before[k] for k in ("tasks", "earlier") if k in before}
+            versions = _differences(before.get("versions") or {}, now["versions"])
+            if versions and self.done:
+                kept = {k: before.get(k) for k in ("started", "versions", "python", "commit", "machine")}
+                now["earlier"] = [*now.get("earlier", []), kept]
+                print(f"{self.folder}: earlier answers were given with other packages ({versions}) and are kept", file=sys.stderr)
+        self._replace(path, now)
+
+    def expect(self, tasks: dict[str, dict]) -> None:
+        """Say what the tasks about to be answered are; their facts are kept in ``run.json``, beside those of earlier calls.
+
+        tasks: name -> facts (version, data, split, ...). Raises ValueError when the folder holds answers to a task of that name
+        with other facts.
+        """
+        path = self.folder / "run.json"
+        told = json.loads(path.read_text()) if path.exists() else {}
+        for task, facts in tasks.items():
+            said = _differences(told.get("tasks", {}).get(task, facts), facts)
+            if said:
+                raise ValueError(
+                    f"{self.folder} holds answers to another {task} ({said}). Pass another output_dir, or delete the folder; if the "
+                    f"same data only moved, delete {task} under tasks in run.json: answers are matched to documents by content"
+                )
+        if self.path.name == "records.jsonl":  # the first process writes
+            self._replace(path, told | {"tasks": told.get("tasks", {}) | tasks})
+
+    def holds(self, key: tuple[str, int, str], generation: dict, content: Callable[[], str]) -> bool:
+        """Whether the answer in force to (task, doc_id, question) is one to this content under these arguments.
+
+        content: gives the document's digest; called only when all else is equal.
+        """
+        record = self.done.get(key)
+        return record is not None and record.generation == generation and record.content == content()
 
     def _replace(self, path: Path, data: dict) -> None:
         draft = path.with_suffix(".tmp")
@@ -115,7 +152,10 @@ class RunFolder:
         os.replace(draft, path)
 
     def add(self, record: Record) -> None:
-        """Append one line and flush it, so that a cut run loses nothing that was answered."""
+        """Append one line and flush it, so that a cut run loses nothing that was answered. Its ``attempt`` is set here."""
+        before = self._latest.get((record.task, record.doc_id))
+        if before is not None:
+            record = replace(record, attempt=before.attempt + 1)
         try:
             self._file.write(_line(record) + "\n")
             self._file.flush()
@@ -124,8 +164,12 @@ class RunFolder:
             raise OSError(
                 f"cannot write {self.path}: {error.strerror}. {kept} answers are kept there; free space and rerun"
             ) from error
+        self._latest[record.task, record.doc_id] = record
+        key = record.task, record.doc_id, record.question
         if record.error is None:
-            self.done[(record.task, record.doc_id, record.question)] = record
+            self.done[key] = record
+        else:
+            self.done.pop(key, None)
 
     def finish(self, **more) -> None:
         """Mark the run whole. more: what is known only at the end, such as the number of documents."""
@@ -148,7 +192,7 @@ def _line(record: Record) -> str:
 
 
 def read_records(folder: Path, repair: Path | None = None) -> Iterator[Record]:
-    """The records of a run, the last one of each document; an unfinished last line is left out.
+    """The records of a run, the one in force of each document (its last attempt); an unfinished last line is left out.
 
     repair: file whose unfinished last line is also cut off, because it is about to be appended to.
     """
@@ -171,8 +215,17 @@ def read_records(folder: Path, repair: Path | None = None) -> Iterator[Record]:
                     f"{path}, line {number} is a record of version {fields.get('version')}; this release reads version {VERSION}"
                 )
             record = Record(**fields)
-            found[(record.task, record.doc_id, record.question)] = record
+            before = found.get((record.task, record.doc_id))
+            if before is None or record.attempt >= before.attempt:
+                found[record.task, record.doc_id] = record
     yield from found.values()
+
+
+def _differences(before: dict, now: dict) -> str:
+    """What two dictionaries do not share, in words; empty when they are equal."""
+    return "; ".join(
+        f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted({*before, *now}) if before.get(k) != now.get(k)
+    )
 
 
 def provenance() -> dict:

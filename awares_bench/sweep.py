@@ -17,7 +17,7 @@ import re
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,6 +25,7 @@ import yaml
 
 from . import registry
 from .method import unknown_option
+from .record import fingerprint
 
 RECIPE_KEYS = ("tasks", "include_path", "limit", "batch_size", "options", "methods")
 """What a recipe may hold; ``options`` are model arguments of every cell, ``methods`` a list of names or of options with ``method``."""
@@ -41,7 +42,10 @@ OTHER = ("batch_size", "max_batch_tokens", "seed", "on_error")
 
 @dataclass(frozen=True)
 class Cell:
-    """One method with its options on the tasks. ``name`` is the folder, ``label`` what tables call it."""
+    """One method with its options on the tasks. ``name`` is the folder, ``label`` what tables call it.
+
+    include: a digest of the folder that holds the recipe's own task files and data; None without one.
+    """
 
     name: str
     label: str
@@ -49,12 +53,14 @@ class Cell:
     options: dict
     tasks: tuple[str, ...]
     limit: int | None
+    include: str | None = None
 
     @property
     def spec(self) -> dict:
         """What must be equal for a finished cell to count as done."""
         told = {k: v for k, v in self.options.items() if k not in ("batch_size", "max_batch_tokens", "on_error")}
-        return {"method": self.method, "options": told, "tasks": list(self.tasks), "limit": self.limit}
+        spec = {"method": self.method, "options": told, "tasks": list(self.tasks), "limit": self.limit}
+        return spec | ({"include": self.include} if self.include else {})
 
 
 @dataclass(frozen=True)
@@ -109,10 +115,11 @@ def read(path: str | Path, limit: int | None = None, **options) -> Recipe:
     if twice:
         raise ValueError(f"{file} has two cells named {twice}; give one of them a label of its own")
     order = list(dict.fromkeys(_weights(c) for c in cells))
-    include = recipe.get("include_path")
-    return Recipe(
-        tuple(sorted(cells, key=lambda c: order.index(_weights(c)))), str((file.parent / include).resolve()) if include else None
-    )
+    include = (file.parent / recipe["include_path"]).resolve() if recipe.get("include_path") else None
+    if include and not include.is_dir():
+        raise ValueError(f"{file}: include_path is {recipe['include_path']}; there is no folder {include}")
+    cells = [replace(c, include=fingerprint(include) if include else None) for c in cells]
+    return Recipe(tuple(sorted(cells, key=lambda c: order.index(_weights(c)))), str(include) if include else None)
 
 
 def _cell(file: Path, chosen: dict, tasks: tuple[str, ...], limit: int | None, own: set[str]) -> Cell:

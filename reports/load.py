@@ -75,7 +75,8 @@ def load(method: str, run: Path | None, lmms_output: Path, metrics: dict[str, st
     """One method's run folder (None for a foreign model) and lmms-eval output -> a row per document.
 
     Columns: method, task, doc_id, score (0 to 1), rtr, full_tokens, called, malformed, crops, events (kinds), turns, answer,
-    batch_size, prompt (checksum of the task's question), and what was spent over all turns (``encoded``, ``prefill``,
+    batch_size, prompt (checksum of the task's question), content (checksum of the document; null where the record does not
+    know it), and what was spent over all turns (``encoded``, ``prefill``,
     ``text``, ``output``, ``*_seconds``, and whatever else the records hold), ``seconds`` in sum, and ``later_…``: the
     part spent after the first turn. Unknown is null, never 0. metrics: accuracy of tasks that METRIC does not know.
     Raises ReportError when a document is scored twice or not at all, or has no record.
@@ -165,6 +166,7 @@ def _spent(record: dict) -> dict:
         "answer": record.get("answer"),
         "batch_size": record.get("batch_size"),
         "prompt": zlib.crc32(str(record["question"]).encode()),
+        "content": zlib.crc32(record["content"].encode()) if record.get("content") else None,
     }
     for key in keys:
         row[key] = _sum(key, turns)

@@ -35,6 +35,8 @@ def write(found: list[Run], folder: Path) -> None:
         seconds = [c for c in frame.columns if c.endswith("_seconds")]
         frames.append(frame.assign(**{c: frame[c].round(6) for c in seconds}).sort_values(["task", "doc_id"]))
     table = pd.concat(frames, ignore_index=True)
+    unknown = [c for c in table.columns if c == "content" and table[c].isna().all()]  # of records that did not keep it
+    table = table.drop(columns=unknown)
     for column in table.select_dtypes("float").columns:
         if (table[column].dropna() % 1 == 0).all():
             table[column] = table[column].astype("Int64")
@@ -69,7 +71,7 @@ def read(folder: Path) -> list[Run]:
 def _whole(frame: pd.DataFrame) -> pd.DataFrame:
     """Put back what follows from the rest: rtr, the sums over phases, zero where no turn came later."""
     frame = frame.reset_index(drop=True).dropna(axis="columns", how="all").copy()
-    for key in ("encoded", "prefill", "text", "output", "turns", "full_tokens", "batch_size"):
+    for key in ("encoded", "prefill", "text", "output", "turns", "full_tokens", "batch_size", "content"):
         frame[key] = frame.get(key)
     frame["answer"] = None
     phases = [c for c in frame.columns if c.endswith("_seconds") and not c.startswith("later_")]

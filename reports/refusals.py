@@ -12,7 +12,7 @@ EXCEPTIONS = {
     "pixels": "processor limits differ",
     "weights": "one checkpoint name, different weights",
     "versions": "scored by different versions of lmms-eval or of a task",
-    "prompts": "the same document was asked differently",
+    "prompts": "the same document was asked differently, or shows other pictures",
     "documents": "runs hold different documents, or --limit cut some of them",
     "tasks": "some runs lack a task",
     "hardware": "times of different machines, batch sizes, precisions or attention kernels",
@@ -180,11 +180,19 @@ def _documents(runs: list[Run], frame: pd.DataFrame) -> str | None:
 
 
 def _prompts(frame: pd.DataFrame) -> str | None:
-    asked = frame.groupby(["task", "doc_id"], observed=True)["prompt"]
-    differs = asked.transform("min") != asked.transform("max")
-    if not differs.any():
-        return None
-    first = frame[differs].iloc[0]
-    same = frame[(frame["task"] == first["task"]) & (frame["doc_id"] == first["doc_id"])]
-    other = same[same["prompt"] != first["prompt"]].iloc[0]
-    return f"{first['method']} and {other['method']} asked {first['task']} document {first['doc_id']} with different words, or it is another document"
+    """The first document whose question or, as far as records tell, content is not the same in two runs."""
+    for column, what in (
+        ("prompt", "with different words, or it is another document"),
+        ("content", "about other pictures or data"),
+    ):
+        if column not in frame:  # compact records of an earlier release
+            continue
+        values = frame.groupby(["task", "doc_id"], observed=True)[column]  # minimum and maximum leave nulls out
+        differs = frame[column].notna() & (values.transform("min") != values.transform("max"))
+        if not differs.any():
+            continue
+        first = frame[differs].iloc[0]
+        same = frame[differs & (frame["task"] == first["task"]) & (frame["doc_id"] == first["doc_id"])]
+        other = same[same[column] != first[column]].iloc[0]
+        return f"{first['method']} and {other['method']} asked {first['task']} document {first['doc_id']} {what}"
+    return None

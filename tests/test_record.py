@@ -57,6 +57,86 @@ def test_a_broken_line_in_the_middle_and_another_version_are_refused(tmp_path):
         list(read_records(tmp_path))
 
 
+def test_an_answer_counts_for_its_own_content_and_arguments_only(tmp_path):
+    run = RunFolder(tmp_path, {})
+    run.add(record(0, content="c0", generation={"max_new_tokens": 8}))
+    run.close()
+    again, key = RunFolder(tmp_path, {}), ("t", 0, "q0")
+    assert again.holds(key, {"max_new_tokens": 8}, lambda: "c0")
+    assert not again.holds(key, {"max_new_tokens": 8}, lambda: "c1")
+    never = lambda: pytest.fail("the document was read")  # noqa: E731
+    assert not again.holds(key, {"max_new_tokens": 1}, never) and not again.holds(("t", 0, "other"), {}, never)
+
+
+def test_records_of_an_earlier_release_are_read_and_answered_again(tmp_path):
+    old = {"task": "t", "doc_id": 0, "split": "test", "question": "q0", "answer": "a0", "version": 1}
+    (tmp_path / "records.jsonl").write_text(json.dumps(old) + "\n")
+    (read,) = read_records(tmp_path)
+    assert (read.answer, read.content, read.generation, read.attempt) == ("a0", None, None, 0)
+    run = RunFolder(tmp_path, {})
+    assert not run.holds(("t", 0, "q0"), {"max_new_tokens": 8}, lambda: "c0")
+    run.add(record(0, content="c0", generation={"max_new_tokens": 8}))
+    run.close()
+    assert [r.content for r in read_records(tmp_path)] == ["c0"]
+
+
+def test_the_last_attempt_is_in_force_whatever_file_it_is_in(tmp_path):
+    for rank, error in ((0, "broken"), (1, None), (0, None)):  # records-1.jsonl is read before records.jsonl
+        run = RunFolder(tmp_path, {}, rank)
+        run.add(Record("t", 0, "test", f"q{rank}", None if error else f"by {rank}", error=error))
+        run.close()
+        (found,) = read_records(tmp_path)
+        assert (found.answer, found.error) == (None if error else f"by {rank}", error)
+    assert found.attempt == 2 and set(RunFolder(tmp_path, {}).done) == {("t", 0, "q0")}
+
+
+def test_a_document_that_fails_now_has_no_answer_any_more(tmp_path):
+    run = RunFolder(tmp_path, {})
+    run.add(record(0, content="c0"))
+    run.add(Record("t", 0, "test", "q0", None, error="broken", content="c1"))
+    assert not run.done and next(read_records(tmp_path)).error == "broken"
+
+
+def test_tasks_join_a_folder_one_by_one_and_another_of_the_same_name_is_refused(tmp_path):
+    run = RunFolder(tmp_path, {"method": "full"})
+    run.expect({"a": {"version": 1, "split": "test"}})
+    run.expect({"b": {"version": 1}})
+    run.finish()
+    run.close()
+    again = RunFolder(tmp_path, {"method": "full"})
+    again.expect({"a": {"version": 1, "split": "test"}, "c": {"version": 2}})
+    assert set(json.loads((tmp_path / "run.json").read_text())["tasks"]) == {"a", "b", "c"}
+    for rank in (0, 1):
+        with pytest.raises(ValueError, match=r"holds answers to another a \(version was 1, is 2\)\. Pass another output_dir"):
+            RunFolder(tmp_path, {"method": "full"}, rank).expect({"a": {"version": 2, "split": "test"}})
+    with pytest.raises(ValueError, match="dataset was None, is 'x'"):
+        again.expect({"b": {"version": 1, "dataset": "x"}})
+
+
+def test_what_an_earlier_release_did_not_know_of_a_run_is_added(tmp_path):
+    RunFolder(tmp_path, {"method": "full"}).close()
+    RunFolder(tmp_path, {"method": "full", "code": "x"}).close()
+    assert json.loads((tmp_path / "run.json").read_text())["identity"] == {"method": "full", "code": "x"}
+    with pytest.raises(ValueError, match="code was 'x', is 'y'"):
+        RunFolder(tmp_path, {"method": "full", "code": "y"})
+
+
+def test_other_packages_are_said_and_kept_in_the_folder(tmp_path, capsys):
+    run = RunFolder(tmp_path, {})
+    run.add(record(0))
+    run.close()
+    RunFolder(tmp_path, {}).close()
+    assert not capsys.readouterr().err
+    told = json.loads((tmp_path / "run.json").read_text())
+    told["versions"]["torch"] = "1.0"
+    (tmp_path / "run.json").write_text(json.dumps(told))
+    RunFolder(tmp_path, {}).close()
+    assert "torch was '1.0', is" in capsys.readouterr().err
+    RunFolder(tmp_path, {}).close()
+    (earlier,) = json.loads((tmp_path / "run.json").read_text())["earlier"]
+    assert earlier["versions"]["torch"] == "1.0"
+
+
 def test_an_unwritable_folder_says_so(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match="pass output_dir"):
