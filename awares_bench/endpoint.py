@@ -118,8 +118,8 @@ class Endpoint:
                 made = self._create(payload, request, events)
             except APIStatusError as error:
                 if error.status_code < 500 and error.status_code not in (408, 409, 429):
-                    return Failure(f"the server refused the request ({error.status_code}): {error.message}")
-                return self._failed(error, f"{error.status_code}: {error.message}")
+                    return Failure(f"the server refused the request ({error.status_code}): {_said(error)}")
+                return self._failed(error, f"{error.status_code}: {_said(error)}")
             except APIConnectionError as error:
                 return self._failed(error, str(error))
             if not made.choices:
@@ -156,7 +156,7 @@ class Endpoint:
             try:
                 return create(**asked, extra_body={"repetition_penalty": penalty})
             except APIStatusError as error:
-                if not own or error.status_code not in (400, 422) or "repetition_penalty" not in str(error):
+                if not own or error.status_code not in (400, 422) or "repetition_penalty" not in _said(error):
                     raise
                 self._takes_penalty = False
         told = f"the server takes no repetition_penalty; it is trusted to apply the checkpoint's own, {penalty:g}"
@@ -200,6 +200,11 @@ class Endpoint:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _said(error: APIStatusError) -> str:
+    """What the server gave as its reason; the client's own sentence leaves out what it does not know the form of."""
+    return error.response.text.strip()[:500] or error.message
 
 
 def _own_penalty(pretrained: str) -> float:

@@ -247,9 +247,9 @@ class Engine:
     def _finish(self, run: _Run, answer: Reply) -> Trajectory:
         events = run.events + run.session.events
         text, cap = answer.text, run.job.max_new_tokens
-        if len(answer.tokens) > cap:
+        if answer.tokens and answer.usage.output > cap:  # a server's own count; its text may be other tokens when read again
             text = self.vlm.text(answer.tokens[:cap], run.job.until)
-            events.append(Event("answer_cut", f"the answer had {len(answer.tokens)} tokens, the task allows {cap}"))
+            events.append(Event("answer_cut", f"the answer had {answer.usage.output} tokens, the task allows {cap}"))
         first = next(i for i, turn in enumerate(run.turns) if not turn.model and turn.probe is None)
         images, share = run.turns[first].images, run.replies[first].usage.encoded / max(run.full_tokens, 1)
         halved = [half_size(*image.size) for image in run.job.sample.images]

@@ -22,6 +22,7 @@ from awares_bench.trajectory import Sample
 from awares_bench.vlm import VLM
 from awares_bench.weights import resolve
 
+from .stock import stock
 from .test_plugin import FOLDER, lmms_eval, records
 from .tiny import picture
 
@@ -37,13 +38,15 @@ class Server(BaseHTTPRequestHandler):
             state["most"] = max(state["most"], state["flying"])
             state["bodies"].append(body)
             status = state["trouble"].pop(0) if state["trouble"] else 200
+            strict = state.get("strict") and "repetition_penalty" in body
+            status = 422 if strict else status
         time.sleep(0.05)
         said = "7\n\nrest" if len(body["messages"]) > 2 else "GET_CROPS: ['3']"
         reply = {"choices": [{"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}]}
         reply |= {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
         if state["usage"]:
             reply["usage"] = {"prompt_tokens": state["usage"], "completion_tokens": 5, "total_tokens": 0}
-        data = json.dumps(reply if status == 200 else {"error": {"message": "no"}}).encode()
+        data = json.dumps(reply if status == 200 else {"error": {"message": "no repetition_penalty" if strict else "no"}}).encode()
         with state["lock"]:
             state["flying"] -= 1
         self.send_response(status)
@@ -128,8 +131,49 @@ def test_what_needs_the_inside_of_the_model_is_refused():
         model.probe([])
 
 
-def serve(port, cwd):
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", resolve("nano"), "--port", str(port)]
+def test_the_checkpoints_penalty_is_sent_and_a_server_that_knows_none_is_trusted_with_it(server):
+    dict(Engine(endpoint(server), Full(), 1).run(jobs(1)))
+    assert "repetition_penalty" not in server.state["bodies"][-1]  # nano asks for none
+    dict(Engine(endpoint(server, repetition_penalty=1.2), Full(), 1).run(jobs(1)))
+    assert server.state["bodies"][-1]["repetition_penalty"] == 1.2
+    own = endpoint(server)
+    own.own_penalty = own.repetition_penalty = 1.05
+    (outcome,) = dict(Engine(own, Full(), 1).run(jobs(1))).values()
+    assert server.state["bodies"][-1]["repetition_penalty"] == 1.05 and not outcome.events
+    server.state["strict"] = True
+    outcomes = dict(Engine(own, Full(), 1).run(jobs(2)))
+    assert [[e.kind for e in outcomes[i].events] for i in (0, 1)] == [["repetition_penalty"]] * 2
+    assert "1.05" in outcomes[0].events[0].detail and "repetition_penalty" not in server.state["bodies"][-1]
+    own.repetition_penalty = 1.0  # the user wants none, and the server would apply the checkpoint's: not to be scored
+    (outcome,) = dict(Engine(own, Full(), 1).run(jobs(1))).values()
+    assert isinstance(outcome, Failure) and "repetition_penalty" in outcome.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", [1.05, 1.0])
+def test_a_served_stock_checkpoint_says_what_our_own_loop_says(tmp_path, penalty):
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("fastapi")
+    folder, port = str(stock(penalty=penalty)), free_port()
+    server = serve(port, tmp_path, folder)
+    sizes = ((224, 168), (56, 392), (196, 84), (448, 336), (28, 140), (308, 308), (252, 112), (140, 476))
+    asked = [Job(Sample((picture(*size, seed=i),), f"What is value {i}?", str(i)), 48) for i, size in enumerate(sizes)]
+    try:
+        served = Endpoint(f"http://127.0.0.1:{port}/v1", folder, folder, 1)
+        theirs = dict(Engine(served, Full(), 1).run(asked))
+    finally:
+        server.kill()
+        server.wait()
+    ours = dict(Engine(VLM.load(folder, "float32", "cpu"), Full(), 1).run(asked))
+    assert len({o.answer for o in ours.values()}) > 4
+    for i in ours:
+        assert not isinstance(theirs[i], Failure), (theirs[i].error, (tmp_path / "server.log").read_text()[-2000:])
+        assert (theirs[i].answer.strip(), theirs[i].rtr) == (ours[i].answer.strip(), ours[i].rtr)  # this server strips answers
+        assert [e.kind for e in theirs[i].events] == ["repetition_penalty"] * (penalty != 1)
+
+
+def serve(port, cwd, model=None):
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", model or resolve("nano"), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
     quiet = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=cwd, env=quiet, stdout=(cwd / "server.log").open("a"), stderr=subprocess.STDOUT)

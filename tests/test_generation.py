@@ -11,7 +11,7 @@ GREEDY = [  # as lmms-eval's tasks write it
     {"max_new_tokens": 16, "temperature": None, "top_p": None, "num_beams": None, "repetition_penalty": None},
     {"max_new_tokens": 16, "temperature": 0.7, "top_p": 0.001, "top_k": 1},
     {"max_new_tokens": 16, "do_sample": True, "temperature": 0.2, "top_p": 0},
-    {"max_new_tokens": 16, "temperature": 0, "seed": 0, "top_k": 50, "length_penalty": 2.0, "repetition_penalty": 1.0},
+    {"max_new_tokens": 16, "temperature": 0, "seed": 0, "top_k": 50, "length_penalty": 2.0},
     {"max_new_tokens": "16", "num_beams": "1", "do_sample": "none", "temperature": "None", "until": "none"},
     {"max_new_tokens": 16.0, "bad_words_ids": [], "no_repeat_ngram_size": 0, "max_gen_toks": "none"},
 ]
@@ -68,3 +68,4 @@ def test_what_decides_an_answer_is_kept_and_nothing_else():
     assert settings({}).decisive == {"max_new_tokens": 128, "until": []}
     assert settings({"until": "Q:", "max_new_tokens": 1, "seed": 3}).decisive == {"max_new_tokens": 1, "until": ["Q:"]}
     assert settings({"repetition_penalty": 1.2}).decisive["repetition_penalty"] == 1.2
+    assert settings({"repetition_penalty": 1.0}).decisive["repetition_penalty"] == 1.0  # the checkpoint may ask for another
