@@ -14,8 +14,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from openai import APIConnectionError, APIStatusError, OpenAI
-from transformers import AutoProcessor
 
+from .checkpoint import open_processor
 from .engine import Failure
 from .images import within_aspect
 from .session import Prepared, Request
@@ -47,7 +47,7 @@ class Endpoint:
         retries: int = RETRIES,
         timeout: float = 600.0,
     ):
-        self.processor = AutoProcessor.from_pretrained(resolve(pretrained))
+        self.processor = open_processor(resolve(pretrained))
         self.tokenizer = self.processor.tokenizer
         self.limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
