@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils.quantization_config import QuantizationMethod
 
 from .trajectory import Turn, messages
 from .weights import resolve
@@ -27,7 +29,7 @@ _PICTURES = ("preprocessor_config.json", "processor_config.json")
 _READ = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 _READ += ("chat_template.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", *_PICTURES)
 _SHARDED = ("pytorch_model_fsdp_*", "global_step*", "zero_to_fp32.py", "*.distcp", "mp_rank_*", "*_optim_states.pt")
-_HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")  # buffers of old releases, computed anew
+_HARMLESS = re.compile(r"rotary_(pos_)?emb\.inv_freq$|(^|\.)position_ids$")  # buffers of old releases, computed anew
 _SUFFIXES = (".json", ".safetensors", ".bin", ".txt", ".jinja")
 _BASE = "the checkpoint that this one was trained from"
 
@@ -105,6 +107,11 @@ def _load(
     processor = _processor(folder, pretrained)
     _check_weight_files(folder, pretrained)
     quantised = _quantised(config)
+    if quantised and quantised not in {method.value for method in QuantizationMethod}:
+        raise CheckpointError(
+            f"{pretrained!r} is quantised by {quantised!r}, which transformers {transformers.__version__} does not know; "
+            "pass the checkpoint that was not quantised"
+        )
     kind = f", which is quantised ({quantised})" if quantised else ""
     with _saying(f"cannot load {pretrained!r}{kind}"):
         model, told = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -114,6 +121,11 @@ def _load(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that all are named; none is ignored
             **({"device_map": {"": device}} if quantised else {}),
+        )
+    if quantised and not _quantised(model.config):
+        raise CheckpointError(
+            f"{pretrained!r} is quantised ({quantised}), and this device can only run it unpacked to bfloat16, which answers otherwise; "
+            "use a GPU that has this format, or pass the checkpoint that was not quantised"
         )
     _check_told(model, told, pretrained)
     _check_match(model, processor, pretrained)
@@ -214,7 +226,10 @@ def _quantised(config: Qwen2_5_VLConfig) -> str | None:
     found = getattr(config, "quantization_config", None) or getattr(config.text_config, "quantization_config", None)
     if not found:
         return None
-    return str(found.get("quant_method", "unknown") if isinstance(found, dict) else found.quant_method)
+    found = found if isinstance(found, dict) else found.to_dict()
+    if any(found.get(f) for f in ("load_in_4bit", "load_in_8bit")):
+        return "bitsandbytes"
+    return str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
 
 
 def _check_weight_files(folder: Path, shown: str) -> None:
@@ -301,6 +316,7 @@ def _processor(folder: Path, shown: str):
         raise CheckpointError(
             f"the processor of {shown!r} is a {type(processor).__name__}; copy preprocessor_config.json and tokenizer_config.json of Qwen2.5-VL there"
         )
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     _check_template(processor, shown)
     return processor
 
