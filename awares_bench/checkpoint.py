@@ -452,23 +452,24 @@ def merge_adapters(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> Q
         if len(state) < len(saved):
             raise CheckpointError(f"the adapters in {shown!r} name the same part of the model twice")
         if any("base_model.model." + _bare(name) not in state for name in saved):
-            _modernise(config, model)
-        config.inference_mode = True
+            _modernise(config, model, state)
+        config.inference_mode, tied = True, model.config.tie_word_embeddings  # peft may change the latter
         adapted = PeftModel(model, config)
         wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         missing = sorted(wanted.keys() - state.keys())
         _refuse(missing, "are missing", shown)
         told = set_peft_model_state_dict(adapted, state)
         _refuse(sorted(told.unexpected_keys), "belong to no part of the base", shown)
-        tied = _untie(adapted)
+        _untie(adapted)
         model = adapted.merge_and_unload(safe_merge=True)
     if tied:
-        table, head = model.get_input_embeddings(), model.lm_head
-        if torch.equal(table.weight, head.weight):
+        table, head, text = model.get_input_embeddings(), model.lm_head, model.config.text_config
+        same = config.ensure_weight_tying or torch.equal(table.weight, head.weight)
+        if same:
             head.weight = table.weight
         else:
-            model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
             model.all_tied_weights_keys = {}
+        model.config.tie_word_embeddings = text.tie_word_embeddings = same
     return model.eval()
 
 
@@ -479,15 +480,12 @@ def _refuse(keys: list[str], what: str, shown: str) -> None:
         )
 
 
-def _untie(adapted) -> bool:
-    """Whether the base ties its embeddings; those that the adapters touch get weights of their own, so that none is added to both."""
+def _untie(adapted) -> None:
+    """Give the head weights of its own where adapters touch it or the table it shares, so that none is added to both."""
     ends = adapted.get_input_embeddings(), adapted.base_model.model.lm_head
     table, head = (m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in ends)
-    if not adapted.base_model.model.config.tie_word_embeddings:
-        return False
     if (table, head) != ends and table.weight is head.weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    return True
 
 
 def _bare(key: str) -> str:
@@ -512,17 +510,25 @@ def _before(name: str) -> str:
     return re.sub(r"^model\.visual(?=\.|$)", "visual", re.sub(r"^model\.language_model(?=\.|$)", "model", name))
 
 
-def _modernise(config, model) -> None:
-    """Write an old LoRA config's choice of modules, ranks and alphas out in today's names, by what it chose in the old ones."""
+def _modernise(config, model, keys) -> None:
+    """Write an old LoRA config's choice of modules, ranks and alphas out in today's names.
+
+    Its patterns are read against the old names and today's; the reading whose choice the adapters' ``keys`` bear out counts.
+    """
     from peft.tuners.tuners_utils import check_target_module_exists
 
     if config.target_modules is not None and config.target_modules != "all-linear":
-        chosen = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, _before(name))]
+        held = {re.sub(r"\.lora_.*", "", key.removeprefix("base_model.model.")) for key in keys if ".lora_" in key}
+        names = [name for name, _ in model.named_modules() if name]
+        readings = [{n for n in names if check_target_module_exists(config, said(n))} for said in (_before, str)]
+        chosen = min(readings, key=lambda some: (not some, len(some ^ held)))
         for field in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(config, field) or {}
-            fits = {name: [p for p in patterns if re.match(rf"(.*\.)?({p})$", _before(name))] for name in chosen}
-            setattr(config, field, {re.escape(name): patterns[found[0]] for name, found in fits.items() if found})
-        config.target_modules = set(chosen)
+            fits = {
+                n: [p for p in patterns if any(re.match(rf"(.*\.)?({p})$", said) for said in (_before(n), n))] for n in chosen
+            }
+            setattr(config, field, {re.escape(n): patterns[found[0]] for n, found in fits.items() if found})
+        config.target_modules = chosen
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.modules_to_save = config.modules_to_save and [_today(name) for name in config.modules_to_save]
     if isinstance(config.trainable_token_indices, dict):
