@@ -127,7 +127,7 @@ def _load(
             f"{pretrained!r} is quantised ({quantised}), and this device can only run it unpacked to bfloat16, which answers otherwise; "
             "use a GPU that has this format, or pass the checkpoint that was not quantised"
         )
-    _check_told(model, told, pretrained)
+    check_told(model, told, pretrained)
     _check_match(model, processor, pretrained)
     if not quantised:
         model = model.to(device)
@@ -260,7 +260,7 @@ def _check_weight_files(folder: Path, shown: str) -> None:
             ) from error
 
 
-def _check_told(model, told: dict, shown: str) -> None:
+def check_told(model, told: dict, shown: str) -> None:
     """Refuse what transformers only warns of: tensors made up at random, of the wrong shape, or left unused."""
     missing, unexpected = sorted(told["missing_keys"]), sorted(k for k in told["unexpected_keys"] if not _HARMLESS.search(k))
     mismatched = [f"{k} ({_shape(a)} in the file, {_shape(b)} by config.json)" for k, a, b in sorted(told["mismatched_keys"])]
