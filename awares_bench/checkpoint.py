@@ -543,7 +543,7 @@ def _saying(what: str):
     """Errors of the libraries become CheckpointErrors; those of memory stay what they are."""
     try:
         yield
-    except (CheckpointError, MemoryError, torch.OutOfMemoryError):
+    except (CheckpointError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # foreign code and data
         raise CheckpointError(f"{what}: {first_line(error)}") from error
