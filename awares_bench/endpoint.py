@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from openai import APIConnectionError, APIStatusError, OpenAI
 from PIL import Image
-from transformers import AutoProcessor, GenerationConfig
+from transformers import GenerationConfig
 
+from .checkpoint import open_processor
 from .decoding import own_penalty, penalty_of
 from .engine import Failure
 from .images import within_aspect
@@ -52,7 +53,7 @@ class Endpoint:
         timeout: float = 600.0,
         repetition_penalty: float | None = None,
     ):
-        self.processor = AutoProcessor.from_pretrained(resolve(pretrained))
+        self.processor = open_processor(resolve(pretrained))
         self.own_penalty = _own_penalty(resolve(pretrained))
         self.repetition_penalty = self.own_penalty if repetition_penalty is None else penalty_of(repetition_penalty)
         self._takes_penalty = True

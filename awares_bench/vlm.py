@@ -6,23 +6,23 @@ turns need it. Its logits equal those of ``generate`` and of a fresh prefill (te
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from threading import Lock
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from .attention_scores import probed
 from .batch import Batch
+from .checkpoint import CheckpointError as CheckpointError
+from .checkpoint import first_line, load
 from .crops import CropGrid
 from .decoding import Repetition, own_penalty, penalty_of, unsupported
 from .engine import Failure
@@ -39,7 +39,6 @@ from .staged import StagedBatch
 from .trajectory import Event, Reply, Turn, messages
 from .usage import Usage
 from .vision_attention import windowed_attention
-from .weights import resolve
 from .writer import Writer
 
 MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
@@ -49,10 +48,6 @@ _END = "<|im_end|>"
 _HOLE = "\ufdd0reply\ufdd0"  # two noncharacters around a word, lengthened where a question does contain it
 MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
 """Texts that Qwen2.5-VL's tokenizer reads as the place of a picture or video, in whatever they stand."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used, and what to do about it."""
 
 
 def mrope_positions(
@@ -156,43 +151,8 @@ class VLM:
 
         dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. Raises CheckpointError.
         """
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device is {device!r}, and PyTorch finds no CUDA GPU here; pass device=cpu, or leave device out")
-        if dtype == "auto":
-            dtype = "bfloat16" if device.startswith("cuda") else "float32"
-        kind = getattr(torch, dtype, None)
-        if not isinstance(kind, torch.dtype):
-            raise ValueError(f"dtype is {dtype!r}; allowed: auto, float32, bfloat16, float16")
-        folder = Path(pretrained)
-        if pretrained.startswith((".", "/", "~")) and not folder.is_dir():
-            raise CheckpointError(f"no checkpoint folder at {pretrained!r}; pass a folder, a hub name, or pretrained=nano")
-        if (folder / "adapter_config.json").exists():
-            base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-            more = (min_pixels, max_pixels, constrained, repetition_penalty)
-            whole = cls.load(resolve(base), dtype, device, attn_implementation, *more)
-            whole.model = _merged(whole.model, folder).eval()
-            return whole
-        try:
-            config = AutoConfig.from_pretrained(pretrained)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read a model config from {pretrained!r}: {_first_line(error)}") from error
-        if config.model_type != "qwen2_5_vl":
-            raise CheckpointError(
-                f"{pretrained!r} is a {config.model_type} checkpoint; this release runs qwen2_5_vl (Qwen2.5-VL) only"
-            )
-        if folder.is_dir() and not any((folder / f).exists() for f in ("tokenizer.json", "vocab.json")):
-            raise CheckpointError(
-                f"{pretrained!r} has no tokenizer (tokenizer.json or vocab.json); copy the base model's beside the weights"
-            )
-        try:
-            processor = AutoProcessor.from_pretrained(pretrained)
-            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                pretrained, dtype=kind, attn_implementation=attn_implementation
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot load {pretrained!r}: {_first_line(error)}") from error
-        return cls(model.to(device), processor, min_pixels, max_pixels, constrained, repetition_penalty)
+        model, processor = load(pretrained, dtype, device, attn_implementation)
+        return cls(model, processor, min_pixels, max_pixels, constrained, repetition_penalty)
 
     @property
     def device(self) -> torch.device:
@@ -340,10 +300,10 @@ class VLM:
         except torch.cuda.OutOfMemoryError as error:
             for r, fields in zip(requests, before, strict=True):
                 vars(r.session).update(fields)
-            reason = _first_line(error)
+            reason = first_line(error)
         except getattr(torch, "AcceleratorError", ()) as error:  # of PyTorch 2.8 and later; the device answers nothing after it
             raise RunError(
-                f"the device failed ({_first_line(error)}); run the same command with the same output_dir: it goes on where it stopped"
+                f"the device failed ({first_line(error)}); run the same command with the same output_dir: it goes on where it stopped"
             ) from error
         torch.cuda.empty_cache()  # here, where the traceback no longer holds the batch
         raise MemoryError(reason)
@@ -485,17 +445,3 @@ def _shares(marks: list[float], visual: list[int], prompt: list[int], output: li
         row = [span * (w[b] / sum(w) if sum(w) else 1 / len(prompt)) for span, w in zip(spans, weights, strict=True)]
         out.append(tuple(row))
     return out
-
-
-def _merged(model, adapters: Path):
-    """The model with the adapters of a folder added into its weights. Raises CheckpointError when they belong to another."""
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, str(adapters)).merge_and_unload()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"the adapters in {str(adapters)!r} do not fit their base: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -16,6 +16,7 @@ from awares_bench.training.scoring import Conversation, Features, Packed, Scorer
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from awares_bench.checkpoint import check_told
 from awares_bench.method import options, unknown_option
 from awares_bench.registry import method_class
 from awares_bench.vlm import VLM
@@ -223,13 +224,21 @@ class ExactTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif hasattr(tuned, "peft_config"):
-            from peft import load_peft_weights, set_peft_model_state_dict
+            from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-            told = set_peft_model_state_dict(tuned, load_peft_weights(resume_from_checkpoint, device="cpu"))
+            saved = load_peft_weights(resume_from_checkpoint, device="cpu")
+            lost = sorted(get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - saved.keys())
+            if lost:
+                raise RecipeError(
+                    f"{resume_from_checkpoint} lacks {len(lost)} tensors of the adapters: {lost[:2]}; delete that folder"
+                )
+            told = set_peft_model_state_dict(tuned, saved)
             if told.unexpected_keys:
                 raise RecipeError(f"{resume_from_checkpoint} holds adapters of another model: {told.unexpected_keys[:2]}")
         else:
-            saved = type(tuned).from_pretrained(resume_from_checkpoint, dtype=tuned.dtype)
+            more = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # named and refused, as at every load
+            saved, told = type(tuned).from_pretrained(resume_from_checkpoint, dtype=tuned.dtype, **more)
+            check_told(saved, told, resume_from_checkpoint)
             tuned.load_state_dict(saved.state_dict(), strict=True)
 
     # ------------------------------------------------------------------ the run
