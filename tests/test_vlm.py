@@ -252,7 +252,9 @@ def test_attention_by_products_in_half_precision_is_as_near_to_float32_as_the_fu
     assert (ours - true).abs().mean() <= (fused - true).abs().mean()
 
 
-def test_products_in_the_engine_differ_by_rounding_and_leave_the_model_as_it_was():
+@pytest.mark.parametrize("smallest", [0, 2**20], ids=["oneDNN", "MKL"])
+def test_products_in_the_engine_differ_by_rounding_and_leave_the_model_as_it_was(smallest, monkeypatch):
+    monkeypatch.setattr("awares_bench.products.FEWEST_WEIGHTS", smallest)
     layer, other = torch.nn.Linear(40, 24), torch.nn.Linear(40, 24, bias=False)
     halved, x = torch.nn.Linear(40, 24).bfloat16(), torch.randn(64, 40).bfloat16()
     with torch.inference_mode():
