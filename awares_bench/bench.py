@@ -6,19 +6,20 @@ import io
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
 import torch
+import transformers
 from PIL import Image
 
 from .bench_engine import PHASES, Pages, Row, alternate, load, matmul_rates
 from .engine import Engine, Job
 from .geometry import encode_flops
-from .record import provenance
+from .record import cpu_name, provenance
 from .trajectory import Sample
 from .usage import Usage
 from .vlm import VLM
@@ -62,13 +63,15 @@ def run(
     vlm = load(pretrained, size, layers, dtype, device, 1 if tower_only else None)
     rates = matmul_rates(vlm, tokens, batch)
     text, tower = vlm.model.config.text_config, vlm.model.config.vision_config
+    on_gpu = vlm.device.type == "cuda"
     about = {
         "model": pretrained or f"{size or 'nano'} geometry, random weights, nano's tokenizer",
         "decoder_layers": text.num_hidden_layers,
         "vision_layers": tower.depth,
         "layers_cut_to": layers,
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(vlm.device) if vlm.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(vlm.device) if on_gpu else f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": f"{torch.__version__}, transformers {transformers.__version__}",
         "threads": torch.get_num_threads(),
         "matmul_gflops": {"prompt": rates[0] / 1e9, "one_token_each": rates[1] / 1e9},
         "tokens": tokens,
@@ -174,9 +177,12 @@ def _suite(vlm: VLM, pretrained: str, documents: int, repeats: int, rows: list[R
     samples = _nano_samples(room, documents)
     policy = import_module("awares_bench.baselines.full").Full()
 
+    def answered(samples: list[Sample]) -> dict:
+        return dict(Engine(vlm, policy, BATCH).run(Job(s, 16) for s in samples))
+
     def ours() -> list[list[Usage]]:
         start = time.perf_counter()
-        outcomes = dict(Engine(vlm, policy, BATCH).run(Job(s, 16) for s in samples))
+        outcomes = answered(samples)
         taken = time.perf_counter() - start
         answers["ours"] = [outcomes[i].answer for i in range(len(samples))]
         spent = sum((outcomes[i].usage for i in range(len(samples))), Usage())
@@ -200,9 +206,20 @@ def _suite(vlm: VLM, pretrained: str, documents: int, repeats: int, rows: list[R
     rows += [row, other]
     ratio = _ratio(other, row)
     figures.append(Figure("nano suite, documents per second, ours over lmms-eval's qwen2_5_vl", ratio, ">= 1.5", ratio >= 1.5))
-    same = sum(a.strip() == b.strip() for a, b in zip(answers["ours"], answers["theirs"], strict=True)) / len(samples)
+    same = _alike(answers["ours"], answers["theirs"])
     figures.append(Figure("nano suite, share of equal answers", same, "= 1", same == 1))
-    return ["nano suite: whole seconds of a round stand under decode; lmms-eval's model is cast to the same dtype"]
+    odd = [replace(s, images=tuple(i.resize((i.width + 9, i.height - 5)) for i in s.images)) for s in samples]
+    mine, its = answered(odd), stock([(s.images[0], s.question) for s in odd], 16)
+    apart = _alike([mine[i].answer for i in range(len(odd))], its)
+    figures.append(Figure("the same with sides that are no multiples of 28, share of equal answers", apart, "", None))
+    return [
+        "nano suite: whole seconds of a round stand under decode; lmms-eval's model is cast to the same dtype",
+        "lmms-eval resizes pictures whose sides are no multiples of 28 with Pillow (qwen_vl_utils), the processor with torchvision",
+    ]
+
+
+def _alike(ours: list[str], theirs: list[str]) -> float:
+    return sum(a.strip() == b.strip() for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
 def _nano_samples(room: Path, documents: int) -> list[Sample]:

@@ -243,7 +243,7 @@ def provenance() -> dict:
         "versions": versions,
         "python": platform.python_version(),
         "commit": _commit(),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.system()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()},
     }
 
 
@@ -257,7 +257,8 @@ def _commit() -> dict | None:
     return {"head": head.stdout.strip(), "dirty": bool(state.stdout.strip())} if head.returncode == 0 else None
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor as the system names it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
