@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 Box = tuple[int, int, int, int]
@@ -41,7 +42,7 @@ class CropGrid:
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.regions)
 
-    @property
+    @cached_property
     def ids(self) -> dict[str, str]:
         """id -> name, ``all`` included."""
         return {str(i): name for i, name in enumerate(self.names)} | {ALL: ALL}

@@ -56,6 +56,10 @@ class CallGrammar:
             for word in (i, name, name.replace("center", "centre"))
             if grid.entry(word) == name
         ]
+        self._begun: dict[str, set[str]] = {}  # each beginning of a word -> the crops it may become
+        for word, name in self._words:
+            for n in range(len(word) + 1):
+                self._begun.setdefault(word[:n], set()).add(name)
         self._tokens = self._spelled()
         self._read = lru_cache(KEPT)(self._read_text)
         self._follow = lru_cache(KEPT)(self._walk)
@@ -117,26 +121,32 @@ class CallGrammar:
         open_word = _BEFORE_END.fullmatch(part)
         if open_word:
             word = re.sub(r"[ _]+", "-", open_word["word"].lstrip().lower())
-            if any(known.startswith(word) for known, name in self._words if name not in named):
+            if not self._begun.get(word, named) <= named:
                 return True
-        return any((name := self.grid.entry(part + end)) and name not in named for end in ("", "'", '"'))
+        return any(self.grid.entry(part + end) not in {None, *named} for end in ("", "'", '"'))
 
     # ------------------------------------------------------------------ tokens
 
     def _spelled(self) -> dict:
         """The tokens that a call may hold as a tree of letters up to ``]``; the ids of those that end at a place under ``""``."""
-        before = self.tokenizer(WORD, add_special_tokens=False)["input_ids"]  # some decoders strip what begins a text
-        rows = [[*before, token] for token in range(len(self.tokenizer))]
-        pieces, tree = " ".join(word for word, _ in self._words), {}
-        for token, text in enumerate(self.tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)):
-            head, closed, rest = text[len(WORD) :].partition("]")
-            if not head + closed or re.search(r"[^\s\w:\[,'\"-]", head) or WORD in rest.upper():
-                continue  # the last: a token that ends one call and holds another
-            if all(piece in pieces for piece in re.findall(r"[^\W_]+", head.lower())):
-                node = tree
-                for letter in head + closed:
-                    node = node.setdefault(letter, {})
-                node.setdefault("", []).append(token)
+        before = self.tokenizer(WORD, add_special_tokens=False)["input_ids"][-1]  # some decoders strip what begins a text
+        rows = [[before, before], *([before, token] for token in range(len(self.tokenizer)))]
+        twice, *texts = self.tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)
+        pieces, tree, at = " ".join(word for word, _ in self._words), {}, len(twice) // 2
+        letters = re.escape("".join({*pieces, *pieces.upper()}))
+        fits = re.compile(rf"(?P<head>[\s:\[,'\"_{letters}]*)(?:(?P<closed>\])(?P<rest>.*))?", re.DOTALL)
+        for token, text in enumerate(texts):
+            found = fits.fullmatch(text, at)
+            if not found:
+                continue
+            head, closed, rest = found.groups("")
+            if WORD in rest.upper() or any(run not in pieces for run in re.findall(r"[^\W_]+", head.lower())):
+                continue  # the first: it ends one call and holds another
+            node = tree
+            for letter in head + closed:
+                node = node.setdefault(letter, {})
+            node.setdefault("", []).append(token)
+        tree.pop("", None)  # special tokens, and others without a text
         return tree
 
     def _walk(self, call: Call) -> frozenset[int]:
@@ -175,8 +185,7 @@ class CallGrammar:
             named.add(self.grid.entry(ended))
         space = re.match(r"\s*", last).group() or (gap if done else "")
         by_name = first.strip("'\" ").lower() not in ("", *self.grid.ids) and bool(done)
-        left = [] if ALL in named else [(i, name) for i, name in self.grid.ids.items() if name not in named | ({ALL} if named else set())]
-        nexts = [f"{space}{quote}{name if by_name else i}{quote}" for i, name in left]
-        return [f"{word}{colon}[{','.join([*done, *more])}]" for more in ([n] for n in nexts)] or [
-            f"{word}{colon}[{','.join(done)}]"
-        ]
+        others = {ALL} if named else set()  # nothing follows all, and all is not expected after another
+        left = [] if ALL in named else [(i, name) for i, name in self.grid.ids.items() if name not in named | others]
+        ends = [[f"{space}{quote}{name if by_name else i}{quote}"] for i, name in left] or [[]]
+        return [f"{word}{colon}[{','.join([*done, *end])}]" for end in ends]

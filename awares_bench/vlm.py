@@ -348,10 +348,11 @@ class VLM:
                 r.session.keys, r.session.values, r.session.held = [], [], []
             else:
                 batch.keep(b, r.session, writer.written)
-        for r, made, reply, again in zip(requests, prepared, out, reused, strict=True):  # after all that may run out of memory
+        rows = zip(requests, prepared, writers, out, reused, strict=True)
+        for r, made, writer, reply, again in rows:  # after all that may run out of memory
             r.session.turns.append(r.turn)
             r.session.replies.append(reply.text)
-            r.session.events += made.events
+            r.session.events += [*made.events, *writer.events]
             if again:
                 r.session.events.append(
                     Event("features_reused", f"{again} pictures were encoded before; their encode time is not here")
