@@ -4,6 +4,7 @@ A reply is held once its text begins with ``GET_CROPS``, in any case and after a
 is a call further on in it. From there on it may become whatever ``CropGrid.parse`` reads as a call that names no crop twice
 and has no run of more than ``LONGEST_SPACE`` white space, so that every list ends. The grammar is of letters: a token is
 allowed when its text keeps the call alive, whatever it fuses, and what it holds beyond ``]``, which ends the reply, is free.
+A token of less than a letter, such as a byte of an exotic white space, is never allowed within a call.
 So the decision to call is the model's, every choice the grammar leaves is its most probable allowed token, and an
 unconstrained greedy reply that parses comes out the same up to the end of its call (tests/test_grammar.py).
 """
