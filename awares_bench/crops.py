@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 Box = tuple[int, int, int, int]
@@ -41,7 +42,7 @@ class CropGrid:
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.regions)
 
-    @property
+    @cached_property
     def ids(self) -> dict[str, str]:
         """id -> name, ``all`` included."""
         return {str(i): name for i, name in enumerate(self.names)} | {ALL: ALL}
@@ -98,13 +99,17 @@ class CropGrid:
         if not inside.strip():
             raise CropRequestError(f"the list of crops is empty in {_quote(reply)}; allowed: {self._allowed()}")
         names = []
-        for item in inside.split(","):
-            match = _ITEM.fullmatch(item)
-            name = self._name(match["word"]) if match else None
+        for entry in inside.split(","):
+            name = self.entry(entry)
             if name is None:
-                raise CropRequestError(f"unknown crop {item.strip()!r} in {_quote(reply)}; allowed: {self._allowed()}")
+                raise CropRequestError(f"unknown crop {entry.strip()!r} in {_quote(reply)}; allowed: {self._allowed()}")
             names.append(name)
         return CropRequest(self._fold(tuple(names)))
+
+    def entry(self, text: str) -> str | None:
+        """What stands between two commas of a call's list, such as `` 'Top Left' `` -> the name it means, or None."""
+        match = _ENTRY.fullmatch(text)
+        return self._name(match["word"]) if match else None
 
     def boxes(self, width: int, height: int, names: tuple[str, ...] | list[str] | str) -> list[Box]:
         """Pixel boxes of the named regions of a (width, height) image; ``all`` is the whole image.
@@ -167,7 +172,7 @@ class CropGrid:
 
 _BEGINS = re.compile(r"\s*GET_CROPS\b", re.IGNORECASE)
 _CALL = re.compile(r"GET_CROPS\s*:?\s*\[(?P<inside>[^\[\]]*)(?P<closed>\])?", re.IGNORECASE)
-_ITEM = re.compile(r"\s*(?P<quote>['\"]?)\s*(?P<word>[A-Za-z0-9 _-]+?)\s*(?P=quote)\s*")
+_ENTRY = re.compile(r"\s*(?P<quote>['\"]?)\s*(?P<word>[A-Za-z0-9 _-]+?)\s*(?P=quote)\s*")
 
 
 def _quote(reply: str) -> str:

@@ -370,7 +370,7 @@ class VLM:
                 r.session.seen = seen[b].union(writers[b].written)
             r.session.turns.append(r.turn)
             r.session.replies.append(reply.text)
-            r.session.events += made.events
+            r.session.events += [*made.events, *writers[b].events]
             room = rooms[b]
             if room < r.budget and not reply.complete:
                 detail = f"the reply was cut after {room} tokens: the checkpoint's context was full"

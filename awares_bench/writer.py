@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .grammar import CallGrammar
 from .session import Request
+from .trajectory import Event
 
 
 @dataclass
@@ -18,6 +19,7 @@ class Writer:
     stop: token ids that end a reply. written: the end token is not part of it. ended: by itself, not by its budget.
     passes: forward passes after the prefill that it took part in. scores: kept of every choice when ``trace`` is set.
     fault: why the reply is no reply, such as scores that are not finite.
+    overruled: a phrase for each token that the grammar put in the place of the most probable one.
     """
 
     request: Request
@@ -31,6 +33,7 @@ class Writer:
     passes: int = 0
     fault: str = ""
     scores: list[Tensor] = field(default_factory=list)
+    overruled: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         if self.said:
@@ -41,6 +44,12 @@ class Writer:
     def said(self) -> bool:
         """The turn says the reply for the model: it stands as it is, and its tokens open the next chunk."""
         return self.request.turn.said is not None
+
+    @property
+    def events(self) -> list[Event]:
+        """``call_overruled``, once, when the reply is not what the model alone would have written."""
+        said = "what the model would have written was no call, or named a crop twice, and was held to one: "
+        return [Event("call_overruled", said + "; ".join(self.overruled))] if self.overruled else []
 
     def feed(self) -> list[int]:
         """The last token, not yet in the cache, and a draft of what the grammar makes of it."""
@@ -73,7 +82,10 @@ class Writer:
         if not allowed or best in allowed:
             return best
         ids = sorted(allowed)
-        return ids[int(scores[ids].argmax())]
+        chosen = ids[int(scores[ids].argmax())]
+        wanted, held, after = (repr(self.tokenizer.decode(t)) for t in ([best], [chosen], self.written))
+        self.overruled.append(f"{wanted} after {after} became {held}")
+        return chosen
 
     def _write(self, token: int) -> None:
         if token in self.stop:

@@ -1,40 +1,22 @@
 """A checkpoint as Qwen2.5-VL is released: its file layout, its tokenizer, its chat template and generation settings; small random weights.
 
-The tokenizer is Qwen's own: the package ``dashscope`` carries its BPE ranks, and the merges follow from them. Weights are rounded to
+The tokenizer is Qwen's own (``qwen_tokenizer``). Weights are rounded to
 bfloat16, in which checkpoints are released, so that a runner that loads them so and one that loads them in float32 have the same.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from weakref import finalize
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-SPECIAL = [
-    "<|endoftext|>",
-    *(
-        f"<|{name}|>"
-        for name in ("im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start")
-    ),
-    *(f"<|{name}|>" for name in ("quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")),
-]
-ADDED = [
-    "<tool_call>",
-    "</tool_call>",
-    *(f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")),
-]
-
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""How Qwen's tokenizer splits text before BPE (tokenizer.json of the releases)."""
+from .qwen_tokenizer import qwen_tokenizer_json
 
 TEXT_TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
@@ -52,39 +34,6 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Of the released processors (``chat_template.json``); the tokenizer has one for text alone."""
-
-
-def tokenizer() -> Tokenizer:
-    """Qwen's tokenizer: 151,643 byte-level BPE tokens, 14 special ones, 8 added."""
-    lines = (files("dashscope") / "resources" / "qwen.tiktoken").read_bytes().splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-    letters = _letters()
-    spell = lambda token: "".join(letters[byte] for byte in token)  # noqa: E731
-    merges = [tuple(map(spell, _merged_last(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    out = Tokenizer(models.BPE(vocab={spell(token): rank for token, rank in ranks.items()}, merges=merges))
-    out.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
-    out.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    out.decoder, out.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
-    out.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
-    out.add_tokens([AddedToken(text, normalized=False, special=False) for text in ADDED])
-    return out
-
-
-def _letters() -> list[str]:
-    """Byte -> the visible character that stands for it in a byte-level vocabulary (GPT-2's table)."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = iter(range(256, 512))
-    return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]
-
-
-def _merged_last(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that BPE joins into ``token``: what is left when every merge of a lower rank is done."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts[0], parts[1]
 
 
 IM_END, BLANK_LINE = 151645, 271
@@ -153,9 +102,8 @@ def _raise_scores(model, more: dict[int, float]) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    made = json.loads(tokenizer().to_str())
+    made = json.loads(qwen_tokenizer_json(folder).read_text(encoding="utf-8"))
     words, added = made["model"]["vocab"], made["added_tokens"]
-    _write(folder / "tokenizer.json", made)
     _write(folder / "vocab.json", words)
     pairs = [" ".join(pair) if isinstance(pair, list) else pair for pair in made["model"]["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
@@ -164,7 +112,7 @@ def _write_tokenizer(folder: Path) -> None:
         "add_bos_token": False,
         "add_prefix_space": False,
         "added_tokens_decoder": {str(token["id"]): {k: token[k] for k in kept} for token in added},
-        "additional_special_tokens": SPECIAL[1:],
+        "additional_special_tokens": [token["content"] for token in added if token["special"]][1:],
         "bos_token": None,
         "chat_template": TEXT_TEMPLATE,
         "clean_up_tokenization_spaces": False,

@@ -1,8 +1,9 @@
-"""Calls by grammar: every canonical call and nothing else, the model's own choices, fewer passes, the same scores."""
+"""Calls by grammar: every call that parses and nothing else, the model's own choices, fewer passes, the same scores."""
 
 import random
+import tracemalloc
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from io import BytesIO
 from itertools import product
@@ -17,17 +18,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from awares_bench.awares import AwaRes
-from awares_bench.crops import PAPER_GRID, CropRequestError
+from awares_bench.crops import PAPER_GRID, CropGrid, CropRequestError
 from awares_bench.engine import Engine, Job
-from awares_bench.grammar import CallGrammar
+from awares_bench.grammar import KEPT, LONGEST_SPACE, CallGrammar
 from awares_bench.session import Request, Session
 from awares_bench.trajectory import Sample, Turn
 from awares_bench.vlm import VLM
 from awares_bench.weights import resolve
 from awares_bench.writer import Writer
 
+from .qwen_tokenizer import qwen_tokenizer
 from .test_vlm import TOLERANCE, TURNS, ours
-from .tiny import picture, tiny_vlm
+from .tiny import GEOMETRY, picture, tiny_vlm
 
 TURN = Turn((picture(112, 112),), "Which way?", system=PAPER_GRID.prompt, last=False, calls=PAPER_GRID)
 
@@ -43,6 +45,7 @@ def byte_level(text: str, merges: int):
 
 TOKENIZERS = {
     "nano": nano.nano_tokenizer,
+    "qwen": qwen_tokenizer,
     "bytes": lambda: byte_level("", 0),
     "across-ids": lambda: byte_level("GET_CROPS: ['0', '1'] GET_CROPS: ['7', '8'] GET_CROPS: ['all'] ']\n", 130),
 }
@@ -78,7 +81,8 @@ def test_whatever_is_chosen_among_the_allowed_tokens_is_a_call_that_parses(kind)
         ids = tokenizer("GET_CROPS: [", add_special_tokens=False)["input_ids"]
         ids = ids[: next(n for n in range(len(ids) + 1) if tokenizer.decode(ids[:n]).startswith("GET_CROPS"))]
         while allowed := grammar.allowed(ids):
-            ids.append(rng.choice(sorted(allowed)))
+            commas = [token for token in sorted(allowed) if "," in tokenizer.decode([token])]
+            ids.append(rng.choice((rng.random() < 0.5 and commas) or sorted(allowed)))
         request = PAPER_GRID.parse(tokenizer.decode(ids))
         assert request and len(set(request.names)) == len(request.names)
         seen.add(len(request.names))
@@ -93,9 +97,248 @@ def test_a_draft_stops_before_the_choice_of_a_crop():
     assert grammar.draft(tokenizer("Seven")["input_ids"]) == []
 
 
-def writer(grammar, **more):
+def writer(grammar, budget=32, **more):
     tokenizer = grammar.tokenizer
-    return Writer(Request(Session(), TURN, 32, **more), tokenizer, {tokenizer.eos_token_id}, grammar)
+    return Writer(Request(Session(), TURN, budget, **more), tokenizer, {tokenizer.eos_token_id}, grammar)
+
+
+@cache
+def grammar_of(kind):
+    return CallGrammar(PAPER_GRID, TOKENIZERS[kind]())
+
+
+def replied(kind, text, budget=400):
+    """The writer that is offered ``text``, one token after another, until it ends; then the end of the turn."""
+    grammar = grammar_of(kind)
+    one, scores = writer(grammar, budget), torch.zeros(1, len(grammar.tokenizer))
+    for token in [*grammar.tokenizer(text, add_special_tokens=False)["input_ids"], grammar.tokenizer.eos_token_id]:
+        if one.live:
+            scores.zero_()[0, token] = 1.0
+            one.take([0], [token], scores)
+    return one, grammar.tokenizer.decode(one.written)
+
+
+SPELLED = {
+    "GET_CROPS: ['3']": ("bottom-right",),
+    "GET_CROPS:['3']": ("bottom-right",),
+    "GET_CROPS ['3']": ("bottom-right",),
+    "GET_CROPS['3']": ("bottom-right",),
+    "GET_CROPS[3]": ("bottom-right",),
+    "GET_CROPS :[3]": ("bottom-right",),
+    'GET_CROPS: ["3"]': ("bottom-right",),
+    "GET_CROPS: ['3']\n": ("bottom-right",),
+    "GET_CROPS: ['3'],": ("bottom-right",),
+    "GET_CROPS: ['3'].": ("bottom-right",),
+    "GET_CROPS: ['3']\n\n": ("bottom-right",),
+    'GET_CROPS: ["3"]\n': ("bottom-right",),
+    'GET_CROPS: ["3"].': ("bottom-right",),
+    "GET_CROPS: [3].": ("bottom-right",),
+    "GET_CROPS: [ 3 ]": ("bottom-right",),
+    "GET_CROPS:\n['3']": ("bottom-right",),
+    "GET_CROPS: [\n  '3',\n  '5'\n]": ("bottom-right", "top"),
+    "GET_CROPS: ['0', '5']": ("top-left", "top"),
+    "GET_CROPS: ['0' , '5' ]": ("top-left", "top"),
+    "GET_CROPS: [0,5]": ("top-left", "top"),
+    "GET_CROPS: ['0', \"5\", 7]": ("top-left", "top", "left"),
+    "GET_CROPS: ['top-left']": ("top-left",),
+    "GET_CROPS: ['top', 'top-left']": ("top", "top-left"),
+    "GET_CROPS: ['Top Left', 'BOTTOM']": ("top-left", "bottom"),
+    'GET_CROPS: ["bottom_right"]': ("bottom-right",),
+    "GET_CROPS[center]": ("center",),
+    "GET_CROPS: ['Centre', 3]\n": ("center", "bottom-right"),
+    "GET_CROPS: ['all']": ("all",),
+    "GET_CROPS: [ALL].": ("all",),
+    "GET_CROPS: ['3', 'all']": ("all",),
+    "get_crops: ['3']": ("bottom-right",),
+    "Get_Crops [left]": ("left",),
+    "  GET_CROPS: ['3']": ("bottom-right",),
+    "\nGET_CROPS: ['right']": ("right",),
+}
+"""What a model may write and the parser reads -> the crops that it asks for."""
+
+
+@lru_cache(maxsize=2)
+def random_vlm(kind):
+    if kind == "nano":
+        return tiny_vlm()
+    tokenizer = qwen_tokenizer()
+    return VLM(nano.build(tokenizer, GEOMETRY).float().eval(), nano.processor(tokenizer))
+
+
+@contextmanager
+def saying(vlm, ids):
+    """The model, its scores such that greedy decoding of one conversation writes ``ids``, drafts or none."""
+    at, fed = [-1], []  # the last token of ``ids`` that stands; what went in since the last scores
+
+    def scripted(module, args, out):
+        tokens = fed.pop() if at[0] >= 0 else [0]  # a prompt counts as one
+        out = torch.zeros_like(out)
+        for j in range(len(tokens)):
+            if at[0] + j + 1 < len(ids):
+                out[..., j - len(tokens), ids[at[0] + j + 1]] = 1.0
+        at[0] += next((j for j in range(1, len(tokens)) if tokens[j] != ids[at[0] + j]), len(tokens))
+        fed.clear()
+        return out
+
+    hooks = [
+        vlm.decoder.get_input_embeddings().register_forward_hook(
+            lambda module, args, out: fed.append(args[0].flatten().tolist())
+        ),
+        vlm.model.lm_head.register_forward_hook(scripted),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("kind", ["nano", "qwen"])
+def test_every_spelling_that_parses_comes_out_of_the_model_as_it_is_and_asks_for_the_same_crops(kind):
+    vlm = random_vlm(kind)
+    for text, names in SPELLED.items():
+        assert PAPER_GRID.parse(text).names == names
+        ids, session = vlm.tokenizer(text, add_special_tokens=False)["input_ids"], Session()
+        with saying(vlm, ids):
+            (reply,) = vlm.reply([Request(session, TURN, 64)])
+        assert reply.complete and list(reply.tokens) == ids[: len(reply.tokens)], (text, reply.text)
+        assert "]" in reply.text and PAPER_GRID.parse(reply.text).names == names
+        assert not session.events, (text, session.events)
+
+
+@pytest.mark.parametrize("kind", ["nano", "qwen"])
+def test_a_call_as_the_prompt_shows_it_takes_two_passes_and_others_no_more_than_their_tokens(kind):
+    vlm = random_vlm(kind)
+    for text in SPELLED:
+        ids = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        with saying(vlm, ids):
+            (reply,) = vlm.reply([Request(Session(), TURN, 64)])
+        assert reply.usage.passes < len(ids)
+        if text in ("GET_CROPS: ['3']", "GET_CROPS: ['all']", "GET_CROPS: ['3'].", "GET_CROPS: ['3']\n"):
+            assert reply.usage.passes == 2, (text, reply.usage.passes)
+        if text == "GET_CROPS: ['0', '5']":
+            assert reply.usage.passes == 3
+
+
+def test_white_space_beyond_ascii_is_written_where_it_is_a_token_and_overruled_where_it_is_bytes():
+    text = "GET_CROPS:\t[\u00a0'3'\u3000]"
+    one, said = replied("qwen", text)
+    assert said == text and not one.events
+    one, said = replied("nano", text)
+    assert said != text and one.events
+
+
+def one_of_the_language(rng):
+    """A random call that parses and names no crop twice, and what may follow it."""
+    space = lambda: rng.choice(["", "", "", " ", "  ", "\n", "\t ", "\n    "])  # noqa: E731
+    entries = []
+    for name in rng.sample([*PAPER_GRID.names, "all"], rng.randint(1, 10)):
+        word = rng.choice([*(i for i, n in PAPER_GRID.ids.items() if n == name), name, name.replace("center", "centre")])
+        word = rng.choice([word, word.upper(), word.title()]).replace("-", rng.choice(["-", "_", " ", "_ "]))
+        quote = rng.choice(["'", '"', ""])
+        entries.append(f"{space()}{quote}{rng.choice(['', '', ' '])}{word}{space()}{quote}{space()}")
+    word, end = (
+        rng.choice(["GET_CROPS", "GET_CROPS", "get_crops"]),
+        rng.choice(["", "\n", ".", ",", "\n\n", " because", "]", "!"]),
+    )
+    return f"{space()}{word}{space()}{rng.choice(['', ':'])}{space()}[{','.join(entries)}]", end
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_no_call_of_the_language_is_changed(kind):
+    rng = random.Random(3)
+    for _ in range(25):
+        text, end = one_of_the_language(rng)
+        one, said = replied(kind, text + end)
+        assert said.startswith(text) and (text + end).startswith(said) and not one.overruled, (text, said, one.overruled)
+        assert PAPER_GRID.parse(said) == PAPER_GRID.parse(text) and one.ended
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET_CROPS: ['9']",
+        "GET_CROPS: ['3', '3']",
+        "GET_CROPS: ['3', 'bottom-right']",
+        "GET_CROPS: ['top', 'top']",
+        "GET_CROPS: ['middle']",
+        "GET_CROPS: ['top--left']",
+        "GET_CROPS: ['3\"]",
+        "GET_CROPS: []",
+        "GET_CROPS: ['3',]",
+        "GET_CROPS: [['3']]",
+        "GET_CROPS: 3",
+        "GET_CROPS:: ['3']",
+        "GET_CROPS is the name of a function",
+        "GET_CROPS: ['3'",
+        "GET_CROPS",
+        "get_crops: ['9']",
+        "GET_CROPS: [" + " \t" * LONGEST_SPACE + "3]",
+        "GET_CROPS: ['top" + "_ " * LONGEST_SPACE + "left']",
+        "GET_CROPS: [0, 1, 2, 3, 4, 5, 6, 7, 8, all, all]",
+    ],
+)
+def test_what_is_no_call_is_held_to_one_and_said_to_be(kind, text):
+    one, _ = replied(kind, text)
+    for _ in range(400):
+        if one.live:  # as the end of the turn is asked for again and again
+            one.take([0], [one.tokenizer.eos_token_id], torch.zeros(1, len(one.tokenizer)))
+    assert PAPER_GRID.parse(one.tokenizer.decode(one.written)) and one.ended
+    (event,) = one.events
+    assert event.kind == "call_overruled" and len(one.overruled) == event.detail.count(" became ")
+
+
+def test_the_event_says_what_the_model_would_have_written_and_stands_in_the_session():
+    vlm = tiny_vlm()
+    wanted, held = vlm.tokenizer("GET_CROPS: ['3', '3']")["input_ids"], []
+    for vlm.constrained in (False, True):
+        session = Session()
+        with saying(vlm, wanted):
+            vlm.reply([Request(session, TURN, 32)])
+        held.append(session.events)
+    free, (event,) = held
+    assert not free and event.kind == "call_overruled" and '"\'3\'" after "GET_CROPS' not in event.detail
+    assert "'3' after \"GET_CROPS: ['3', '\" became '" in event.detail
+
+
+def test_answers_are_free_and_never_overruled():
+    for text in ("Seven", "GET", "The text is small. GET_CROPS: ['9']", "G E T", "\n42", "get out"):
+        one, said = replied("nano", text)
+        assert said == text and one.ended and not one.events
+
+
+def test_a_grid_of_other_names_has_calls_of_its_own():
+    box = (0, 0, 4, 4)
+    names = ("a", "b", "c", "d", "e", "f", "g", "h", "not!writable", "Upper", "ten", "ten-and-one", "centre-left")
+    grid, rng = CropGrid(tuple((name, box) for name in names)), random.Random(5)
+    tokenizer = qwen_tokenizer()
+    grammar = CallGrammar(grid, tokenizer)
+    for text in ("GET_CROPS: ['1', '10', '11']", "GET_CROPS: [ten, ten and one]", "GET_CROPS: [8, 9]"):
+        ids = tokenizer(text)["input_ids"]
+        assert all(grammar.allowed(ids[:n]) is None or ids[n] in grammar.allowed(ids[:n]) for n in range(len(ids)))
+        assert grammar.allowed(ids) == set()
+    for _ in range(20):
+        ids = tokenizer("GET_CROPS: [")["input_ids"]
+        while allowed := grammar.allowed(ids):
+            ids.append(rng.choice(sorted(allowed)))
+        assert grid.parse(tokenizer.decode(ids)), tokenizer.decode(ids)
+
+
+def test_calls_that_were_never_seen_before_take_no_more_memory():
+    grammar, rng, kept = CallGrammar(PAPER_GRID, nano.nano_tokenizer()), random.Random(2), []
+    tracemalloc.start()
+    for _ in range(2):
+        for _ in range(60):
+            text = PAPER_GRID.format(rng.sample(PAPER_GRID.names, rng.randint(2, 5)))
+            ids = grammar.tokenizer(text)["input_ids"]
+            for n in range(1, len(ids)):
+                grammar.draft(ids[:n]), grammar.allowed(ids[:n])
+        kept.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert kept[0] < 10e6 and kept[1] - kept[0] < 1e6, kept
+    caches = [value for value in vars(grammar).values() if hasattr(value, "cache_info")]
+    assert len(caches) == 3 and all(cache.cache_info().currsize <= cache.cache_info().maxsize == KEPT for cache in caches)
 
 
 def test_an_answer_that_shares_its_first_token_with_a_call_stays_free():
