@@ -19,7 +19,18 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
-SHOWN = ("lmms-eval", "torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "huggingface-hub", "filelock", "numpy")
+SHOWN = (
+    "lmms-eval",
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "huggingface-hub",
+    "filelock",
+    "numpy",
+)
 """Packages whose versions are always told."""
 
 IMPORTS = {
@@ -164,7 +175,9 @@ def _pip(need: Requirement) -> str:
 
 def compare(versions: dict[str, str | None], tested: dict[str, str]) -> list[str]:
     """-> a sentence for each package whose version is not that of the tested set."""
-    differ = [f"{n} {v} (tested: {tested[n]})" for n, v in versions.items() if v and n in tested and Version(v) != Version(tested[n])]
+    differ = [
+        f"{n} {v} (tested: {tested[n]})" for n, v in versions.items() if v and n in tested and Version(v) != Version(tested[n])
+    ]
     return sorted(differ)
 
 
