@@ -1,17 +1,52 @@
-# Two targets a newcomer needs, and one that draws the README's figures again, without a model. PYTHON chooses the interpreter (3.10 or newer).
+# Targets a newcomer needs first, then those of CONTRIBUTING.md. PYTHON chooses the interpreter (3.10 to 3.13).
 PYTHON ?= python3
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet -e ".[dev]"
+	.venv/bin/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: demo test figures
+.PHONY: demo test short slow newest oldest tested-set figures
 demo: .venv/installed
 	.venv/bin/awares-bench demo
 
+# One process a core, each with one thread: the models of the tests are too small for more. A file's tests share a process and its fixtures.
 test: .venv/installed
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
+
+short: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile $(SHORT)
+
+slow: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
+
+# What breaks when a library moves: a file of each kind, about two minutes.
+SHORT = $(addprefix tests/test_,fresh.py doctor.py vlm.py engine.py bench.py pruners.py rollout.py crops.py grammar.py)
+
+# The newest releases that the bounds of pyproject.toml allow, without the tested set.
+newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade -e ".[dev]"
+	.venv-newest/bin/awares-bench doctor
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto --dist loadfile $(SHORT)
+
+# The lower bounds of pyproject.toml: uv finds them, pip installs them.
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet "uv>=0.5" setuptools wheel
+	.venv-oldest/bin/uv pip compile --quiet --resolution lowest-direct --extra dev pyproject.toml --output-file .venv-oldest/lowest.txt
+	.venv-oldest/bin/pip install --quiet -c .venv-oldest/lowest.txt -e ".[dev]"
+	.venv-oldest/bin/awares-bench doctor
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --dist loadfile $(SHORT)
+
+# One file for every supported Python. PyTorch and what comes with it follow the bounds: which build fits depends on the machine.
+UV ?= uv
+tested-set:
+	echo "mpmath<1.4  # sympy's releases want it; with a later one uv takes a pre-release of sympy" > held.tmp
+	$(UV) pip compile --quiet --universal --upgrade --prerelease if-necessary --python-version 3.10 --no-python-downloads --extra dev \
+	    --no-header --no-annotate -c held.tmp pyproject.toml --output-file constraints.tmp
+	(echo "# The tested set: make tested-set"; grep -vE '^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==' constraints.tmp) > constraints.txt
+	rm held.tmp constraints.tmp
 
 figures: .venv/installed
 	.venv/bin/awares-bench report reports/records/nano --out reports/figures/nano --formats png --no-times --logs $(patsubst %,training/logs/%.jsonl,tower base where joint read fetch sft grpo visionthink_sft visionthink_grpo cropvlm_sft cropvlm_grpo)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen2_5_VLTextModel
 
 from .decoding import Repetition
 from .pruning import Chunk
@@ -16,6 +17,9 @@ from .writer import Writer
 
 if TYPE_CHECKING:
     from .vlm import VLM
+
+CACHE = "cache" if "cache" in signature(Qwen2_5_VLTextModel.forward).parameters else "past_key_values"
+"""What the decoder and its layers call the argument for their cache: transformers renamed it, and 5.40 drops the old name."""
 
 
 class Batch:
@@ -72,7 +76,7 @@ class Batch:
     def _forward(self, embeds: Tensor, positions: Tensor, last: int) -> Tensor:
         """-> scores after each of the ``last`` columns (B, last, vocabulary), in float32."""
         out = self.vlm.decoder(
-            inputs_embeds=embeds, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            inputs_embeds=embeds, attention_mask=self.mask, position_ids=positions, use_cache=True, **{CACHE: self.cache}
         )
         return self.vlm.model.lm_head(out.last_hidden_state[:, -last:]).float()
 

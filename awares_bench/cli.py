@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     diagnose.add_argument("--judge", default="anls", choices=("exact", "relaxed", "anls"))
     diagnose.add_argument("--out", type=Path, help="also write the figures there as JSON")
 
+    commands.add_parser("doctor", help="what is installed here, what is known not to work, and the command that mends it")
     commands.add_parser("methods", help="the known methods, what they need and what they cost")
     commands.add_parser("tasks", help="print the task folder, for lmms-eval --include_path")
 
@@ -263,6 +264,12 @@ def _diagnose(args) -> int:
     return 0
 
 
+def _doctor(args) -> int:
+    from .doctor import run
+
+    return run()
+
+
 def _methods(args) -> int:
     from . import registry
 
@@ -288,6 +295,7 @@ _COMMANDS = {
     "train": _train,
     "curate": _curate,
     "diagnose": _diagnose,
+    "doctor": _doctor,
     "methods": _methods,
     "tasks": _tasks,
 }

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
+from . import doctor
 from .method import unknown_option
 
 MODELS = ("awares_full", "awares_low", "awares")
@@ -72,6 +74,9 @@ def _evaluate(name: str, out: Path, suite: Path, limit: int | None, pretrained: 
     if status == 130 or status < 0:
         raise KeyboardInterrupt
     if not set(results.rglob("*_results.json")) - before:
+        print("awares-bench doctor says:", file=sys.stderr)
+        with redirect_stdout(sys.stderr):
+            doctor.run()
         raise RuntimeError(
             f"lmms-eval left no results for {name} (exit status {status}); its messages are above and in {out / f'{name}.log'}"
         )

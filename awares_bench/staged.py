@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_scores import AttentionRows
-from .batch import Batch
+from .batch import CACHE, Batch
 from .method import Pruner
 from .pruning import Chunk, Span
 from .session import Session
@@ -89,7 +89,7 @@ class StagedBatch(Batch):
     def _layer(self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         mask = attention_mask(self.vlm.decoder.config._attn_implementation, self._mask(layer), hidden)
         return self.vlm.decoder.layers[layer](
-            hidden, attention_mask=mask, past_key_values=self.cache, use_cache=True, position_embeddings=rope
+            hidden, attention_mask=mask, use_cache=True, position_embeddings=rope, **{CACHE: self.cache}
         )
 
     def _mask(self, layer: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Fixtures that more than one file of tests uses."""
 
+import logging
+
 import pytest
 
 from awares_bench.batch import Batch
@@ -12,3 +14,28 @@ def layout(request, monkeypatch):
     """Both ways to lay out a batch: the one for CPUs, and the one for GPUs and other attentions."""
     kind = {"line": RaggedBatch, "rectangle": Batch}[request.param]
     monkeypatch.setattr(VLM, "_batch", lambda vlm, sessions, chunks: kind(vlm, sessions, chunks))
+
+
+class _Deprecations(logging.Handler):
+    """Keeps what a library's logger says of names that it will drop; ``warnings`` never hears of these."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record):
+        if "deprecat" in record.getMessage().lower():
+            self.said.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_name():
+    """A test fails when a library tells, in its log, that a call of ours uses a name that it will drop."""
+    handler = _Deprecations()
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "accelerate", "peft", "datasets")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield handler.said
+    for logger in loggers:
+        logger.removeHandler(handler)
+    assert not handler.said, f"a library deprecates what we call: {handler.said}"

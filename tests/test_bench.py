@@ -2,15 +2,19 @@
 
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from awares_bench import vision_attention
 from awares_bench.bench import run
 from awares_bench.bench_engine import Pages
 from awares_bench.geometry import decoder_flops, encode_flops, geometry, random_model
+from awares_bench.products import ONEDNN
 from awares_bench.session import Request, Session
 from awares_bench.trajectory import Turn
 from awares_bench.vlm import VLM
@@ -38,16 +42,29 @@ def vlm():
     return VLM(*random_model(geometry("nano"), torch.float32, "cpu"))
 
 
-def test_operations_are_those_that_pytorch_counts(vlm):
-    patches, grid, _ = vlm.pixels(picture(336, 224))
-    onednn = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *_, **__: 2 * math.prod(x) * w[0]}  # unknown to the counter
-    with FlopCounterMode(display=False, custom_mapping=onednn) as counter:
+@pytest.mark.parametrize("by_products", [False, True], ids=["fused", "products"])  # with AMX, and without it
+@pytest.mark.parametrize("size", [(336, 224), (448, 336)])  # below and above the patches that attend by products
+def test_operations_are_those_that_pytorch_counts(vlm, monkeypatch, size, by_products):
+    monkeypatch.setattr(vision_attention, "BY_PRODUCTS", by_products and vision_attention.ONEDNN)
+    patches, grid, _ = vlm.pixels(picture(*size))
+    with counted() as counter:
         vlm.encode([patches], [grid])
     assert encode_flops(vlm.model.config, [grid]) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@contextmanager
+def counted():
+    """PyTorch's counter. It knows neither the CPU's fused attention, in whose place the plain products run, nor oneDNN's product."""
+    onednn = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *_, **__: 2 * math.prod(x) * w[0]} if ONEDNN else {}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=onednn) as counter:
+        yield counter
+
+
+def test_operations_of_the_decoder_are_those_that_pytorch_counts(vlm):
     text = vlm.model.config.text_config
     for new in (40, 400):
         embeds = torch.zeros(1, new, text.hidden_size)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), counted() as counter:
             hidden = vlm.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
             vlm.model.lm_head(hidden[:, -1])
         masked = text.num_hidden_layers * 2 * text.hidden_size * new * (new - 1)  # the half that a causal kernel skips

@@ -16,6 +16,7 @@ from awares_bench.training.scoring import Conversation, Features, View
 from torch import Tensor
 from transformers import DynamicCache
 
+from awares_bench.batch import CACHE
 from awares_bench.decoding import Repetition
 from awares_bench.engine import Engine, Failure, Job, _Run
 from awares_bench.method import Policy
@@ -169,7 +170,7 @@ class Sampler:
     def _feed(self, embeds: Tensor, on: Tensor, positions: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, on], 1)
         out = self.vlm.decoder(
-            inputs_embeds=embeds, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            inputs_embeds=embeds, attention_mask=self.mask, position_ids=positions, use_cache=True, **{CACHE: self.cache}
         )
         return self.vlm.model.lm_head(out.last_hidden_state[:, -1]).float()
 
