@@ -12,10 +12,10 @@ demo: .venv/installed
 
 # One process a core, each with one thread: the models of the tests are too small for more. A file's tests share a process and its fixtures.
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 short: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile $(SHORT)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(SHORT)
 
 slow: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
@@ -28,7 +28,7 @@ newest:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet --upgrade -e ".[dev]"
 	.venv-newest/bin/awares-bench doctor
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto --dist loadfile $(SHORT)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(SHORT)
 
 # The lower bounds of pyproject.toml: uv finds them, pip installs them.
 oldest:
@@ -37,7 +37,7 @@ oldest:
 	.venv-oldest/bin/uv pip compile --quiet --resolution lowest-direct --extra dev pyproject.toml --output-file .venv-oldest/lowest.txt
 	.venv-oldest/bin/pip install --quiet -c .venv-oldest/lowest.txt -e ".[dev]"
 	.venv-oldest/bin/awares-bench doctor
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --dist loadfile $(SHORT)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(SHORT)
 
 # One file for every supported Python. PyTorch and what comes with it follow the bounds: which build fits depends on the machine.
 UV ?= uv

@@ -37,7 +37,7 @@ IMPORTS = {
     "torch": "import torch",
     "torchvision": "import torchvision; torchvision.ops.nms",
     "transformers": "from transformers import Qwen2_5_VLForConditionalGeneration, AutoProcessor",
-    "lmms-eval": "import lmms_eval.evaluator; lmms_eval.evaluator._enable_reentrant_filelocks()",
+    "lmms-eval": "import lmms_eval.evaluator as e; e._enable_reentrant_filelocks(); e.TaskManager()",
     "awares-bench": "import awares_bench.lmms",
 }
 """What is tried in a process of its own: package -> code."""
@@ -136,8 +136,10 @@ def known_bad(versions: dict[str, str | None]) -> list[Fault]:
         )
     if transformers and transformers < Version("5.17"):
         fault(f"transformers {transformers}: this release is made for 5.17 and later", "transformers>=5.17,<5.40")
-    if lmms and lmms < Version("0.7.1"):
-        fault(f"lmms-eval {lmms}: it has no GenerationResult, which 0.7.1 brought", "lmms-eval>=0.7.1,<0.8")
+    if lmms and lmms < Version("0.7.3"):
+        fault(
+            f"lmms-eval {lmms}: the packages of 0.7.1 and 0.7.2 lack files of tasks, and no task loads", "lmms-eval>=0.7.3,<0.8"
+        )
     if torch and transformers and torch < Version("2.6"):
         fault(f"torch {torch}: transformers takes a PyTorch before 2.6 for none (5.24 does)", "torch>=2.6", "torchvision>=0.21")
     for name in ("lmms-eval", "torch", "torchvision", "transformers"):
@@ -256,7 +258,7 @@ def run() -> int:
     for name, code in IMPORTS.items():
         if (said := tried(code)) is not None:
             mend = faults[0].mend if faults else "pip install --upgrade --force-reinstall -c constraints.txt -e ."
-            faults.append(Fault(f"{name} cannot be imported: {said}", mend))
+            faults.append(Fault(f"{name} does not work: {said}", mend))
 
     found = device()
     if isinstance(found, str):

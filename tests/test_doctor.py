@@ -31,7 +31,7 @@ def test_nothing_is_said_of_what_works():
         ({"transformers": "6.1"}, "transformers 6.1", "pip install 'transformers<5.40'"),
         ({"transformers": "5.16.3"}, "5.17 and later", "pip install 'transformers>=5.17,<5.40'"),
         ({"torch": "2.5.1"}, "for none", "pip install 'torch>=2.6' 'torchvision>=0.21'"),
-        ({"lmms-eval": "0.6.1"}, "GenerationResult", "pip install 'lmms-eval>=0.7.1,<0.8'"),
+        ({"lmms-eval": "0.7.2"}, "lack files of tasks", "pip install 'lmms-eval>=0.7.3,<0.8'"),
         ({"torchvision": None}, "torchvision is not installed", "pip install 'torchvision'"),
     ],
 )
@@ -93,7 +93,7 @@ def test_the_command_tells_a_fault_and_exits_with_1(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "device", lambda: "ImportError: no torch")
     assert cli.main(["doctor"]) == 1
     said = capsys.readouterr().out
-    assert "fault: lmms-eval cannot be imported: ModuleNotFoundError: No module named 'no_such_module_here'" in said
+    assert "fault: lmms-eval does not work: ModuleNotFoundError: No module named 'no_such_module_here'" in said
     assert "device: unknown, PyTorch fails: ImportError: no torch" in said
     assert "mend: pip install" in said
 
