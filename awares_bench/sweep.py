@@ -31,7 +31,7 @@ RECIPE_KEYS = ("tasks", "include_path", "limit", "batch_size", "options", "metho
 """What a recipe may hold; ``options`` are model arguments of every cell, ``methods`` a list of names or of options with ``method``."""
 
 WEIGHTS = (
-    *("pretrained", "dtype", "device", "attn_implementation", "min_pixels", "max_pixels", "constrained", "reuse_features"),
+    *("pretrained", "dtype", "device", "attn_implementation", "min_pixels", "max_pixels", "constrained", "repetition_penalty", "reuse_features"),
     *("engine", "base_url", "model"),
 )
 """Options that decide what is in memory, or which server answers: cells that share them run one after the other."""

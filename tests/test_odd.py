@@ -385,6 +385,7 @@ def test_a_skipped_run_tries_its_failures_again_and_heals(skipped, checkpoint): 
     assert len(frame) == len(odd.ANSWERED) + 1 and run_found.name == "odd" and not any("left out" in n for n in notes)
 
 
+@pytest.mark.slow
 def test_stop_is_the_default_and_names_the_option(skipped, checkpoint, tmp_path):  # noqa: F811
     said = run(tmp_path, checkpoint, include=skipped[0] / "task")
     assert "documents could not be answered: odd document" in said and "or add on_error=skip" in said
@@ -392,7 +393,7 @@ def test_stop_is_the_default_and_names_the_option(skipped, checkpoint, tmp_path)
     assert sum(x["error"] is None for x in records(tmp_path / "run")) >= len(odd.ANSWERED)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_official_task_with_broken_pictures_can_be_completed(tmp_path, checkpoint, ranks):  # noqa: F811
     official.write(tmp_path, broken=True)
     said = run(tmp_path, checkpoint, model="awares_full", tasks="chartqa,pope", include=None, ranks=ranks, on_error="skip")
@@ -405,6 +406,7 @@ def test_an_official_task_with_broken_pictures_can_be_completed(tmp_path, checkp
     assert scored["relaxed_overall,none"] == sum(x["relaxed_overall"] for x in found["chartqa"]) / 2
 
 
+@pytest.mark.slow
 def test_a_task_of_which_nothing_is_left_is_not_scored(tmp_path, checkpoint):  # noqa: F811
     (tmp_path / "task").mkdir()
     odd.write(tmp_path / "task")
@@ -459,6 +461,7 @@ def test_on_error_has_two_values_and_needs_an_evaluator_that_passes_over_documen
     model(tmp_path, checkpoint).run.close()
 
 
+@pytest.mark.slow
 def test_a_sweep_counts_what_was_scored_tries_again_and_is_done_when_healed(tmp_path, checkpoint):  # noqa: F811
     (tmp_path / "task").mkdir()
     odd.write(tmp_path / "task")
