@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+
+from .doctor import installed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,8 +125,8 @@ def main(argv: list[str] | None = None) -> int:
 
     args = parser.parse_args(argv)
     if args.version:
-        for name in ("awares-bench", "lmms-eval", "torch", "transformers"):
-            print(name, version(name))
+        for name, found in installed(("awares-bench", "lmms-eval", "torch", "transformers")).items():
+            print(name, found or "not installed")
         return 0
     if not args.command:
         parser.print_help()

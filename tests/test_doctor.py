@@ -124,3 +124,14 @@ def test_the_demo_asks_the_doctor_when_lmms_eval_leaves_no_results(tmp_path, mon
     with pytest.raises(RuntimeError, match="left no results"):
         demo.run(tmp_path / "out", ["awares_full"])
     assert "fault: filelock 4" in capsys.readouterr().err
+
+
+def test_versions_are_printed_where_a_package_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_version", {"awares-bench": "0.1.0", "torch": "2.14.1"}.get)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "awares-bench 0.1.0",
+        "lmms-eval not installed",
+        "torch 2.14.1",
+        "transformers not installed",
+    ]
