@@ -62,7 +62,9 @@ def filled(page: str, text: str) -> str:
             before, begin, rest = text.partition(f"<!-- begin {part} -->\n")
             _, end, after = rest.partition(f"\n<!-- end {part} -->")
             if not begin or not end:
-                raise ValueError(f"docs/{page} has no marks '<!-- begin {part} -->' and '<!-- end {part} -->' for what the code writes")
+                raise ValueError(
+                    f"docs/{page} has no marks '<!-- begin {part} -->' and '<!-- end {part} -->' for what the code writes"
+                )
             text = before + begin + write() + end + after
     return text
 
