@@ -6,7 +6,7 @@ PYTHON ?= python3
 	.venv/bin/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: demo test short slow newest oldest tested-set figures
+.PHONY: demo test short slow newest oldest tested-set figures docs
 demo: .venv/installed
 	.venv/bin/awares-bench demo
 
@@ -50,3 +50,9 @@ tested-set:
 
 figures: .venv/installed
 	.venv/bin/awares-bench report reports/records/nano --out reports/figures/nano --formats png --no-times --logs $(patsubst %,training/logs/%.jsonl,tower base where joint read fetch sft grpo visionthink_sft visionthink_grpo cropvlm_sft cropvlm_grpo)
+
+# The parts that the code decides are written into docs/, then the site into site/. A warning, such as a dead link, is an error.
+docs: .venv/installed
+	.venv/bin/pip install --quiet -e ".[docs]"
+	.venv/bin/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict

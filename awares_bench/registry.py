@@ -27,6 +27,11 @@ def names() -> list[str]:
     return sorted({*_own(), *_external()})
 
 
+def own_names() -> list[str]:
+    """The methods of this package, without those that other packages register."""
+    return sorted(_own())
+
+
 def _own() -> dict[str, tuple[str, str]]:
     """Methods of this package -> (package, file)."""
     rooms = files("awares_bench.baselines").iterdir()
@@ -188,10 +193,10 @@ def _docstring(name: str) -> str:
 
 
 def table() -> str:
-    """The methods of this package as the Markdown table of the README."""
+    """The methods of this package as the Markdown table of ``docs/methods.md``; links count from there."""
     rows = ["| method | what it is | trained | needs | cost | differs from its source |", "|---|---|---|---|---|---|"]
     for name, (package, file) in sorted(_own().items()):
         b = describe(name)
-        link = f"[`{name}`]({'awares_bench' if package == 'awares_bench' else 'baselines'}/{file})"
+        link = f"[`{name}`](../{'awares_bench' if package == 'awares_bench' else 'baselines'}/{file})"
         rows.append(f"| {link} | {b['Title']} | {b['Trained']} | {b['Needs']} | {b['Cost']} | {b['Differs']} |")
     return "\n".join(rows)

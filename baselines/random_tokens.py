@@ -19,7 +19,10 @@ from awares_bench.method import Pruner, Visual
 
 @dataclass(frozen=True)
 class RandomTokens(Pruner):
-    """Keep tokens drawn uniformly without replacement."""
+    """Keep tokens drawn uniformly without replacement.
+
+    draw: number of the draw; which tokens stay depends on it and on the picture
+    """
 
     draw: int = 0
     needs = ("seed",)

@@ -24,6 +24,7 @@ class VisionZip(Pruner):
     """Dominant tokens by attention received, contextual tokens by merging.
 
     contextual: share of the image's tokens that are averages; the released code keeps 0.05 at every retention.
+    compat: ``corrected``: an average is the mean of its group; ``official``, as released: its target plus the mean of the rest.
     """
 
     contextual: float = 0.05

@@ -65,18 +65,19 @@ def test_a_room_refuses_a_second_import_name(room):
 
 
 def test_no_file_names_a_machine_path_or_a_registry_host():
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *(p for f in ("awares_bench", *ROOMS) for p in files(f))]:
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.*"), *ROOT.glob("*.toml"), *ROOT.glob("*.yml"), *ROOT.glob(".github/*/*.yml")]
+    for path in [*texts, *(p for f in ("awares_bench", *ROOMS) for p in files(f))]:
         text = path.read_text()
         for word in ("/work/", "/root/", "/home/", "/opt/", "pypi.org"):
             assert word not in text, f"{path} holds {word!r}"
 
 
-def test_the_readme_holds_the_current_method_table_and_names_every_core_file():
+def test_the_methods_page_holds_the_current_table_and_the_layout_page_names_every_core_file():
     from awares_bench.registry import table
 
-    readme = (ROOT / "README.md").read_text()
-    assert table() in readme
-    assert all(p.name in readme for p in files("awares_bench") if p.name != "__init__.py")
+    assert table() in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    layout = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
+    assert all(p.name in layout for p in files("awares_bench") if p.name != "__init__.py")
 
 
 @pytest.mark.slow

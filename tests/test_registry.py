@@ -245,13 +245,13 @@ def test_a_method_of_another_package_is_found_listed_and_checked(monkeypatch, tm
         registry.method_class("broken")
     with pytest.raises(ValueError, match="is not a method"):
         registry.method_class("wrong")
-    assert "strip" not in registry.table()  # the README lists this package's own
+    assert "strip" not in registry.table()  # the page of methods lists this package's own
 
 
-def test_the_readme_shows_the_example_whole_and_it_is_short():
+def test_the_docs_show_the_example_whole_and_it_is_short():
     source = Path(EXAMPLE.rsplit(":", 1)[0]).read_text()
     assert len(source.splitlines()) < 40
-    assert source.strip() in (Path(__file__).parents[1] / "README.md").read_text()
+    assert source.strip() in (Path(__file__).parents[1] / "docs" / "add_a_method.md").read_text()
 
 
 def test_the_control_policies_are_awares_in_all_but_what_they_replace():

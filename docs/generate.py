@@ -1,0 +1,79 @@
+"""Writes the parts of the documentation that the code decides: ``python docs/generate.py`` (``make docs`` does).
+
+Each part stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in its page; ``tests/test_docs.py`` compares them with the code.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from awares_bench import registry
+
+DOCS = Path(__file__).parent
+
+
+def described(cls: type) -> dict[str, str]:
+    """Option -> its description in the docstring of the class, or of the class that it is inherited from."""
+    found: dict[str, str] = {}
+    names = "|".join(field.name for field in fields(cls))
+    for parent in reversed(cls.__mro__):
+        name = ""
+        for line in map(str.strip, (vars(parent).get("__doc__") or "").splitlines()):
+            if names and (entry := re.fullmatch(rf"({names}): +(.*)", line)):
+                name, found[entry[1]] = entry[1], entry[2]
+            elif name and line:  # a description goes on until a blank line
+                found[name] += f" {line}"
+            else:
+                name = ""
+    return found
+
+
+def value(default: object) -> str:
+    """A default as it is written on the command line."""
+    if default is None or default == "":
+        return "none"
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+
+
+def method_options() -> str:
+    """The options of every method of this package as a Markdown table."""
+    rows = ["| method | option | default | allowed | what it is |", "|---|---|---|---|---|"]
+    for name in registry.own_names():
+        cls = registry.method_class(name)
+        hints, texts = get_type_hints(cls), described(cls)
+        for field in fields(cls):
+            allowed = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
+            choices = ", ".join(f"`{choice}`" for choice in allowed) or getattr(hints[field.name], "__name__", "")
+            rows.append(f"| `{name}` | `{field.name}` | {value(field.default)} | {choices} | {texts[field.name].rstrip('.')} |")
+    return "\n".join(rows)
+
+
+PARTS = {("methods.md", "methods"): registry.table, ("options.md", "method options"): method_options}
+"""(page, part) -> what writes it."""
+
+
+def filled(page: str, text: str) -> str:
+    """The page's text with its generated parts as the code has them. Raises ValueError where a part's marks are missing."""
+    for (where, part), write in PARTS.items():
+        if where == page:
+            before, begin, rest = text.partition(f"<!-- begin {part} -->\n")
+            _, end, after = rest.partition(f"\n<!-- end {part} -->")
+            if not begin or not end:
+                raise ValueError(
+                    f"docs/{page} has no marks '<!-- begin {part} -->' and '<!-- end {part} -->' for what the code writes"
+                )
+            text = before + begin + write() + end + after
+    return text
+
+
+def main() -> None:
+    for page in sorted({page for page, _ in PARTS}):
+        path = DOCS / page
+        path.write_text(filled(page, path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
