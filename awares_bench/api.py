@@ -31,6 +31,12 @@ from .trajectory import Event, Reply, Sample, Trajectory, Turn
 from .vlm import MAX_PIXELS, MIN_PIXELS, VLM
 from .weights import NANO
 
+LOAD_OPTIONS = ("dtype", "device", "attn_implementation", "min_pixels", "max_pixels", "constrained", "repetition_penalty")
+"""Options of ``load`` beside the checkpoint."""
+
+GENERATION = ("max_new_tokens", "until")
+"""Options of a question that are not the method's."""
+
 SHOWN = 60
 """Characters of an answer in a table."""
 
@@ -152,7 +158,7 @@ class Model:
         batch_size: conversations in flight; answers do not depend on it. The rest as in ``ask``, and what it raises but AnswerError.
         """
         with _refusing():
-            made = registry.build(str(method), options, ("max_new_tokens", "until"))
+            made = registry.build(str(method), options)
             asked = settings({"max_new_tokens": max_new_tokens, "until": list((until,) if isinstance(until, str) else until)})
             engine = self._engine(made, whole("batch_size", batch_size))
         pairs = list(questions)
@@ -223,23 +229,45 @@ def compare(model: Model, image: object, question: str, methods: Iterable[str] =
     """
     if isinstance(methods, str):
         raise OptionError(f"methods is the text {methods!r}; pass a list of methods, such as [{methods!r}]")
-    asked = [read_method(text) for text in methods]
+    asked = [(name, given | options) for name, given in map(read_method, methods)]
     if not asked:
         raise OptionError("methods is empty; name at least one, such as full")
+    for name, given in asked:
+        check(name, given)
+    return each(model, image, question, asked)
+
+
+def check(method: str, options: dict[str, object]) -> None:
+    """Raise OptionError when a method or one of its options is not known."""
     with _refusing():
-        for name, given in asked:
-            registry.build(name, {k: v for k, v in (given | options).items() if k not in ("max_new_tokens", "until")})
+        registry.build(method, {k: v for k, v in options.items() if k not in GENERATION})
+        settings({k: v for k, v in options.items() if k in GENERATION})
+
+
+def each(model: Model, image: object, question: str, methods: Iterable[tuple[str, dict[str, object]]]) -> Comparison:
+    """The answer of each method, given by its name and options; one that cannot be given has its ``error``."""
     try:
         picture = _contents(image)  # an open file is read once
-    except PictureError as error:
+    except (ValueError, OSError) as error:
         raise AnswerError(str(error)) from error
-    return Comparison(model.ask_many([(picture, question)], name, 1, **given | options)[0] for name, given in asked)
+    return Comparison(model.ask_many([(picture, question)], name, 1, **options)[0] for name, options in methods)
+
+
+def told(answer: Answer) -> str:
+    """An answer and its numbers, a line each, for a terminal."""
+    tokens, rtr, _ = _numbers(answer)
+    seconds = "-" if answer.seconds is None else f"{answer.seconds:.3f}"
+    lines = [("answer", printable(str(answer))), ("crops", ", ".join(answer.crops) or "none")]
+    lines += [("visual tokens", f"{tokens} of {'-' if answer.full_tokens is None else answer.full_tokens}"), ("RTR", rtr)]
+    lines += [("seconds", seconds), ("method", answer.method)]
+    lines += [("event", printable(f"{e.kind}: {e.detail}")) for e in answer.events]
+    return aligned([[name, value] for name, value in lines], left=(0, 1))
 
 
 def read_method(text: str) -> tuple[str, dict[str, object]]:
     """``visionzip retention=0.25`` -> the name and its options. Raises OptionError."""
     try:
-        name, *given = shlex.split(text)
+        name, *given = shlex.split(text)  # an empty text has no name
     except (ValueError, TypeError, AttributeError):
         raise OptionError(f"the method {text!r} cannot be read; write NAME KEY=VALUE …, such as 'visionzip retention=0.25'") from None
     return name, dict(read_option(one) for one in given)
@@ -297,13 +325,17 @@ def _answer(outcome: Trajectory | Failure, events: tuple[Event, ...], about: dic
 
 
 def _numbers(answer: Answer) -> list[str]:
-    told = (answer.tokens, "{:g}"), (answer.rtr, "{:.3f}"), (answer.seconds and 1000 * answer.seconds, "{:.0f}")
+    milliseconds = None if answer.seconds is None else 1000 * answer.seconds
+    told = (answer.tokens, "{:g}"), (answer.rtr, "{:.3f}"), (milliseconds, "{:.0f}")
     return ["-" if value is None else form.format(value) for value, form in told]
 
 
 def _line(text: str) -> str:
-    """A text on one line of a terminal: white space folded, what cannot be printed by its number, long ones cut."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+    """A text for a table: on one line, long ones cut."""
+    text = printable(text)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
+def printable(text: str) -> str:
+    """A text on one line of a terminal: white space folded, what cannot be printed by its number."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
