@@ -28,6 +28,24 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--pretrained", default="nano", help="checkpoint (default: the nano weights in the package)")
     demo.add_argument("--batch-size", type=int, default=8)
 
+    ask = commands.add_parser("ask", help="one question about one picture: the answer, the crops, the tokens and the seconds")
+    ask.add_argument("image", metavar="IMAGE", help="path of the picture")
+    ask.add_argument("question", metavar="QUESTION")
+    ask.add_argument("--method", default="awares", help="name of a method, or FILE.py:Class (default: awares)")
+    ask.add_argument("--pretrained", default="nano", help="checkpoint folder, LoRA adapters, hub name, or a name of the package")
+    ask.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the method (retention=0.25, pruner=visionzip, max_new_tokens=64) or of the checkpoint (dtype, device, "
+        "attn_implementation, min_pixels, max_pixels, constrained, repetition_penalty); may be repeated",
+    )
+    ask.add_argument(
+        "--compare", metavar="METHODS", help='further methods beside it, with commas between: full,low,"visionzip retention=0.25"'
+    )
+    ask.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the views, the crops and the turns")
+
     sweep = commands.add_parser("run", help="a recipe of methods, options and tasks: one command, one folder, resumable")
     sweep.add_argument("recipe", help="a YAML file, or the name of a recipe in the package: nano, paper_table1")
     sweep.add_argument("--out", type=Path, help="output folder (default: awares-runs/RECIPE); a second call resumes there")
@@ -145,6 +163,33 @@ def _demo(args) -> int:
     from .demo import run
 
     run(args.out, args.methods.split(","), args.suite, args.limit, args.pretrained, args.batch_size)
+    return 0
+
+
+def _ask(args) -> int:
+    from . import api
+    from .card import page
+    from .errors import AnswerError
+    from .images import as_rgb
+
+    given = dict(api.read_option(one) for one in args.option)
+    of_checkpoint = {k: given.pop(k) for k in api.LOAD_OPTIONS if k in given}
+    others = [] if args.compare is None else [api.read_method(text) for text in args.compare.split(",")]
+    asked = [(args.method, given), *others]
+    for name, options in asked:  # before a checkpoint is loaded
+        api.check(name, options)
+    as_rgb(args.image)
+    answers = api.each(api.load(args.pretrained, **of_checkpoint), args.image, args.question, asked)
+    failed = [a for a in answers if a.error is not None]
+    if others or not failed:
+        print(answers if others else api.told(answers[0]))
+    if args.html:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        shown = answers if others else answers[0]
+        args.html.write_text(page(shown._repr_html_(), args.question), encoding="utf-8", errors="backslashreplace")
+        print(args.html)
+    if failed:
+        raise AnswerError(f"{failed[0].method}: {failed[0].error}")
     return 0
 
 
@@ -288,6 +333,7 @@ def _tasks(args) -> int:
 
 _COMMANDS = {
     "demo": _demo,
+    "ask": _ask,
     "run": _run,
     "report": _report,
     "show": _show,

@@ -35,14 +35,16 @@ from lmms_eval.utils import get_datetime_str
 from packaging.version import Version
 from tqdm import tqdm
 
-from . import content, registry
+from . import content, registry, summary
 from .crops import Box
 from .engine import Engine, Failure, Job
 from .features import FeatureStore
 from .generation import Settings, settings
 from .images import whole_images
+from .loading import auxiliary_checkpoints, load_vlm
+from .loading import whole as _whole
 from .manifests import COMPOSED
-from .method import UNDER_TEST, Policy, Pruner
+from .method import Policy, Pruner
 from .record import Record, RunFolder, fingerprint
 from .trajectory import Sample
 from .vlm import MAX_PIXELS, MIN_PIXELS, VLM, check_text
@@ -127,7 +129,7 @@ class MethodModel(lmms):
         seed = _whole("seed", chosen["seed"], least=0)
         random.seed(seed)
         torch.manual_seed(seed)
-        auxiliary = {role: checkpoint for role, checkpoint in self.policy.models.items() if checkpoint != UNDER_TEST}
+        auxiliary = auxiliary_checkpoints(self.policy)
         self._vlms = {} if vlms is None else vlms
         served = self._served(chosen)
         self._store = _whole("reuse_features", chosen["reuse_features"], least=0) * 2**30
@@ -190,15 +192,10 @@ class MethodModel(lmms):
         device = str(chosen["device"] or "auto")
         if self._world_size > 1 and torch.cuda.is_available() and not device.startswith("cpu"):
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-        folder = resolve(str(pretrained))
-        limits = _whole("min_pixels", chosen["min_pixels"]), _whole("max_pixels", chosen["max_pixels"])
-        constrained = _flag("constrained", chosen["constrained"])
-        key = (folder, str(chosen["dtype"]), device, chosen["attn_implementation"], *limits, constrained, penalty)
-        if key not in self._vlms:
-            self._vlms[key] = VLM.load(*key)
-        if self._store and self._vlms[key].features is None:
-            self._vlms[key].features = FeatureStore(self._store)
-        vlm = self._vlms[key]  # a name of the hub: the commit that its files are of, where it is known
+        vlm, folder = load_vlm(pretrained, chosen | {"device": device}, self._vlms, penalty)
+        if self._store and vlm.features is None:
+            vlm.features = FeatureStore(self._store)
+        # a name of the hub: the commit that its files are of, where it is known
         return vlm, fingerprint(Path(folder)) if Path(folder).is_dir() else getattr(vlm.model.config, "_commit_hash", None)
 
     @property
@@ -284,7 +281,8 @@ class MethodModel(lmms):
             mode = "latency" if self.batch_size == 1 else "throughput"  # what the seconds of the records are
             more = {"left_out": self.left_out} if self.left_out else {}
             self.run.finish(mode=mode, peak_memory_bytes=max((vlm.peak_memory() for vlm in local), default=None), **more)
-            print(f"{self.label}: records are in {self.run.folder}", file=sys.stderr)
+            mine = None if self._world_size > 1 else set(keys)  # the documents of other processes are known by their records
+            print(f"{self.label}:\n{summary.of_run(self.run.folder, asked, mine)}", file=sys.stderr)
         results = iter([_result(self.run.done[key]) if key in self.run.done else GenerationResult(text="") for key in keys])
         return [GenerationResult(text="") if _padding(r) else next(results) for r in everything]
 
@@ -436,22 +434,6 @@ def evaluate(model: MethodModel, tasks: tuple[str, ...], limit: int | None, inde
         tracker.save_results_samples(task_name=task, samples=samples[task])
     if not list(output.rglob(f"{now}_results.json")):  # the tracker only logs when it cannot write
         raise OSError(f"lmms-eval could not save its results to {output}")
-
-
-def _whole(name: str, value, least: int = 1) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}; it must be a whole number") from None
-    if number < least:
-        raise ValueError(f"{name} is {number}; it must be at least {least}")
-    return number
-
-
-def _flag(name: str, value) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; allowed: true, false")
-    return value
 
 
 def _job(messages: list[dict], gen_kwargs: dict, key: str) -> Job:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from dataclasses import dataclass
 
 import pandas as pd
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from awares_bench.card import boxes, image_tag, outlined, scaled
 from awares_bench.crops import PAPER_GRID
 from awares_bench.images import half
 
@@ -38,7 +37,6 @@ function show() {
 }
 form.addEventListener('change', show); show();
 """
-COLOURS = ("#d6336c", "#1971c2", "#e8590c", "#2f9e44")
 
 
 @dataclass(frozen=True)
@@ -109,10 +107,10 @@ def _side(image: Image.Image, side: Side, named: bool) -> str:
     ]
     tags += [f'<span class="tag event">{html.escape(e["kind"])}: {html.escape(e["detail"])}</span>' for e in texts["events"]]
     turns = [_turn(image, i, side, names) for i in range(len(texts["replies"]))]
-    boxes = _boxes(image, names)
-    if boxes:
+    places = boxes(image, names)
+    if places:
         turns.insert(
-            1, f'<div class="turn"><small>where it looked, on the full image</small><br>{_img(_outlined(image, boxes))}</div>'
+            1, f'<div class="turn"><small>where it looked, on the full image</small><br>{image_tag(outlined(image, places))}</div>'
         )
     answer = f"answer: <code>{html.escape(str(row['answer']))}</code>"
     name = f"<b>{html.escape(side.name)}</b>" if named else ""
@@ -131,7 +129,7 @@ def _turn(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> str
         seconds = sum(v for k, v in usage.items() if k.endswith("_seconds") and isinstance(v, (int, float)))
         spent = f"{usage.get('prefill', 0):g} visual, {usage.get('text', 0)} text, {usage.get('output', 0)} output tokens; {1000 * seconds:.0f} ms"
     return (
-        f'<div class="turn"><small>turn {i + 1}{who}: {html.escape(caption)}</small><br>{"".join(map(_img, shown))}'
+        f'<div class="turn"><small>turn {i + 1}{who}: {html.escape(caption)}</small><br>{"".join(map(image_tag, shown))}'
         f"<br>model: <code>{html.escape(texts['replies'][i]) or '&nbsp;'}</code><br><small>{spent}</small></div>"
     )
 
@@ -145,7 +143,7 @@ def _seen(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> tup
             if i == 0
             else ([], "what was shown is not recorded")
         )
-    crops = PAPER_GRID.cut(image, names) if _boxes(image, names) else []
+    crops = PAPER_GRID.cut(image, names) if boxes(image, names) else []
     shown, words = [], []
     for j, size in enumerate(tuple(s) for s in sizes[0]):
         if i and j < len(crops) and crops[j].size == size:
@@ -156,7 +154,7 @@ def _seen(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> tup
             shown.append(image)
             words.append("the full image")
         elif size == half(image).size:
-            shown.append(_scaled(half(image), 2))
+            shown.append(scaled(half(image), 2))
             words.append("half-size view, enlarged")
         elif i == 0 and abs(size[0] / size[1] - image.width / image.height) < 0.03:
             shown.append(image.resize(size, Image.Resampling.LANCZOS))
@@ -164,36 +162,3 @@ def _seen(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> tup
         else:
             words.append(f"a picture of {size[0]}×{size[1]} whose place is not recorded")
     return shown, ", ".join(words) or "no picture"
-
-
-def _boxes(image: Image.Image, names: tuple[str, ...]) -> list[tuple[int, int, int, int]]:
-    known = {*PAPER_GRID.names, "all"}
-    return PAPER_GRID.boxes(*image.size, names) if names and set(names) <= known else []
-
-
-def _outlined(image: Image.Image, boxes: list[tuple[int, int, int, int]]) -> Image.Image:
-    copy = _scaled(image, max(1.0, 224 / max(image.size)), 672)
-    factor = copy.width / image.width
-    draw = ImageDraw.Draw(copy)
-    for i, box in enumerate(boxes):
-        left, top, right, bottom = (round(v * factor) for v in box)
-        draw.rectangle(
-            (left, top, max(left, right - 1), max(top, bottom - 1)),
-            outline=COLOURS[i % len(COLOURS)],
-            width=max(3, copy.width // 120),
-        )
-    return copy
-
-
-def _scaled(image: Image.Image, factor: float, limit: int = 448) -> Image.Image:
-    factor = min(factor, limit / max(image.size))
-    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
-    return image.convert("RGB").resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
-
-
-def _img(image: Image.Image) -> str:
-    image = _scaled(image, 1, 672) if max(image.size) > 672 else image
-    data = io.BytesIO()
-    image.save(data, "WEBP", quality=90)
-    encoded = base64.b64encode(data.getvalue()).decode()
-    return f'<img width="{image.width}" height="{image.height}" alt="" src="data:image/webp;base64,{encoded}">'

@@ -1,0 +1,187 @@
+"""An answer as a card of HTML, and how pictures are drawn in it: the views, the regions on the picture, the crops.
+
+Whatever comes from the model or the user is escaped. The gallery of a run draws with the same functions.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw
+
+from .crops import PAPER_GRID, Box
+from .images import half_size
+
+if TYPE_CHECKING:
+    from .api import Answer
+    from .trajectory import Turn
+    from .usage import Usage
+
+COLOURS = ("#d6336c", "#1971c2", "#e8590c", "#2f9e44")
+"""Of regions, in the order asked."""
+
+STYLE = """
+.awares-card{font:15px/1.45 system-ui,sans-serif;color:#1b1f24;background:#fff;border:1px solid #d8dee4;border-radius:8px;padding:1rem;margin:.6rem 0;max-width:76rem}
+.awares-card .head{display:flex;gap:.6rem;align-items:baseline;flex-wrap:wrap;margin-bottom:.4rem}
+.awares-card .tag{font-size:.8rem;border-radius:4px;padding:.05rem .45rem;background:#eef1f4}
+.awares-card .event{background:#fff1d6;color:#7a4b00} .awares-card .error{background:#fde2e1;color:#8c1d18}
+.awares-card .turns{display:flex;gap:1.4rem;flex-wrap:wrap;margin-top:.8rem} .awares-card .turn{max-width:31rem}
+.awares-card img{image-rendering:pixelated;border:1px solid #d8dee4;vertical-align:top;margin:0 .3rem .3rem 0;max-width:100%;height:auto;display:inline}
+.awares-card code{background:#f3f4f6;color:#1b1f24;padding:.1rem .35rem;border-radius:4px;white-space:pre-wrap;overflow-wrap:anywhere}
+.awares-card small,.awares-card summary{color:#57606a;font-size:.8rem}
+.awares-card pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f8fa;color:#1b1f24;padding:.5rem;border-radius:6px;margin:.4rem 0;max-height:16rem;overflow:auto}
+.awares-card table{border-collapse:collapse;margin-top:.8rem;font-size:.85rem} .awares-card td,.awares-card th{padding:.15rem .7rem;text-align:right;border-top:1px solid #eef1f4}
+.awares-card td:first-child,.awares-card th:first-child,.awares-card td.text{text-align:left;overflow-wrap:anywhere;white-space:pre-wrap;max-width:30rem}
+"""
+"""Only within a card, so that a notebook's own page stays as it is."""
+
+PHASES = ("preprocess", "encode", "prefill", "decode")
+
+
+def page(body: str, title: str) -> str:
+    """Cards -> a whole HTML page that needs no other file."""
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>\n"
+
+
+def card(answer: Answer) -> str:
+    """What was asked, shown, said and spent -> a ``div`` with its own style."""
+    tags = [] if answer.rtr is None else [_tag(f"RTR {answer.rtr:.2f}")]
+    if answer.tokens is not None:
+        tags.append(_tag(f"{answer.tokens:g} of {answer.full_tokens} visual tokens"))
+    if answer.seconds is not None:
+        tags.append(_tag(f"{1000 * answer.seconds:.0f} ms"))
+    tags += [_tag(f"crops: {', '.join(answer.crops)}")] if answer.crops else []
+    tags += [_tag(f"{e.kind}: {e.detail}" if e.detail else e.kind, "event") for e in answer.events]
+    tags += [_tag(answer.error, "error")] if answer.error is not None else []
+    size = "" if answer.image is None else f"<small>{answer.image.width}×{answer.image.height} pixels</small>"
+    said = "" if answer.text is None else f"answer: <code>{_text(answer.text)}</code>"
+    turns = [_turn(answer, i) for i in range(len(answer.turns))]
+    places = boxes(answer.image, answer.crops) if answer.image is not None else []
+    if places:
+        drawn = image_tag(outlined(answer.image, places))
+        turns.insert(1, f'<div class="turn"><small>where it looked, on the full image</small><br>{drawn}</div>')
+    elif answer.image is not None and not turns:
+        turns = [f'<div class="turn">{image_tag(enlarged(answer.image))}</div>']
+    return (
+        f'<style>{STYLE}</style><div class="awares-card"><div class="head"><b>{_text(answer.method)}</b>{size}{"".join(tags)}</div>'
+        f'<pre>{_text(answer.question)}</pre>{said}<div class="turns">{"".join(turns)}</div>{_costs(answer)}</div>'
+    )
+
+
+def cards(answers: Sequence[Answer], rows: list[list[str]]) -> str:
+    """Several answers to one question -> a table of ``rows``, its head first, and a folded card for each answer."""
+    head, *body = rows
+    kinds = ["", " class=text"] + [""] * len(head)  # the second column is the answer
+    lines = ["".join(f"<td{kind}>{_text(cell)}</td>" for kind, cell in zip(kinds, row, strict=False)) for row in body]
+    top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
+    told = "".join(f"<tr>{line}</tr>" for line in (top, *lines))
+    folded = "".join(f"<details><summary>{_text(a.method)}</summary>{card(a)}</details>" for a in answers)
+    return f'<style>{STYLE}</style><div class="awares-card"><table>{told}</table>{folded}</div>'
+
+
+def _turn(answer: Answer, i: int) -> str:
+    turn, reply = answer.turns[i], answer.replies[i]
+    who = f", {_text(turn.model)}" if turn.model else ""
+    shown = "".join(image_tag(enlarged(image)) for image in turn.images)
+    asked = "\n\n".join(filter(None, (turn.system, *turn.before, turn.text)))
+    told = f"<details><summary>message</summary><pre>{_text(asked)}</pre></details>" if asked else ""
+    said = "a probe: no text is asked for" if turn.probe is not None else f"model: <code>{_text(reply.text) or '&nbsp;'}</code>"
+    put = " <small>(put into its mouth)</small>" if turn.said is not None else ""
+    return (
+        f'<div class="turn"><small>turn {i + 1}{who}: {_text(_caption(answer, turn, i))}</small><br>{shown}{told}<br>{said}{put}</div>'
+    )
+
+
+def _caption(answer: Answer, turn: Turn, i: int) -> str:
+    """What the pictures of a turn are, by their sizes."""
+    words, image = [], answer.image
+    places = boxes(image, answer.crops) if i and image is not None else []
+    for j, shown in enumerate(turn.images):
+        if j < len(places) and shown.size == (places[j][2] - places[j][0], places[j][3] - places[j][1]):
+            name = answer.crops[j]
+        elif image is not None and shown.size == image.size:
+            name = "the full image"
+        elif image is not None and shown.size == half_size(*image.size):
+            name = "half-size view"
+        else:
+            name = "a picture"
+        words.append(f"{name}, {shown.width}×{shown.height}")
+    return "; ".join(words) or "no picture"
+
+
+def _costs(answer: Answer) -> str:
+    """Tokens and milliseconds of each turn and of all, as a table."""
+    if not answer.replies:
+        return ""
+    usages = [reply.usage for reply in answer.replies]
+    auxiliary = any(u.aux_seconds for u in usages)
+    head = ["", "visual tokens", "text tokens", "output tokens", *(f"{phase} ms" for phase in PHASES)]
+    head += ["auxiliary ms"] if auxiliary else []
+    rows = [(f"turn {i + 1}", usage) for i, usage in enumerate(usages)]
+    rows += [("all", sum(usages[1:], usages[0]))] if len(usages) > 1 else []
+    lines = "".join(f"<tr><td>{name}</td>{_cells(usage, auxiliary)}</tr>" for name, usage in rows)
+    top = "".join(f"<th>{name}</th>" for name in head)
+    return f"<table><tr>{top}</tr>{lines}</table>"
+
+
+def _cells(usage: Usage, auxiliary: bool) -> str:
+    cells = [f"{usage.prefill:g}", str(usage.text), str(usage.output)]
+    cells += [f"{1000 * getattr(usage, phase + '_seconds'):.1f}" for phase in PHASES]
+    cells += [f"{1000 * usage.aux_seconds:.1f}"] if auxiliary else []
+    return "".join(f"<td>{cell}</td>" for cell in cells)
+
+
+def _tag(text: str, kind: str = "") -> str:
+    return f'<span class="tag {kind}">{_text(text)}</span>'
+
+
+def _text(text: str) -> str:
+    """Escaped; half a character (a lone surrogate), which no page can hold, as its number."""
+    return html.escape(text.encode("utf-8", "backslashreplace").decode())
+
+
+def boxes(image: Image.Image, names: tuple[str, ...]) -> list[Box]:
+    """The pixel boxes of named regions; none when a name is not of the paper's grid."""
+    known = {*PAPER_GRID.names, "all"}
+    return PAPER_GRID.boxes(*image.size, names) if names and set(names) <= known else []
+
+
+def outlined(image: Image.Image, places: list[Box]) -> Image.Image:
+    """A copy with the boxes drawn, small pictures enlarged, large ones reduced."""
+    copy = scaled(image, max(1.0, 224 / max(image.size)), 672)
+    factor = copy.width / image.width
+    draw = ImageDraw.Draw(copy)
+    for i, box in enumerate(places):
+        left, top, right, bottom = (round(v * factor) for v in box)
+        draw.rectangle(
+            (left, top, max(left, right - 1), max(top, bottom - 1)),
+            outline=COLOURS[i % len(COLOURS)],
+            width=max(3, copy.width // 120),
+        )
+    return copy
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """At least 224 pixels on the longer side and at most 448."""
+    return scaled(image, max(1.0, 224 / max(image.size)))
+
+
+def scaled(image: Image.Image, factor: float, limit: int = 448) -> Image.Image:
+    """Enlarged or reduced by ``factor``, the longer side at most ``limit`` pixels."""
+    factor = min(factor, limit / max(image.size))
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
+
+
+def image_tag(image: Image.Image) -> str:
+    """An ``img`` that holds its picture."""
+    image = scaled(image, 1, 672) if max(image.size) > 672 else image
+    data = io.BytesIO()
+    image.save(data, "WEBP", quality=90)
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return f'<img width="{image.width}" height="{image.height}" alt="" src="data:image/webp;base64,{encoded}">'
