@@ -98,7 +98,7 @@ class Comparison(list):
     def rows(self) -> list[list[str]]:
         """Words of the table, its head first; a number that is not known is a dash."""
         head = ["method", "answer", "crops", "visual tokens", "RTR", "ms"]
-        return [head, *([a.method, _line(str(a)), ", ".join(a.crops), *_numbers(a)] for a in self)]
+        return [head, *([_line(a.method), _line(str(a)), _line(", ".join(a.crops)), *_numbers(a)] for a in self)]
 
     def __str__(self) -> str:
         return aligned(self.rows(), left=(0, 1, 2))
@@ -257,9 +257,9 @@ def told(answer: Answer) -> str:
     """An answer and its numbers, a line each, for a terminal."""
     tokens, rtr, _ = _numbers(answer)
     seconds = "-" if answer.seconds is None else f"{answer.seconds:.3f}"
-    lines = [("answer", printable(str(answer))), ("crops", ", ".join(answer.crops) or "none")]
+    lines = [("answer", printable(str(answer))), ("crops", printable(", ".join(answer.crops)) or "none")]
     lines += [("visual tokens", f"{tokens} of {'-' if answer.full_tokens is None else answer.full_tokens}"), ("RTR", rtr)]
-    lines += [("seconds", seconds), ("method", answer.method)]
+    lines += [("seconds", seconds), ("method", printable(answer.method))]
     lines += [("event", printable(f"{e.kind}: {e.detail}")) for e in answer.events]
     return aligned([[name, value] for name, value in lines], left=(0, 1))
 
