@@ -298,7 +298,7 @@ def test_the_event_says_what_the_model_would_have_written_and_stands_in_the_sess
             vlm.reply([Request(session, TURN, 32)])
         held.append(session.events)
     free, (event,) = held
-    assert not free and event.kind == "call_overruled" and '"\'3\'" after "GET_CROPS' not in event.detail
+    assert not free and event.kind == "call_overruled"
     assert "'3' after \"GET_CROPS: ['3', '\" became '" in event.detail
 
 
