@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from itertools import takewhile
+from itertools import repeat, takewhile
 from typing import NamedTuple
 
 from .crops import ALL, CropGrid
@@ -131,8 +131,8 @@ class CallGrammar:
     def _spelled(self) -> dict:
         """The tokens that a call may hold as a tree of letters up to ``]``; the ids of those that end at a place under ``""``."""
         before = self.tokenizer(WORD, add_special_tokens=False)["input_ids"][-1]  # some decoders strip what begins a text
-        rows = [[before, before], *([before, token] for token in range(len(self.tokenizer)))]
-        twice, *texts = self.tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)
+        rows = zip(repeat(before), [before, *range(len(self.tokenizer))], strict=False)
+        twice, *texts = self.tokenizer.backend_tokenizer.decode_batch(list(rows), skip_special_tokens=True)
         pieces, tree, at = " ".join(word for word, _ in self._words), {}, len(twice) // 2
         letters = re.escape("".join({*pieces, *pieces.upper()}))
         fits = re.compile(rf"(?P<head>[\s:\[,'\"_{letters}]*)(?:(?P<closed>\])(?P<rest>.*))?", re.DOTALL)
@@ -141,7 +141,7 @@ class CallGrammar:
             if not found:
                 continue
             head, closed, rest = found.groups("")
-            if WORD in rest.upper() or any(run not in pieces for run in re.findall(r"[^\W_]+", head.lower())):
+            if (rest and WORD in rest.upper()) or any(run not in pieces for run in re.findall(r"[^\W_]+", head.lower())):
                 continue  # the first: it ends one call and holds another
             node = tree
             for letter in head + closed:

@@ -48,8 +48,11 @@ class Writer:
     @property
     def events(self) -> list[Event]:
         """``call_overruled``, once, when the reply is not what the model alone would have written."""
-        said = "what the model would have written was no call, or named a crop twice, and was held to one: "
-        return [Event("call_overruled", said + "; ".join(self.overruled))] if self.overruled else []
+        return (
+            [Event("call_overruled", f"the grammar of calls held the model: {'; '.join(self.overruled)}")]
+            if self.overruled
+            else []
+        )
 
     def feed(self) -> list[int]:
         """The last token, not yet in the cache, and a draft of what the grammar makes of it."""
