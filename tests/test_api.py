@@ -214,6 +214,7 @@ def test_ask_refuses_in_a_sentence_before_it_loads(more, said, capsys, monkeypat
     assert err.startswith("awares-bench ask: ") and said in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_the_example_runs(document, tmp_path):
     (tmp_path / "a.png").write_bytes(document[0])
     example = Path(__file__).parents[1] / "examples" / "one_image.py"

@@ -369,6 +369,7 @@ def test_skip_scores_the_answered_documents_and_no_other(skipped):
     assert "lmms-eval's numbers of odd are over the others" in said
 
 
+@pytest.mark.slow
 def test_a_skipped_run_tries_its_failures_again_and_heals(skipped, checkpoint):  # noqa: F811
     place, _ = skipped
     missing = odd.KINDS.index("missing")

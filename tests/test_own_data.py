@@ -192,6 +192,7 @@ def test_a_chat_template_for_text_models_is_refused(run, suites):
         run(suites / "1", apply_chat_template=True)
 
 
+@pytest.mark.slow
 def test_a_demo_on_another_suite_is_refused_and_a_suite_made_anew_is_answered(tmp_path, suites, checkpoint, capsys, monkeypatch):  # noqa: F811
     place, out = tmp_path / "suite", tmp_path / "demo"
     shutil.copytree(suites / "1", place)

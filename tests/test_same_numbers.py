@@ -93,6 +93,7 @@ def test_so_is_every_answer_of_128_tokens(here, tmp_path, tied, penalty):
     assert short and any("\n\n" in a.strip() for a in expected.values())  # some end by themselves, some have a blank line
 
 
+@pytest.mark.slow
 def test_limits_that_bite_give_the_same_answers(here, tmp_path):
     folder = stock()
     limits = {"min_pixels": 16 * 28 * 28, "max_pixels": 64 * 28 * 28}
