@@ -3,7 +3,7 @@
 Otherwise those of bfloat16 begin with a copy of the bias into every row, and those of float32 are MKL's, which on AMD's processors keeps to
 AVX2: twice as long where oneDNN has AVX-512. Without AVX-512 oneDNN wins only where few rows meet a large matrix (8 to 120 rows and
 2,048 x 11,008: MKL takes 1.5 to 3.3 times as long); a small one is not worth its set-up of 60 microseconds (192 x 576: 0.15 ms against
-0.09 at 32 rows, 1.2 either way at 720). Measured with PyTorch 2.13 and 2.14. Results differ by rounding only.
+0.09 at 32 rows, 1.2 either way at 720). Measured with PyTorch 2.13 and 2.14 on a shared machine. Results differ by rounding only.
 """
 
 from __future__ import annotations
