@@ -49,7 +49,7 @@ tested-set:
 	rm held.tmp constraints.tmp
 
 figures: .venv/installed
-	.venv/bin/awares-bench report reports/records/nano --out reports/figures/nano --formats png --no-times --logs $(patsubst %,training/logs/%.jsonl,tower base where joint read fetch sft grpo visionthink_sft visionthink_grpo cropvlm_sft cropvlm_grpo)
+	.venv/bin/awares-bench report reports/published/nano/records --out reports/published/nano/figures --formats png --no-times --logs $(patsubst %,training/nano/logs/%.jsonl,tower base where joint read fetch sft grpo visionthink_sft visionthink_grpo cropvlm_sft cropvlm_grpo)
 
 # The parts that the code decides are written into docs/, then the site into site/. A warning, such as a dead link, is an error.
 docs: .venv/installed

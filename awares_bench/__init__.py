@@ -1,10 +1,10 @@
 """awares-bench: how few visual tokens does a vision-language model need?
 
-    import awares_bench
+import awares_bench
 
-    model = awares_bench.load("nano")
-    answer = model.ask("chart.png", "What is the value of the red bar?")
-    print(answer.text, answer.crops, answer.rtr)
+model = awares_bench.load("nano")
+answer = model.ask("chart.png", "What is the value of the red bar?")
+print(answer.text, answer.crops, answer.rtr)
 """
 
 from importlib import import_module
@@ -19,11 +19,11 @@ _HOMES = {
     "Answer": "api",
     "Comparison": "api",
     "AwaresError": "errors",
-    "Policy": "method",
-    "Pruner": "method",
-    "Sample": "trajectory",
-    "Turn": "trajectory",
-    "Event": "trajectory",
+    "Policy": "methods.policy",
+    "Pruner": "methods.pruner",
+    "Sample": "methods.conversation",
+    "Turn": "methods.conversation",
+    "Event": "methods.conversation",
     "AwaRes": "awares",
 }
 """Public name -> the module that holds it, imported when the name is asked for: a bare import loads no torch."""

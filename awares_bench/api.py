@@ -18,18 +18,19 @@ from dataclasses import dataclass, field
 import yaml
 from PIL import Image
 
-from . import registry
+from awares_bench.evaluation.summary import aligned
+from awares_bench.inference.engine import Engine, Job
+from awares_bench.inference.generation import MAX_NEW_TOKENS, settings
+from awares_bench.inference.loading import auxiliary_checkpoints, load_vlm, whole
+from awares_bench.inference.local_model import MAX_PIXELS, MIN_PIXELS, VLM
+from awares_bench.methods import registry
+from awares_bench.methods.conversation import Event, Failure, Reply, Sample, Trajectory, Turn
+from awares_bench.methods.images import PictureError, as_rgb
+from awares_bench.methods.registry import Method
+from awares_bench.models.packaged import NANO
+
 from .card import card, cards
-from .engine import Engine, Failure, Job
 from .errors import AnswerError, OptionError
-from .generation import MAX_NEW_TOKENS, settings
-from .images import PictureError, as_rgb
-from .loading import auxiliary_checkpoints, load_vlm, whole
-from .registry import Method
-from .summary import aligned
-from .trajectory import Event, Reply, Sample, Trajectory, Turn
-from .vlm import MAX_PIXELS, MIN_PIXELS, VLM
-from .weights import NANO
 
 LOAD_OPTIONS = ("dtype", "device", "attn_implementation", "min_pixels", "max_pixels", "constrained", "repetition_penalty")
 """Options of ``load`` beside the checkpoint."""
@@ -220,7 +221,9 @@ def methods() -> list[str]:
     return registry.names()
 
 
-def compare(model: Model, image: object, question: str, methods: Iterable[str] = ("full", "low", "awares"), **options) -> Comparison:
+def compare(
+    model: Model, image: object, question: str, methods: Iterable[str] = ("full", "low", "awares"), **options
+) -> Comparison:
     """Several methods on one question, one after the other.
 
     methods: names with their options, such as ``visionzip retention=0.25`` or ``awares pruner=visionzip``. options: of all
@@ -269,7 +272,9 @@ def read_method(text: str) -> tuple[str, dict[str, object]]:
     try:
         name, *given = shlex.split(text)  # an empty text has no name
     except (ValueError, TypeError, AttributeError):
-        raise OptionError(f"the method {text!r} cannot be read; write NAME KEY=VALUE …, such as 'visionzip retention=0.25'") from None
+        raise OptionError(
+            f"the method {text!r} cannot be read; write NAME KEY=VALUE …, such as 'visionzip retention=0.25'"
+        ) from None
     return name, dict(read_option(one) for one in given)
 
 

@@ -14,10 +14,10 @@ from typing import Literal
 
 from PIL import Image
 
-from .crops import PAPER_GRID, CropRequestError
-from .images import SMALLEST_SIDE, half
-from .method import Look, Policy
-from .trajectory import Event, Sample, Turn
+from awares_bench.methods.conversation import Event, Sample, Turn
+from awares_bench.methods.crop_grid import PAPER_GRID, CropRequestError
+from awares_bench.methods.images import SMALLEST_SIDE, half
+from awares_bench.methods.policy import Look, Policy
 
 CALL_BUDGET = 32
 """Tokens the first turn may always have: official tasks allow 16, which cuts a call for three crops."""

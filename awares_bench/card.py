@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
-from .crops import PAPER_GRID, Box
-from .images import half_size
+from awares_bench.methods.crop_grid import PAPER_GRID, Box
+from awares_bench.methods.images import half_size
 
 if TYPE_CHECKING:
+    from awares_bench.methods.conversation import Turn
+    from awares_bench.methods.usage import Usage
+
     from .api import Answer
-    from .trajectory import Turn
-    from .usage import Usage
 
 COLOURS = ("#d6336c", "#1971c2", "#e8590c", "#2f9e44")
 """Of regions, in the order asked."""
@@ -92,9 +93,7 @@ def _turn(answer: Answer, i: int) -> str:
     told = f"<details><summary>message</summary><pre>{_text(asked)}</pre></details>" if asked else "<br>"
     said = "a probe: no text is asked for" if turn.probe is not None else f"model: <code>{_text(reply.text) or '&nbsp;'}</code>"
     put = " <small>(put into its mouth)</small>" if turn.said is not None else ""
-    return (
-        f'<div class="turn"><small>turn {i + 1}{who}: {_text(_caption(answer, turn, i))}</small><br>{shown}{told}{said}{put}</div>'
-    )
+    return f'<div class="turn"><small>turn {i + 1}{who}: {_text(_caption(answer, turn, i))}</small><br>{shown}{told}{said}{put}</div>'
 
 
 def _caption(answer: Answer, turn: Turn, i: int) -> str:

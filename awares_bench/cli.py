@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
-from .doctor import installed
+from awares_bench.evaluation.doctor import installed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,17 +159,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _demo(args) -> int:
-    from .demo import run
+    from awares_bench.evaluation.demo import run
 
     run(args.out, args.methods.split(","), args.suite, args.limit, args.pretrained, args.batch_size)
     return 0
 
 
 def _ask(args) -> int:
+    from awares_bench.methods.images import as_rgb
+
     from . import api
     from .card import page
     from .errors import AnswerError
-    from .images import as_rgb
 
     given = dict(api.read_option(one) for one in args.option)
     of_checkpoint = {k: given.pop(k) for k in api.LOAD_OPTIONS if k in given}
@@ -194,7 +194,7 @@ def _ask(args) -> int:
 
 
 def _run(args) -> int:
-    from . import sweep
+    from awares_bench.evaluation import sweep
 
     recipe = sweep.read(args.recipe, args.limit, pretrained=args.pretrained, batch_size=args.batch_size)
     out = args.out or Path("awares-runs") / Path(args.recipe).stem
@@ -209,7 +209,8 @@ def _run(args) -> int:
 def _report(args) -> int:
     if not args.runs and not args.logs:
         raise ValueError("name at least one folder of runs: awares-bench report RUNS --out DIR")
-    report = import_module("awares_bench.reports.report")
+    from awares_bench.reports import report
+
     metrics = dict(_pair(m) for m in args.metric)
     formats = tuple(args.formats.split(","))
     if not args.runs:
@@ -241,9 +242,9 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _show(args) -> int:
-    shown = import_module("awares_bench.reports.show").write(
-        args.run, args.out, args.where, args.compare, args.images, args.count
-    )
+    from awares_bench.reports.gallery import select
+
+    shown = select.write(args.run, args.out, args.where, args.compare, args.images, args.count)
     print(f"{shown} documents in {args.out}")
     return 0
 
@@ -251,24 +252,27 @@ def _show(args) -> int:
 def _nano_data(args) -> int:
     from tqdm import tqdm
 
-    import_module("awares_bench.tasks.nano_suite").write(args.out, args.seed, args.documents, tqdm)
+    from awares_bench.tasks.nano import suite
+
+    suite.write(args.out, args.seed, args.documents, tqdm)
     print(f"{args.documents} documents per task in {args.out}; try: awares-bench demo --suite {args.out}")
     return 0
 
 
 def _bench(args) -> int:
     if args.what == "pruners":
-        from .bench_pruners import run as bench_pruners
+        from awares_bench.bench.pruner_bench import run as bench_pruners
 
         more = (args.device, args.dtype, args.json)
         bench_pruners(args.geometry or "nano", args.tokens, args.batch, args.retention, args.repeats, *more)
         return 0
     if args.what == "grpo":
-        bench_grpo = import_module("awares_bench.training.bench_grpo")
+        from awares_bench.bench import grpo_bench
+
         more = (args.trl_python, args.prompts, args.group, args.repeats, args.device, args.json)
-        bench_grpo.run(args.pretrained or "nano", *more)
+        grpo_bench.run(args.pretrained or "nano", *more)
         return 0
-    from .bench import run
+    from awares_bench.bench.engine_bench import run
 
     known, parts = ("vision", "turns", "stock", "suite"), tuple(args.parts.split(","))
     if unknown := [p for p in parts if p not in known]:
@@ -280,44 +284,50 @@ def _bench(args) -> int:
 
 
 def _train(args) -> int:
-    stage = import_module(f"awares_bench.training.{args.stage}")
-    recipe = import_module("awares_bench.training.recipe").load(stage.RECIPE, args.recipe, args.set)
+    from awares_bench.training import grpo, sft
+    from awares_bench.training.recipe import load
+
+    stage = {"sft": sft, "grpo": grpo}[args.stage]
+    recipe = load(stage.RECIPE, args.recipe, args.set)
     (stage.dry_run if args.dry_run else stage.run)(recipe)
     return 0
 
 
 def _curate(args) -> int:
-    curate = import_module("awares_bench.training.curate")
-    curate.run(import_module("awares_bench.training.recipe").load(curate.RECIPE, args.recipe, args.set))
+    from awares_bench.training.curation import pipeline
+    from awares_bench.training.recipe import load
+
+    pipeline.run(load(pipeline.RECIPE, args.recipe, args.set))
     return 0
 
 
 def _diagnose(args) -> int:
     import json
 
-    room = import_module("awares_bench.training.diagnose")
-    if args.labels:
-        from .vlm import VLM
-        from .weights import resolve
+    from awares_bench.training.curation import diagnose
 
-        found = room.probe(VLM.load(resolve(args.run)), args.labels, args.limit, args.judge)
+    if args.labels:
+        from awares_bench.inference.local_model import VLM
+        from awares_bench.models.packaged import resolve
+
+        found = diagnose.probe(VLM.load(resolve(args.run)), args.labels, args.limit, args.judge)
     else:
-        suite = args.suite or Path(str(files("awares_bench.tasks") / "awares_nano.yaml")).parent
-        found = room.from_records(Path(args.run), suite)
-    print(room.show(found))
+        suite = args.suite or Path(str(files("awares_bench.tasks.nano") / "awares_nano.yaml")).parent
+        found = diagnose.from_records(Path(args.run), suite)
+    print(diagnose.show(found))
     if args.out:
         args.out.write_text(json.dumps(found, indent=1))
     return 0
 
 
 def _doctor(args) -> int:
-    from .doctor import run
+    from awares_bench.evaluation.doctor import run
 
     return run()
 
 
 def _methods(args) -> int:
-    from . import registry
+    from awares_bench.methods import registry
 
     for name in registry.names():
         block = registry.describe(name)
@@ -327,7 +337,7 @@ def _methods(args) -> int:
 
 
 def _tasks(args) -> int:
-    print(Path(str(files("awares_bench.tasks") / "awares_nano.yaml")).parent)
+    print(Path(str(files("awares_bench.tasks") / "paper.yaml")).parent)
     return 0
 
 

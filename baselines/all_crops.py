@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from awares_bench.awares import give
-from awares_bench.method import Look, Policy
-from awares_bench.trajectory import Sample
+from awares_bench.methods.conversation import Sample
+from awares_bench.methods.policy import Look, Policy
 
 QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
 

@@ -2,7 +2,7 @@
 
 Paper    Kimhi et al., ACL 2026, https://arxiv.org/abs/2510.19496
 Code     https://github.com/mkimhi/CARES at ee9763e (training of the gate; no weights of it)
-Needs    a gate trained for the proxy (``python -m awares_bench.training.cares_gate``); no training of the model under test
+Needs    a gate trained for the proxy (``python -m awares_bench.training.auxiliary.cares_gate``); no training of the model under test
 Cost     the chosen size's tokens; the proxy's own in the aux columns
 Differs  the paper's last token where the code pools over the text; the proxy is of the Qwen2.5-VL family; each of several images gets its own size
 """
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from awares_bench.gate import Gate
-from awares_bench.images import within
-from awares_bench.method import UNDER_TEST, Look, Policy
-from awares_bench.session import RunError
-from awares_bench.trajectory import Event, Sample, Turn
-from awares_bench.weights import gate as packaged
+from awares_bench.errors import RunError
+from awares_bench.methods.conversation import Event, Sample, Turn
+from awares_bench.methods.images import within
+from awares_bench.methods.policy import UNDER_TEST, Look, Policy
+from awares_bench.methods.resolution_gate import Gate
+from awares_bench.models.packaged import gate as packaged
 
 STEP = 28
 """Sizes that Qwen2.5-VL tells apart: one merged token."""
@@ -49,7 +49,9 @@ class Cares(Policy):
     def opened(self) -> Gate:
         """The gate. Raises RunError when there is none: no document can be answered without it."""
         if not self.gate:
-            raise RunError("cares needs gate=FILE; train one with: python -m awares_bench.training.cares_gate --out FILE")
+            raise RunError(
+                "cares needs gate=FILE; train one with: python -m awares_bench.training.auxiliary.cares_gate --out FILE"
+            )
         try:
             return _gate(packaged(self.gate))
         except ValueError as error:

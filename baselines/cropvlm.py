@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from awares_bench.awares import without_crops
-from awares_bench.crops import Box
-from awares_bench.images import half, within
-from awares_bench.method import UNDER_TEST, Look, Policy
-from awares_bench.trajectory import Event, Sample, Turn
+from awares_bench.methods.conversation import Event, Sample, Turn
+from awares_bench.methods.crop_grid import Box
+from awares_bench.methods.images import half, within
+from awares_bench.methods.policy import UNDER_TEST, Look, Policy
 
 ASK = "{question}\nOutline the region in the image that would help answer this question."
 NOT_NEEDED = "not needed"

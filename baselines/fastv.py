@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from awares_bench.method import Pruner, Visual
+from awares_bench.methods.pruner import Pruner, Visual
 
 
 @dataclass(frozen=True)

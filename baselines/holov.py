@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from awares_bench.attention_scores import window_order
-from awares_bench.method import Pruner, Visual
+from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench.models.attention_scores import window_order
 
 ALPHA, BETA, SCALE, EPSILON = 1.0, 0.09, 1e3, 1e-6
 """Weights of attention and of diversity in a band's score, scale of attention, guard of divisions: those of the released code."""

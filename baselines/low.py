@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from awares_bench.images import half
-from awares_bench.method import Look, Policy
-from awares_bench.trajectory import Sample
+from awares_bench.methods.conversation import Sample
+from awares_bench.methods.images import half
+from awares_bench.methods.policy import Look, Policy
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from awares_bench.awares import give, without_crops
-from awares_bench.crops import PAPER_GRID, Box
-from awares_bench.images import SMALLEST_SIDE, half
-from awares_bench.method import Look, Policy
-from awares_bench.trajectory import Event, Sample
+from awares_bench.methods.conversation import Event, Sample
+from awares_bench.methods.crop_grid import PAPER_GRID, Box
+from awares_bench.methods.images import SMALLEST_SIDE, half
+from awares_bench.methods.policy import Look, Policy
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from awares_bench.awares import AwaRes, give
-from awares_bench.crops import PAPER_GRID
-from awares_bench.method import Look
-from awares_bench.trajectory import Sample
+from awares_bench.methods.conversation import Sample
+from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.policy import Look
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awares_bench.method import Pruner, Visual
+from awares_bench.methods.pruner import Pruner, Visual
 
 
 @dataclass(frozen=True)

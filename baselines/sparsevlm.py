@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from awares_bench.method import Pruner, Visual
+from awares_bench.methods.pruner import Pruner, Visual
 
 LAYERS = (2, 6, 15)
 """Decoder layers after which the released code cuts; of the depth of Qwen2.5-VL-7B where the decoder is shallower."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from awares_bench.method import Pruner, Visual
+from awares_bench.methods.pruner import Pruner, Visual
 
 
 @dataclass(frozen=True)

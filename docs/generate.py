@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from awares_bench import registry
+from awares_bench.methods import registry
 
 DOCS = Path(__file__).parent
 

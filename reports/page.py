@@ -6,8 +6,8 @@ import base64
 import html
 from pathlib import Path
 
-from . import render
-from .tables import Table
+from .tables import render
+from .tables.main import Table
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#1b1f24;background:#fff}

@@ -9,28 +9,23 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from . import (
+from . import page
+from .data import compact as compact_records
+from .data import comparability, discover, names, published, stats
+from .data.load import ReportError, Run
+from .plots import (
     accuracy_rtr,
     accuracy_seconds,
     calibration,
     crop_selection,
-    details,
-    find,
+    hard_documents,
     latency,
     learning_curves,
-    low_wrong,
-    names,
-    page,
-    paper,
-    records,
-    refusals,
-    render,
     rtr_distribution,
-    stats,
-    tables,
 )
-from . import draw as drawing
-from .load import ReportError, Run
+from .plots import style as drawing
+from .tables import details, render
+from .tables import main as tables
 
 
 def write(
@@ -54,12 +49,12 @@ def write(
     if unknown:
         raise ReportError(f"--formats {unknown[0]}: unknown; allowed: {', '.join(drawing.FORMATS)}")
     left_out: list[str] = []
-    runs = find.runs(given, metrics, left_out if "partial" in allow else None)
+    runs = discover.runs(given, metrics, left_out if "partial" in allow else None)
     if not runs:
         raise ReportError("no run is left to report: " + "; ".join(left_out))
-    frame = find.together(runs)
+    frame = discover.together(runs)
     runs = sorted(runs, key=lambda r: list(frame["method"].cat.categories).index(r.name))
-    notes = [*left_out, *refusals.check(runs, frame, allow, times), *refusals.notes(runs)]
+    notes = [*left_out, *comparability.check(runs, frame, allow, times), *comparability.notes(runs)]
     if names.is_nano(frame):
         notes.insert(0, f"{names.NANO[0].upper()}{names.NANO[1:]}.")
     limits = sorted(
@@ -70,12 +65,12 @@ def write(
 
     out.mkdir(parents=True, exist_ok=True)
     if compact:
-        records.write(runs, compact)
-    published = paper.cells(runs, frame)
+        compact_records.write(runs, compact)
+    paper = published.cells(runs, frame)
     (out / "summary.json").write_text(json.dumps(tables.summary(frame), indent=1) + "\n")
     found = [
-        tables.main(frame, published),
-        tables.against_paper(frame, published),
+        tables.main(frame, paper),
+        tables.against_paper(frame, paper),
         tables.cost(runs, frame, times),
         details.differences(frame, gap),
         details.diagnostics(frame),
@@ -86,7 +81,7 @@ def write(
     for table in shown:
         render.write(table, out, notes)
     drawn, skipped = [], []
-    for name, data, figure in _figures(runs, frame, published, tuple(notes), times, logs):
+    for name, data, figure in _figures(runs, frame, paper, tuple(notes), times, logs):
         if data.empty:
             skipped.append(name)
             continue
@@ -102,12 +97,12 @@ def write(
 
 
 def _figures(
-    runs: list[Run], frame: pd.DataFrame, published: pd.DataFrame, notes: tuple[str, ...], times: bool, logs: tuple[Path, ...]
+    runs: list[Run], frame: pd.DataFrame, paper: pd.DataFrame, notes: tuple[str, ...], times: bool, logs: tuple[Path, ...]
 ) -> Iterator:
     """(name, data, data -> Figure) of every figure; empty data where the runs do not hold what it shows."""
     suite = names.suite(frame)
     caveats = tuple(n for n in notes if not n.startswith("Processor limits"))
-    hollow = accuracy_rtr.published(published)
+    hollow = accuracy_rtr.published(paper)
 
     def titled(draw, title: str = suite, *more):
         return lambda data: draw(data, title, *more, notes=caveats)
@@ -119,7 +114,7 @@ def _figures(
         yield "latency", latency.data(frame), titled(latency.draw, suite, machine)
     yield "crop_selection", crop_selection.data(frame), titled(crop_selection.draw)
     yield "rtr_distribution", rtr_distribution.data(frame), titled(rtr_distribution.draw)
-    yield "low_wrong", low_wrong.data(frame), titled(low_wrong.draw)
+    yield "low_wrong", hard_documents.data(frame), titled(hard_documents.draw)
     yield "calibration", calibration.data(frame), titled(calibration.draw)
     if logs:
         curves = learning_curves.data(learning_curves.read(list(logs)))

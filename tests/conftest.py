@@ -4,9 +4,9 @@ import logging
 
 import pytest
 
-from awares_bench.batch import Batch
-from awares_bench.ragged import RaggedBatch
-from awares_bench.vlm import VLM
+from awares_bench.inference.local_model import VLM
+from awares_bench.inference.padded_batch import Batch
+from awares_bench.inference.ragged_batch import RaggedBatch
 
 
 @pytest.fixture(params=["line", "rectangle"])

@@ -9,9 +9,9 @@ Differs  nothing
 
 from dataclasses import dataclass
 
-from awares_bench.images import half
-from awares_bench.method import Look, Policy
-from awares_bench.trajectory import Event, Sample, Turn
+from awares_bench.methods.conversation import Event, Sample, Turn
+from awares_bench.methods.images import half
+from awares_bench.methods.policy import Look, Policy
 
 
 @dataclass(frozen=True)

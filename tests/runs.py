@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from awares_bench.record import Record, RunFolder
-from awares_bench.usage import Usage
+from awares_bench.evaluation.records import Record, RunFolder
+from awares_bench.methods.usage import Usage
 
 METRIC = {"nano_doc": "anls", "nano_chart": "relaxed_overall", "nano_pope": "pope_accuracy", "docvqa_val": "anls"}
 

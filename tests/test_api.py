@@ -3,7 +3,6 @@
 import io
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,20 @@ import awares_bench
 from awares_bench import api, cli
 from awares_bench.card import page
 from awares_bench.errors import AnswerError, AwaresError, OptionError
+from awares_bench.tasks import nano as nano_suite
 
 from .tiny import picture, tiny_vlm
 
-TASKS = Path(import_module("awares_bench.tasks").__file__).parent
+TASKS = Path(nano_suite.__file__).parent
 EXAMPLE = Path(__file__).parent / "example_method.py"
-METHODS = ["full", "low", "awares", "visionzip retention=0.25", "awares pruner=visionzip retention=0.5", f"{EXAMPLE}:Strip share=0.5"]
+METHODS = [
+    "full",
+    "low",
+    "awares",
+    "visionzip retention=0.25",
+    "awares pruner=visionzip retention=0.5",
+    f"{EXAMPLE}:Strip share=0.5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def test_every_public_name_is_there_and_comes_when_asked_for():
         "import sys, awares_bench; assert not {'torch', 'PIL', 'numpy'} & set(sys.modules);"
         "from awares_bench import Policy, Turn, Event, Sample, AwaRes, AwaresError; assert 'torch' not in sys.modules;"
         "assert set(awares_bench.__all__) <= set(dir(awares_bench)); [getattr(awares_bench, n) for n in awares_bench.__all__];"
-        "import awares_bench.crops; from awares_bench import record"
+        "import awares_bench.methods.crop_grid; from awares_bench.evaluation import records"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -63,17 +70,19 @@ def test_an_answer_holds_what_the_model_saw_said_and_cost(nano, document):
 
 
 def test_it_is_the_answer_that_lmms_eval_records(nano, document, tmp_path):
-    lmms = import_module("awares_bench.lmms")
+    from awares_bench.evaluation import lmms_model as lmms
+
     model = lmms.awares(output_dir=str(tmp_path / "run"), batch_size=1)
     lmms.evaluate(model, ("nano_doc",), 1, lmms.task_index(), tmp_path / "lmms")
-    (record,) = awares_bench.record.read_records(tmp_path / "run")
+    (record,) = awares_bench.evaluation.records.read_records(tmp_path / "run")
     answer = nano.ask(document[0], record.question, max_new_tokens=record.generation["max_new_tokens"])
     assert (answer.text, list(answer.crops), answer.rtr) == (record.answer, record.crops, record.rtr)
     assert [r.text for r in answer.replies] == record.replies
 
 
 def test_a_run_ends_with_a_table(tmp_path, capsys):
-    lmms = import_module("awares_bench.lmms")
+    from awares_bench.evaluation import lmms_model as lmms
+
     lmms.evaluate(lmms.low(output_dir=str(tmp_path / "run")), ("nano_doc",), 2, lmms.task_index(), tmp_path / "lmms")
     said = capsys.readouterr().err
     assert f"records: {tmp_path / 'run'}" in said
@@ -97,7 +106,14 @@ def test_any_kind_of_picture_gets_the_same_answer(nano, document, tmp_path):
 
 def test_many_questions_keep_their_order_and_one_that_fails_is_alone(tiny):
     pairs = [(picture(112, 84, i), f"question {i}?") for i in range(5)]
-    odd = [*pairs[:2], ("nowhere.png", "what?"), (pairs[0][0], 7), (pairs[0][0], "<|image_pad|>"), *pairs[2:], (b"no picture", "?")]
+    odd = [
+        *pairs[:2],
+        ("nowhere.png", "what?"),
+        (pairs[0][0], 7),
+        (pairs[0][0], "<|image_pad|>"),
+        *pairs[2:],
+        (b"no picture", "?"),
+    ]
     answers = tiny.ask_many(iter(odd), batch_size=3, max_new_tokens=4)
     assert [a.question for a in answers] == [str(q) for _, q in odd]
     assert [a.error is None for a in answers] == [True, True, False, False, False, True, True, True, False]
@@ -156,7 +172,13 @@ def test_a_comparison_is_an_aligned_table_and_refuses_before_it_asks(tiny):
     lines = str(answers).splitlines()
     assert lines[0].split() == ["method", "answer", "crops", "visual", "tokens", "RTR", "ms"] and len(lines) == 4
     assert len({len(line) for line in lines}) == 1 and answers[0].rtr == 1 and "1.000" in lines[1]
-    for methods, said in [("low", "pass a list"), ([], "methods is empty"), (["low", "lwo"], "unknown method"), (["low x"], "not KEY=VALUE"), (["'"], "cannot be read")]:
+    for methods, said in [
+        ("low", "pass a list"),
+        ([], "methods is empty"),
+        (["low", "lwo"], "unknown method"),
+        (["low x"], "not KEY=VALUE"),
+        (["'"], "cannot be read"),
+    ]:
         with pytest.raises(OptionError, match=said):
             awares_bench.compare(tiny, "nowhere.png", "what?", methods)
     assert awares_bench.compare(tiny, "nowhere.png", "what?", ["low"])[0].error
@@ -191,7 +213,12 @@ def test_ask_prints_the_answer_and_its_numbers(capsys, document, tmp_path):
     words = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()}
     assert {"answer", "crops", "visual", "RTR", "seconds", "method"} <= set(words)
     assert "awares-card" in (tmp_path / "new" / "card.html").read_text()
-    assert cli.main([*asked, "--method", "visionzip", "--option", "retention=0.25", "--option", "dtype=float32", "--compare", "full,low"]) == 0
+    assert (
+        cli.main(
+            [*asked, "--method", "visionzip", "--option", "retention=0.25", "--option", "dtype=float32", "--compare", "full,low"]
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["method", "visionzip", "full", "low"] and "retention=0.25" in lines[1]
 
@@ -218,6 +245,8 @@ def test_ask_refuses_in_a_sentence_before_it_loads(more, said, capsys, monkeypat
 def test_the_example_runs(document, tmp_path):
     (tmp_path / "a.png").write_bytes(document[0])
     example = Path(__file__).parents[1] / "examples" / "one_image.py"
-    done = subprocess.run([sys.executable, str(example), str(tmp_path / "a.png"), document[1]], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(example), str(tmp_path / "a.png"), document[1]], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "RTR" in done.stdout and (tmp_path / "answer.html").exists()

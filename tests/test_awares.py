@@ -4,9 +4,9 @@ import pytest
 from PIL import Image
 
 from awares_bench.awares import AwaRes
-from awares_bench.engine import Engine, Failure, Job, Scripted
-from awares_bench.registry import describe, method_class, names
-from awares_bench.trajectory import Sample
+from awares_bench.inference.engine import Engine, Job, Scripted
+from awares_bench.methods.conversation import Failure, Sample
+from awares_bench.methods.registry import describe, method_class, names
 
 from .tiny import picture
 

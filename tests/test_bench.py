@@ -10,14 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from awares_bench import vision_attention
-from awares_bench.bench import run
-from awares_bench.bench_engine import Pages
-from awares_bench.geometry import decoder_flops, encode_flops, geometry, random_model
-from awares_bench.products import ONEDNN
-from awares_bench.session import Request, Session
-from awares_bench.trajectory import Turn
-from awares_bench.vlm import VLM
+from awares_bench.bench.contestants import Pages
+from awares_bench.bench.engine_bench import run
+from awares_bench.inference.local_model import VLM
+from awares_bench.inference.session import Request, Session
+from awares_bench.methods.conversation import Turn
+from awares_bench.models import qwen2_5_vl_vision
+from awares_bench.models.cpu_kernels import ONEDNN
+from awares_bench.models.geometry import decoder_flops, encode_flops, geometry, random_model
 
 from .test_vlm import TOLERANCE, ours
 from .tiny import picture
@@ -45,7 +45,7 @@ def vlm():
 @pytest.mark.parametrize("by_products", [False, True], ids=["fused", "products"])  # with AMX, and without it
 @pytest.mark.parametrize("size", [(336, 224), (448, 336)])  # below and above the patches that attend by products
 def test_operations_are_those_that_pytorch_counts(vlm, monkeypatch, size, by_products):
-    monkeypatch.setattr(vision_attention, "BY_PRODUCTS", by_products and vision_attention.ONEDNN)
+    monkeypatch.setattr(qwen2_5_vl_vision, "BY_PRODUCTS", by_products and qwen2_5_vl_vision.ONEDNN)
     patches, grid, _ = vlm.pixels(picture(*size))
     with counted() as counter:
         vlm.encode([patches], [grid])

@@ -5,9 +5,10 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from awares_bench.training import bench_grpo, nano
 
+from awares_bench.bench.engine_bench import grpo_bench
 from awares_bench.cli import main
+from awares_bench.training.nano import model as nano
 
 from .tiny import tiny_vlm
 
@@ -26,7 +27,7 @@ def test_our_side_alone_counts_what_its_step_feeds(start, tmp_path, capsys):
     row = result["rows"]["ours"]
     tokens = row["tokens"]
     assert tokens["reference"] == tokens["loss"] == tokens["backward"] > 0
-    assert row["pushed"] == sum(tokens[n] for n in bench_grpo.PUSHED) and row["seconds"] > 0
+    assert row["pushed"] == sum(tokens[n] for n in grpo_bench.PUSHED) and row["seconds"] > 0
     assert 0 < tokens["prefill"] < tokens["loss"]  # two prompts, each once
     assert tokens["decode"] <= 4 * 31 and tokens["encoded"] >= 2 * 16  # a reply's last token is never fed
     assert result["figures"] == [] and "--trl-python" in said.err
@@ -43,7 +44,7 @@ def test_an_environment_without_trl_is_named(start, capsys):
     find_spec("trl") is None, reason="trl is not installed here; it is no dependency, only the other side of a bench"
 )
 def test_trl_takes_its_step_on_the_same_prompts():
-    result = bench_grpo.run("nano", sys.executable, prompts=2, group=4, repeats=1, device="cpu")  # raises for other prompts
+    result = grpo_bench.run("nano", sys.executable, prompts=2, group=4, repeats=1, device="cpu")  # raises for other prompts
     ours, theirs = result["rows"]["ours"], result["rows"]["TRL"]
     assert theirs["call_rate"] > 0 and theirs["tokens"]["loss"] == theirs["tokens"]["reference"] > ours["tokens"]["loss"]
     assert theirs["pushed"] > 1.5 * ours["pushed"] and theirs["tokens"]["encoded"] > ours["tokens"]["encoded"]

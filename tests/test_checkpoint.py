@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from awares_bench.training import nano
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from awares_bench.checkpoint import merge_adapters
-from awares_bench.endpoint import Endpoint
-from awares_bench.session import Request, Session
-from awares_bench.trajectory import Turn
-from awares_bench.vlm import VLM, CheckpointError
-from awares_bench.weights import resolve
+from awares_bench.inference.local_model import VLM, CheckpointError
+from awares_bench.inference.openai_server import Endpoint
+from awares_bench.inference.session import Request, Session
+from awares_bench.methods.conversation import Turn
+from awares_bench.models.checkpoint import merge_adapters
+from awares_bench.models.packaged import resolve
+from awares_bench.training.nano import model as nano
 
 from .tiny import picture, tiny_copy, tiny_vlm
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from datasets import Dataset, Features, Image, Sequence, Value
 
-from awares_bench import content
+from awares_bench.evaluation import content
 
 from .tiny import picture
 

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from awares_bench.crops import PAPER_GRID, CropRequestError
+from awares_bench.methods.crop_grid import PAPER_GRID, CropRequestError
 
 SPELLINGS = [
     ("GET_CROPS:['3']", ("bottom-right",)),

@@ -5,23 +5,24 @@ from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
-from awares_bench.training import curate, examples, judges, oracles, recipe
-from awares_bench.training.rollout import Sampled, banned
-from awares_bench.training.scoring import Features, Scorer, pack, render
 
 from awares_bench.awares import AwaRes
-from awares_bench.crops import PAPER_GRID
-from awares_bench.registry import method_class
-from awares_bench.trajectory import Sample
-from awares_bench.vlm import VLM
-from awares_bench.weights import resolve
+from awares_bench.inference.local_model import VLM
+from awares_bench.methods.conversation import Sample
+from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.registry import method_class
+from awares_bench.models.packaged import resolve
+from awares_bench.training import examples, recipe
+from awares_bench.training.curation import crop_oracles, judges, pipeline
+from awares_bench.training.packing import Features, Scorer, pack, render
+from awares_bench.training.rollouts import Sampled, banned
 
 from .tiny import picture, tiny_vlm
 
 
 def test_boxes_map_to_crops_as_the_three_rules_say():
     def maps(boxes):
-        return tuple(oracles.crops_for(boxes, 400, 400, m) for m in ("coverage", "iou_argmax", "iou_literal"))
+        return tuple(crop_oracles.crops_for(boxes, 400, 400, m) for m in ("coverage", "iou_argmax", "iou_literal"))
 
     small = [(20, 20, 60, 50)]
     assert maps(small) == (("top-left",), ("top-left",), ())  # Eq. 3 is empty below an eighth of the image
@@ -29,13 +30,13 @@ def test_boxes_map_to_crops_as_the_three_rules_say():
     assert maps([(0, 0, 400, 400)]) == (("all",), ("all",), ("all",))
     assert maps([(20, 20, 60, 60), (340, 340, 380, 380)])[0] == ("top-left", "bottom-right")
     assert maps([(10, 10, 390, 190)]) == (("top",), ("top",), ("top",))
-    assert oracles.crops_for([], 400, 400, "coverage") == ()
+    assert crop_oracles.crops_for([], 400, 400, "coverage") == ()
 
 
 @pytest.mark.parametrize("box", [(50, 0, 10, 10), (0, 0, 500, 10), (-1, 0, 5, 5), (3, 3, 3, 9), (1, 2, 3)])
 def test_boxes_that_are_none_are_named(box):
-    with pytest.raises(oracles.BoxError, match="row 7"):
-        oracles.checked([box], 400, 300, "row 7")
+    with pytest.raises(crop_oracles.BoxError, match="row 7"):
+        crop_oracles.checked([box], 400, 300, "row 7")
 
 
 @pytest.mark.parametrize(
@@ -44,29 +45,29 @@ def test_boxes_that_are_none_are_named(box):
 )  # fmt: skip
 def test_labels_follow_the_rule_and_ties_are_split_by_correctness(low, full, ties, label):
     made = recipe.check(
-        curate.Curate, {"start": "s", "data": "d", "out": "o", "judge": "exact", "ties": ties, "second_judge": "anls"}
+        pipeline.Curate, {"start": "s", "data": "d", "out": "o", "judge": "exact", "ties": ties, "second_judge": "anls"}
     )
     table = [{"question": "q", "answers": ["42"]}]
-    (row,) = curate.label(made, table, [{"index": 0, "low": low, "full": full, "error": None}], judges.exact)
+    (row,) = pipeline.label(made, table, [{"index": 0, "low": low, "full": full, "error": None}], judges.exact)
     assert row["label"] == row["second"] == label
-    (failed,) = curate.label(made, table, [{"index": 0, "low": None, "full": None, "error": "x"}], judges.exact)
+    (failed,) = pipeline.label(made, table, [{"index": 0, "low": None, "full": None, "error": "x"}], judges.exact)
     assert failed["label"] is None and failed["verdict"] is None
 
 
 @pytest.mark.parametrize("full, sure, label", [("42", 0.6, "HR"), ("42", 0.95, "LR"), ("1", 0.6, "LR")])
 def test_a_right_answer_that_the_model_was_not_sure_of_is_no_sign_that_half_size_is_enough(full, sure, label):
-    made = recipe.check(curate.Curate, {"start": "s", "data": "d", "out": "o", "judge": "exact", "sure": 0.9})
+    made = recipe.check(pipeline.Curate, {"start": "s", "data": "d", "out": "o", "judge": "exact", "sure": 0.9})
     row = {"index": 0, "low": "42", "full": full, "sure": sure, "error": None}
-    (row,) = curate.label(made, [{"question": "q", "answers": ["42"]}], [row], judges.exact)
+    (row,) = pipeline.label(made, [{"question": "q", "answers": ["42"]}], [row], judges.exact)
     assert row["label"] == label and row["right_low"]
 
 
 def test_how_sure_a_model_is_of_its_half_size_answer_is_the_probability_of_the_reply():
     said = {"start": "nano-base", "data": "nano:6", "out": "o", "judge": "exact", "max_new_tokens": 8, "batch": 4}
-    vlm, table = VLM.load(resolve("nano-base")), curate.nano_rows(6)
+    vlm, table = VLM.load(resolve("nano-base")), pipeline.nano_rows(6)
     rows = [{"index": i} for i in range(6)]
-    plain = curate.answer(recipe.check(curate.Curate, said), table, rows, vlm)
-    found = curate.answer(recipe.check(curate.Curate, said | {"sure": 0.5}), table, rows, vlm)
+    plain = pipeline.answer(recipe.check(pipeline.Curate, said), table, rows, vlm)
+    found = pipeline.answer(recipe.check(pipeline.Curate, said | {"sure": 0.5}), table, rows, vlm)
     assert [(r["low"], r["full"], r["error"]) for r in found] == [(r["low"], r["full"], None) for r in plain]
     assert all(r["sure"] is None for r in plain)
     scorer = Scorer(vlm.model, banned(vlm))
@@ -95,21 +96,21 @@ def test_a_grounding_model_is_read_and_nonsense_is_none():
     image = picture(400, 200)
 
     def said(text):
-        return oracles.ground(SimpleNamespace(say=lambda *a, **k: text), image, "q", "a")
+        return crop_oracles.ground(SimpleNamespace(say=lambda *a, **k: text), image, "q", "a")
 
     assert said('ok {"question": [[0, 0, 500, 500]], "answer": [[100, 100, 200, 300]]}') == [(0, 0, 200, 100), (40, 20, 80, 60)]
     assert said("no idea") is None and said("{'question': [[9, 9, 1, 1]]}") is None and said("{'question': []}") is None
 
 
 def test_search_takes_the_cheapest_right_crops_and_the_surest_among_equals(monkeypatch):
-    tried = oracles.candidates()
+    tried = crop_oracles.candidates()
     areas = [PAPER_GRID.area(n) for n in tried]
     assert areas == sorted(areas) and tried[-1] == ("all",) and len(tried) == 9 + 10 + 1
 
     def answering(right):
         made = [Sampled("42" if n in right else "no", logps=(right.get(n, -1.0),)) for n in tried]
-        monkeypatch.setattr(oracles, "answers_with", lambda *a: made)
-        return oracles.search(None, None, Sample((), "q"), ("42",), judges.exact, None, 4)
+        monkeypatch.setattr(crop_oracles, "answers_with", lambda *a: made)
+        return crop_oracles.search(None, None, Sample((), "q"), ("42",), judges.exact, None, 4)
 
     assert answering({("top",): -0.1, ("center",): -3.0, ("top-left",): -2.0}) == ("top-left",)
     assert answering({("all",): -1.0}) == ("all",) and answering({}) == ()
@@ -118,9 +119,9 @@ def test_search_takes_the_cheapest_right_crops_and_the_surest_among_equals(monke
 def test_answers_after_forced_calls_are_the_same_one_by_one():
     vlm, sample = tiny_vlm(), Sample((picture(224, 224),), "q?", "k")
     tried = [("top-left",), ("right",), ("top-left", "bottom-right"), ("all",)]
-    together = oracles.answers_with(vlm, AwaRes(), sample, tried, Features(vlm), 4)
+    together = crop_oracles.answers_with(vlm, AwaRes(), sample, tried, Features(vlm), 4)
     for names, reply in zip(tried, together, strict=True):
-        (alone,) = oracles.answers_with(vlm, AwaRes(), sample, [names], Features(vlm), 4)
+        (alone,) = crop_oracles.answers_with(vlm, AwaRes(), sample, [names], Features(vlm), 4)
         assert alone.tokens == reply.tokens and alone.logps == pytest.approx(reply.logps, abs=1e-3)
 
 
@@ -133,7 +134,7 @@ def test_a_curation_resumes_and_its_files_are_what_the_trainers_take(tmp_path, m
         "oracle": "boxes",
         "chunk": 8,
     }
-    made = recipe.check(curate.Curate, said)
+    made = recipe.check(pipeline.Curate, said)
     calls = []
 
     def answers(recipe, table, some, vlm):
@@ -146,12 +147,12 @@ def test_a_curation_resumes_and_its_files_are_what_the_trainers_take(tmp_path, m
             out.append(dict(r, low=truth if r["index"] % 3 else "?", full=truth if r["index"] % 4 else "?", error=None))
         return out
 
-    monkeypatch.setattr(curate, "answer", answers)
-    monkeypatch.setattr(curate, "open_vlm", lambda r: None)
+    monkeypatch.setattr(pipeline, "answer", answers)
+    monkeypatch.setattr(pipeline, "open_vlm", lambda r: None)
     with pytest.raises(KeyboardInterrupt):
-        curate.run(made)
+        pipeline.run(made)
     assert len(list((tmp_path / "run" / "answers").glob("*.parquet"))) == 2
-    summary = curate.run(made, say=lambda s: None)
+    summary = pipeline.run(made, say=lambda s: None)
     assert [c[0] for c in calls] == [0, 8, 16, 16]  # what was answered is not answered again
     hr = [i for i in range(24) if i % 3 == 0 and i % 4]
     assert summary["labels"] == {"LR": 16, "HR": len(hr), "dropped": 2} and sum(summary["crops"].values()) == len(hr)
@@ -171,18 +172,18 @@ def test_a_curation_resumes_and_its_files_are_what_the_trainers_take(tmp_path, m
 def test_rows_that_cannot_be_curated_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
     from datasets import Dataset, Image
 
-    monkeypatch.setattr(curate, "open_vlm", lambda r: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(pipeline, "open_vlm", lambda r: pytest.fail("the model was loaded"))
 
     def go(**more):
         said = {"start": "s", "data": str(tmp_path / "rows.parquet"), "out": str(tmp_path / "out"), "oracle": "boxes"}
-        curate.run(recipe.check(curate.Curate, said | more))
+        pipeline.run(recipe.check(pipeline.Curate, said | more))
 
     def write(boxes):
         rows = [{"image": picture(112, 112), "query": "q", "answer": "1", "boxes": b} for b in boxes]
         Dataset.from_list(rows).cast_column("image", Image()).to_parquet(tmp_path / "rows.parquet")
 
     write([[[0, 0, 50, 50]], [[0, 0, 500, 50]]])
-    with pytest.raises(oracles.BoxError, match=r"row 1: box \[0, 0, 500, 50\]"):
+    with pytest.raises(crop_oracles.BoxError, match=r"row 1: box \[0, 0, 500, 50\]"):
         go(columns={"question": "query"})
     with pytest.raises(examples.DataError, match="no column question"):
         go()

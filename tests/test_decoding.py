@@ -5,20 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from awares_bench.baselines.full import Full
-from awares_bench.training.rollout import banned, rollouts
-from awares_bench.training.scoring import Features, Scorer, pack
 from transformers import GenerationConfig
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from awares_bench.awares import AwaRes
-from awares_bench.crops import PAPER_GRID
-from awares_bench.decoding import Repetition, own_penalty, penalised, penalty_of, unsupported
-from awares_bench.engine import Engine, Failure, Job
-from awares_bench.images import half
-from awares_bench.session import Request, Session
-from awares_bench.trajectory import Sample, Turn, messages
-from awares_bench.vlm import VLM, CheckpointError
+from awares_bench.baselines.full import Full
+from awares_bench.inference.decoding import Repetition, own_penalty, penalised, penalty_of, unsupported
+from awares_bench.inference.engine import Engine, Job
+from awares_bench.inference.local_model import VLM, CheckpointError
+from awares_bench.inference.session import Request, Session
+from awares_bench.methods.conversation import Failure, Sample, Turn, messages
+from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.images import half
+from awares_bench.training.packing import Features, Scorer, pack
+from awares_bench.training.rollouts import banned, rollouts
 
 from .tiny import picture, tiny_copy, tiny_vlm
 
@@ -139,7 +139,8 @@ def test_a_penalty_out_of_range_is_a_sentence_and_the_checkpoints_own_is_the_def
 
 
 @pytest.mark.parametrize(
-    "asked", [{"no_repeat_ngram_size": 3}, {"num_beams": 4}, {"suppress_tokens": [5]}, {"min_new_tokens": 2}, {"bad_words_ids": [[7]]}]
+    "asked",
+    [{"no_repeat_ngram_size": 3}, {"num_beams": 4}, {"suppress_tokens": [5]}, {"min_new_tokens": 2}, {"bad_words_ids": [[7]]}],
 )
 def test_a_setting_that_would_change_answers_is_refused(asked):
     config = GenerationConfig(**asked)
@@ -174,7 +175,7 @@ def test_scores_that_are_not_finite_are_that_documents_failure(value):
 
 
 def test_texts_and_pictures_keep_their_order_and_spacing():
-    from awares_bench.lmms import _job
+    from awares_bench.evaluation.lmms_model import _job
 
     a, b = picture(56, 56), picture(84, 56)
     content = [("text", "Compare"), ("image", a), ("text", "and"), ("image", b), ("text", "now.\nA. yes")]
@@ -193,7 +194,7 @@ def test_texts_and_pictures_keep_their_order_and_spacing():
 
 
 def test_text_before_the_only_picture_stays_before_it_in_every_view():
-    from awares_bench.lmms import _job
+    from awares_bench.evaluation.lmms_model import _job
 
     image = picture(224, 224)
     content = [{"type": "text", "text": "Look: "}, {"type": "image", "url": image}, {"type": "text", "text": " What is it?"}]
@@ -205,10 +206,18 @@ def test_text_before_the_only_picture_stays_before_it_in_every_view():
 
 @pytest.mark.parametrize(
     "until, expected",
-    [(["\n\n"], ()), (["\n\n", "</s>"], ("</s>",)), ("\n\n", ()), ("STOP", ("STOP",)), ([], ()), (None, ()), (["", "\n"], ("\n",))],
+    [
+        (["\n\n"], ()),
+        (["\n\n", "</s>"], ("</s>",)),
+        ("\n\n", ()),
+        ("STOP", ("STOP",)),
+        ([], ()),
+        (None, ()),
+        (["", "\n"], ("\n",)),
+    ],
 )
 def test_a_blank_line_is_no_stop_and_other_stops_are(until, expected):
-    from awares_bench.lmms import _job
+    from awares_bench.evaluation.lmms_model import _job
 
     talk = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
     assert _job(talk, {"until": until}, "x").until == expected

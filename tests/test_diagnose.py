@@ -2,12 +2,12 @@
 
 import pandas
 import pytest
-from awares_bench.training import diagnose
-from awares_bench.training.diagnose import Decision
-from awares_bench.training.scoring import Features
 
-from awares_bench.crops import PAPER_GRID
-from awares_bench.trajectory import Sample
+from awares_bench.methods.conversation import Sample
+from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.training.curation import diagnose
+from awares_bench.training.curation.diagnose import Decision
+from awares_bench.training.packing import Features
 
 from .tiny import picture, tiny_vlm
 
@@ -48,9 +48,8 @@ def test_a_direct_answer_never_begins_as_a_call():
 
 
 def test_records_of_an_evaluation_are_read_without_a_model(tmp_path):
-    from awares_bench.tasks.nano_suite import write
-
-    from awares_bench.record import Record, RunFolder
+    from awares_bench.evaluation.records import Record, RunFolder
+    from awares_bench.tasks.nano.suite import write
 
     write(tmp_path / "suite", 3, 4)
     table = pandas.read_parquet(tmp_path / "suite" / "nano_chart.parquet")

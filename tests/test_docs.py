@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from awares_bench import registry
-from awares_bench.method import options
+from awares_bench.methods import registry
+from awares_bench.methods.options import options
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,7 +74,7 @@ def test_every_option_of_every_method_is_described_once():
 
 
 def test_the_options_page_lists_every_option_of_a_model_with_its_default():
-    from awares_bench.lmms import COMMON
+    from awares_bench.evaluation.lmms_model import COMMON
 
     text = (ROOT / "docs" / "options.md").read_text(encoding="utf-8").partition("Two more options")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.M))
@@ -149,7 +149,7 @@ def test_links_out_of_docs_lead_to_copies_in_the_site():
     hooks = load_hooks()
     assert hooks.in_site("baselines/fastv.py") == "files/baselines/fastv.py.txt"
     assert hooks.in_site("docs/speed.md") == "speed.md" and hooks.origin("speed.md") == "docs/speed.md"
-    assert hooks.in_site("reports/figures/nano/table.md") == "files/reports/figures/nano/table.md"
+    assert hooks.in_site("reports/published/nano/figures/table.md") == "files/reports/published/nano/figures/table.md"
 
 
 def load_hooks():

@@ -6,7 +6,8 @@ import sys
 import pytest
 from datasets.naming import camelcase_to_snakecase
 
-from awares_bench import cli, demo, doctor
+from awares_bench import cli
+from awares_bench.evaluation import demo, doctor
 
 GOOD = {
     "lmms-eval": "0.7.3",
@@ -111,7 +112,7 @@ def test_the_command_exits_with_0_where_all_is_well(monkeypatch, capsys):
 
 def test_it_imports_nothing_that_may_be_broken():
     heavy = {"torch", "torchvision", "transformers", "lmms_eval", "datasets", "filelock", "numpy"}
-    code = f"import sys, awares_bench.cli, awares_bench.doctor; sys.exit(bool({heavy!r} & set(sys.modules)))"
+    code = f"import sys, awares_bench.cli, awares_bench.evaluation.doctor; sys.exit(bool({heavy!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd="/").returncode == 0
 
 

@@ -12,15 +12,15 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from awares_bench.baselines.full import Full
 from PIL import Image, ImageChops
 
 from awares_bench.awares import AwaRes
-from awares_bench.endpoint import Endpoint
-from awares_bench.engine import Engine, Failure, Job
-from awares_bench.trajectory import Sample
-from awares_bench.vlm import VLM
-from awares_bench.weights import resolve
+from awares_bench.baselines.full import Full
+from awares_bench.inference.engine import Engine, Job
+from awares_bench.inference.local_model import VLM
+from awares_bench.inference.openai_server import Endpoint
+from awares_bench.methods.conversation import Failure, Sample
+from awares_bench.models.packaged import resolve
 
 from .stock import stock
 from .test_plugin import FOLDER, lmms_eval, records
@@ -46,7 +46,9 @@ class Server(BaseHTTPRequestHandler):
         reply |= {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
         if state["usage"]:
             reply["usage"] = {"prompt_tokens": state["usage"], "completion_tokens": 5, "total_tokens": 0}
-        data = json.dumps(reply if status == 200 else {"error": {"message": "no repetition_penalty" if strict else "no"}}).encode()
+        data = json.dumps(
+            reply if status == 200 else {"error": {"message": "no repetition_penalty" if strict else "no"}}
+        ).encode()
         with state["lock"]:
             state["flying"] -= 1
         self.send_response(status)
@@ -221,9 +223,9 @@ def test_a_run_outlives_a_server_that_is_killed_and_comes_back(tmp_path):
 
 
 def test_options_that_do_not_fit_the_engine_say_what_to_do():
-    from importlib import import_module
+    from awares_bench.evaluation import lmms_model
 
-    model, pruned = (getattr(import_module("awares_bench.lmms"), name) for name in ("awares", "visionzip"))
+    model, pruned = (getattr(lmms_model, name) for name in ("awares", "visionzip"))
     address = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
     with pytest.raises(ValueError, match="allowed: transformers, openai"):
         model(engine="vllm")

@@ -4,17 +4,17 @@ import threading
 
 import pytest
 import torch
-from awares_bench.baselines.full import Full
 
 from awares_bench.awares import AwaRes
-from awares_bench.batch import Batch
-from awares_bench.crops import PAPER_GRID
-from awares_bench.engine import AHEAD, Engine, Failure, Job, Scripted
-from awares_bench.memory import start_peak
-from awares_bench.record import Record
-from awares_bench.schedule import Budget, choose
-from awares_bench.session import Request, Session
-from awares_bench.trajectory import Sample, Trajectory, Turn
+from awares_bench.baselines.full import Full
+from awares_bench.evaluation.records import Record
+from awares_bench.inference.engine import AHEAD, Engine, Job, Scripted
+from awares_bench.inference.memory import start_peak
+from awares_bench.inference.padded_batch import Batch
+from awares_bench.inference.scheduler import Budget, choose
+from awares_bench.inference.session import Request, Session
+from awares_bench.methods.conversation import Failure, Sample, Trajectory, Turn
+from awares_bench.methods.crop_grid import PAPER_GRID
 
 from .test_vlm import TOLERANCE, ours
 from .tiny import picture, tiny_vlm

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from transformers import DynamicCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLTextModel
 
-from awares_bench.batch import CACHE
+from awares_bench.inference.padded_batch import CACHE
 
 from .tiny import tiny_vlm
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from awares_bench.generation import settings
+from awares_bench.inference.generation import settings
 
 GREEDY = [  # as lmms-eval's tasks write it
     {"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False},

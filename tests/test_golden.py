@@ -15,20 +15,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from awares_bench.baselines.fastv import FastV
-from awares_bench.baselines.holov import HoloV
-from awares_bench.baselines.sparsevlm import SparseVLM, cluster, recycled
-from awares_bench.baselines.visionzip import VisionZip
 from safetensors import safe_open
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from awares_bench.batch import Batch
-from awares_bench.method import Pruner, Visual
-from awares_bench.pruning import Chunk, Span
-from awares_bench.session import Session
-from awares_bench.staged import StagedBatch
-from awares_bench.vlm import VLM, mrope_positions
+from awares_bench.baselines.fastv import FastV
+from awares_bench.baselines.holov import HoloV
+from awares_bench.baselines.sparsevlm import SparseVLM, cluster, recycled
+from awares_bench.baselines.visionzip import VisionZip
+from awares_bench.inference.layerwise_batch import StagedBatch
+from awares_bench.inference.local_model import VLM, mrope_positions
+from awares_bench.inference.padded_batch import Batch
+from awares_bench.inference.session import Session
+from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench.models.prompt_chunk import Chunk, Span
 
 GOLDEN = Path(os.environ.get("AWARES_GOLDEN") or Path(__file__).parent / "golden")
 TOLERANCE = 2e-4

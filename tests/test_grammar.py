@@ -4,7 +4,6 @@ import random
 import tracemalloc
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from importlib import import_module
 from io import BytesIO
 from itertools import product
 from pathlib import Path
@@ -12,20 +11,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from awares_bench.training import nano
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from awares_bench.awares import AwaRes
-from awares_bench.crops import PAPER_GRID, CropGrid, CropRequestError
-from awares_bench.engine import Engine, Job
-from awares_bench.grammar import KEPT, LONGEST_SPACE, CallGrammar
-from awares_bench.session import Request, Session
-from awares_bench.trajectory import Sample, Turn
-from awares_bench.vlm import VLM
-from awares_bench.weights import resolve
-from awares_bench.writer import Writer
+from awares_bench.inference.call_grammar import KEPT, LONGEST_SPACE, CallGrammar
+from awares_bench.inference.engine import Engine, Job
+from awares_bench.inference.local_model import VLM
+from awares_bench.inference.reply_decoder import Writer
+from awares_bench.inference.session import Request, Session
+from awares_bench.methods.conversation import Sample, Turn
+from awares_bench.methods.crop_grid import PAPER_GRID, CropGrid, CropRequestError
+from awares_bench.models.packaged import resolve
+from awares_bench.training.nano import model as nano
 
 from .qwen_tokenizer import qwen_tokenizer
 from .test_vlm import TOLERANCE, TURNS, ours
@@ -498,7 +497,8 @@ def test_in_a_batch_calls_and_answers_have_the_scores_of_each_alone():
 
 
 def test_nano_weights_call_the_same_crops_in_at_most_half_the_passes():
-    world = import_module("awares_bench.tasks.nano_world")
+    from awares_bench.tasks.nano import world
+
     suite = Path(world.__file__).parent
     frame = pd.read_parquet(suite / "nano_doc.parquet")[:24]
     jobs = [

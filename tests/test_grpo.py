@@ -7,13 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from awares_bench.training import ablations, grpo, nano, recipe, rewards, sft
-from awares_bench.training.judges import JudgeError, anls, exact, relaxed
-from awares_bench.training.scoring import pack
 
 from awares_bench.cli import main
-from awares_bench.trajectory import Event, Trajectory, Turn
-from awares_bench.vlm import VLM
+from awares_bench.inference.local_model import VLM
+from awares_bench.methods.conversation import Event, Trajectory, Turn
+from awares_bench.training import grpo, recipe, rewards, sft
+from awares_bench.training.curation.judges import JudgeError, anls, exact, relaxed
+from awares_bench.training.nano import ablations
+from awares_bench.training.nano import model as nano
+from awares_bench.training.packing import pack
 
 from .ranks import FSDP2, launched, ranks
 from .test_sft import figures, write_rows
@@ -238,7 +240,7 @@ def test_warnings_come_once_and_early():
 
 
 def test_an_endpoint_that_does_not_answer_is_named():
-    from awares_bench.training.judges import Endpoint
+    from awares_bench.training.curation.judges import Endpoint
 
     with pytest.raises(JudgeError, match="gave no answer in 2 tries"):
         Endpoint("http://127.0.0.1:9", "m", timeout=0.2, tries=2, wait=0).say("hello")

@@ -23,14 +23,20 @@ def imported(path: Path) -> set[str]:
 
 
 def files(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).glob("*.py"))
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+ROOFS = ("cli.py", "demo.py", "bench")
+"""Parts of the core that may import the other rooms, inside functions."""
 
 
 def test_the_core_imports_no_room_and_no_room_imports_another():
     for folder in ("awares_bench", *ROOMS):
         for path in files(folder):
             rooms = {m.split(".")[1] for m in imported(path) if m.startswith("awares_bench.") and m.split(".")[1] in ROOMS}
-            assert rooms <= {folder}, f"{path} imports {rooms}"
+            allowed = set(ROOMS) if {path.name, path.parent.name} & set(ROOFS) else {folder}
+            allowed |= {"tasks"} if folder == "training" else set()  # nano is trained on the pictures of its suite
+            assert rooms <= allowed, f"{path} imports {rooms - allowed}"
 
 
 def test_lmms_eval_appears_in_the_adapter_and_its_entry_point_only():
@@ -40,20 +46,20 @@ def test_lmms_eval_appears_in_the_adapter_and_its_entry_point_only():
         for p in files(folder)
         if any(m.split(".")[0] == "lmms_eval" for m in imported(p))
     }
-    assert users == {"lmms.py", "manifests.py"}
+    assert users == {"lmms_model.py", "lmms_manifest.py"}
 
 
 def test_reports_never_import_torch():
     code = (
-        "import sys; from importlib import import_module; import awares_bench.cli, awares_bench.demo;"
-        "[import_module(f'awares_bench.reports.{m}') for m in ('report', 'show')];"
+        "import sys; from importlib import import_module; import awares_bench.cli, awares_bench.evaluation.demo;"
+        "[import_module(f'awares_bench.reports.{m}') for m in ('report', 'gallery.select')];"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd="/").returncode == 0
 
 
 def test_a_bare_import_is_light():
-    code = "import sys, awares_bench, awares_bench.crops, awares_bench.manifests; sys.exit(bool({'torch', 'transformers', 'lmms_eval'} & set(sys.modules)))"
+    code = "import sys, awares_bench, awares_bench.methods.crop_grid, awares_bench.evaluation.lmms_manifest; sys.exit(bool({'torch', 'transformers', 'lmms_eval'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd="/").returncode == 0
 
 
@@ -73,7 +79,7 @@ def test_no_file_names_a_machine_path_or_a_registry_host():
 
 
 def test_the_methods_page_holds_the_current_table_and_the_layout_page_names_every_core_file():
-    from awares_bench.registry import table
+    from awares_bench.methods.registry import table
 
     assert table() in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     layout = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
@@ -93,9 +99,5 @@ def test_the_wheel_holds_what_git_tracks(tmp_path):
         for f in tracked
         if f.split("/")[0] in ("awares_bench", *ROOMS)
     }
-    wanted = {
-        f
-        for f in wanted
-        if not f.startswith(("awares_bench/training/logs/", "awares_bench/reports/records/", "awares_bench/reports/figures/"))
-    }
+    wanted = {f for f in wanted if not f.startswith(("awares_bench/training/nano/logs/", "awares_bench/reports/published/"))}
     assert packed == wanted

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from awares_bench.images import PictureError, as_rgb, half, within_aspect
+from awares_bench.methods.images import PictureError, as_rgb, half, within_aspect
 
 from .tiny import tiny_vlm
 

@@ -1,7 +1,6 @@
 """The nano world and suite: deterministic, disjoint seeds, evidence where it is said to be, official schemas."""
 
 from collections import Counter
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,10 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from awares_bench.crops import PAPER_GRID
+from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.tasks.nano import suite, world
 
-world = import_module("awares_bench.tasks.nano_world")
-suite = import_module("awares_bench.tasks.nano_suite")
 FOLDER = Path(suite.__file__).parent
 
 
@@ -26,7 +24,8 @@ def test_a_document_is_a_pure_function_of_its_seed(family):
 def test_train_validation_and_suite_seeds_are_disjoint():
     ranges = sorted(world.SEEDS.values(), key=lambda r: r.start)
     assert len(ranges) == 3 and all(a.stop <= b.start for a, b in pairwise(ranges))
-    language = import_module("awares_bench.training.nano_stages")
+    from awares_bench.training.nano import stages as language
+
     for stage in language.STAGES:
         for step, i in ((0, 0), (99_999, 255)):
             assert language.train_seed(stage, step, i) in world.SEEDS["train"]

@@ -2,23 +2,25 @@
 
 import json
 from collections import Counter
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
-from awares_bench.baselines.full import Full
 from PIL import Image
 
-from awares_bench import sweep
 from awares_bench.awares import AwaRes
-from awares_bench.endpoint import Endpoint
-from awares_bench.engine import Engine, Failure, Job
-from awares_bench.method import Policy, Pruner
-from awares_bench.record import Record, RunFolder, read_records
-from awares_bench.session import Request, RunError, Session
-from awares_bench.trajectory import Event, Reply, Sample, Turn
-from awares_bench.vlm import MARKS, VLM
+from awares_bench.baselines.full import Full
+from awares_bench.errors import RunError
+from awares_bench.evaluation import sweep
+from awares_bench.evaluation.records import Record, RunFolder, read_records
+from awares_bench.inference.engine import Engine, Job
+from awares_bench.inference.local_model import MARKS, VLM
+from awares_bench.inference.openai_server import Endpoint
+from awares_bench.inference.session import Request, Session
+from awares_bench.methods.conversation import Event, Failure, Reply, Sample, Turn
+from awares_bench.methods.policy import Policy
+from awares_bench.methods.pruner import Pruner
+from awares_bench.reports.data import comparability
 
 from . import odd, official
 from .test_endpoint import Server, endpoint, server  # noqa: F401  (server is a fixture)
@@ -381,7 +383,8 @@ def test_a_skipped_run_tries_its_failures_again_and_heals(skipped, checkpoint): 
     assert missing not in told(place)["left_out"]["odd"]
     newest = max((place / "out").rglob("*_samples_odd.jsonl"))
     assert len(newest.read_text().splitlines()) == len(odd.ANSWERED) + 1
-    report = import_module("awares_bench.reports.report")
+    from awares_bench.reports import report
+
     (run_found,), frame, notes = report.write([f"odd={place / 'out'}"], place / "foreign", metrics={"odd": "here"}, formats=())
     assert len(frame) == len(odd.ANSWERED) + 1 and run_found.name == "odd" and not any("left out" in n for n in notes)
 
@@ -419,9 +422,9 @@ def test_a_task_of_which_nothing_is_left_is_not_scored(tmp_path, checkpoint):  #
 
 
 def model(tmp_path, checkpoint, **more):  # noqa: F811
-    from awares_bench import lmms
+    from awares_bench.evaluation import lmms_model
 
-    return lmms.full(pretrained=str(checkpoint), output_dir=tmp_path / "run", **more)
+    return lmms_model.full(pretrained=str(checkpoint), output_dir=tmp_path / "run", **more)
 
 
 def test_a_request_that_is_not_its_tasks_own_cannot_be_skipped(tmp_path, checkpoint):  # noqa: F811
@@ -452,11 +455,11 @@ def test_a_request_that_is_not_its_tasks_own_cannot_be_skipped(tmp_path, checkpo
 
 
 def test_on_error_has_two_values_and_needs_an_evaluator_that_passes_over_documents(tmp_path, checkpoint, monkeypatch):  # noqa: F811
-    from awares_bench import lmms
+    from awares_bench.evaluation import lmms_model
 
     with pytest.raises(ValueError, match="on_error is 'ignore'; allowed: stop, skip"):
         model(tmp_path, checkpoint, on_error="ignore")
-    monkeypatch.setattr(lmms, "version", lambda name: "0.7.2")
+    monkeypatch.setattr(lmms_model, "version", lambda name: "0.7.2")
     with pytest.raises(ValueError, match=r"needs lmms-eval 0\.7\.3 or later.*this is 0\.7\.2"):
         model(tmp_path, checkpoint, on_error="skip")
     model(tmp_path, checkpoint).run.close()
@@ -476,7 +479,9 @@ def test_a_sweep_counts_what_was_scored_tries_again_and_is_done_when_healed(tmp_
     assert len(records(ran)) == len(odd.KINDS)
     sweep.run(recipe, out)
     assert len(records(ran)) == len(odd.KINDS) + len(odd.FAILED)
-    report, find = import_module("awares_bench.reports.report"), import_module("awares_bench.reports.find")
+    from awares_bench.reports import report
+    from awares_bench.reports.data import discover as find
+
     _, frame, notes = report.write([out], tmp_path / "report", metrics={"odd": "here"}, formats=(), compact=tmp_path / "compact")
     (note,) = [n for n in notes if "left out" in n]
     assert note.startswith("10 documents left out of full, which could not answer them: odd 1, 3, ") and "lone surrogate" in note
@@ -485,4 +490,4 @@ def test_a_sweep_counts_what_was_scored_tries_again_and_is_done_when_healed(tmp_
         assert "10 documents left out of full" in (tmp_path / "report" / f"{table}.md").read_text(encoding="utf-8")
     (again,) = find.runs([tmp_path / "compact"])
     assert set(again.about["left_out"]["odd"]) == {str(i) for i, k in enumerate(odd.KINDS) if k in odd.FAILED}
-    assert import_module("awares_bench.reports.refusals").notes([again])[0] == note
+    assert comparability.notes([again])[0] == note

@@ -5,18 +5,19 @@ import shutil
 import sys
 import zlib
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from awares_bench.tasks import nano_suite
 from lmms_eval.api.instance import Instance
 from lmms_eval.evaluator import simple_evaluate
 
-from awares_bench import cli, demo, lmms, sweep
+from awares_bench import cli
+from awares_bench.evaluation import demo, lmms_model, sweep
+from awares_bench.models import packaged
+from awares_bench.tasks.nano import suite as nano_suite
 
 from .test_plugin import checkpoint, records  # noqa: F401  (checkpoint is a fixture)
 from .tiny import picture
@@ -31,7 +32,7 @@ def suites(tmp_path_factory):
     return root
 
 
-index = cache(lmms.task_index)
+index = cache(lmms_model.task_index)
 """Reading all of lmms-eval's task files takes seconds; the tasks themselves are made anew each time."""
 
 
@@ -47,7 +48,7 @@ def run(tmp_path, checkpoint):  # noqa: F811
 
     def once(suite, tasks=("nano_doc",), out="run", **options):
         kept = len(records(tmp_path / out))
-        made = lmms.low(vlms=loaded, pretrained=str(checkpoint), output_dir=tmp_path / out, batch_size=2)
+        made = lmms_model.low(vlms=loaded, pretrained=str(checkpoint), output_dir=tmp_path / out, batch_size=2)
         try:
             told = simple_evaluate(
                 model=made, tasks=list(tasks), task_manager=index(str(suite)), limit=3, bootstrap_iters=0,
@@ -132,7 +133,7 @@ def test_an_edited_method_or_a_file_it_reads_is_another_run(run, suites, tmp_pat
     for path, text in zip(paths, (source, source.replace("the middle third", "the middle")), strict=True):
         path.parent.mkdir()
         path.write_text(text)
-    first = getattr(lmms, lmms.COMPOSED)
+    first = getattr(lmms_model, lmms_model.COMPOSED)
     model = first(method=f"{paths[0]}:Strip", output_dir=tmp_path / "run")
     model.run.close()
     identity = model.run.identity
@@ -143,9 +144,9 @@ def test_an_edited_method_or_a_file_it_reads_is_another_run(run, suites, tmp_pat
         first(method=f"{paths[0]}:Strip", output_dir=tmp_path / "run")
 
     gate = tmp_path / "gate.safetensors"
-    shutil.copy(import_module("awares_bench.weights").gate("nano"), gate)
-    identity = lmms.cares(gate=str(gate), output_dir=tmp_path / "gated").run.identity
-    assert identity["files"] == {"gate": lmms.content.file(gate)} and set(identity["code"]) == {"cares"}
+    shutil.copy(packaged.gate("nano"), gate)
+    identity = lmms_model.cares(gate=str(gate), output_dir=tmp_path / "gated").run.identity
+    assert identity["files"] == {"gate": lmms_model.content.file(gate)} and set(identity["code"]) == {"cares"}
 
 
 def test_a_method_s_code_counts_with_what_it_derives_from():
@@ -154,9 +155,9 @@ def test_a_method_s_code_counts_with_what_it_derives_from():
     class Mine(AwaRes):
         """In this file."""
 
-    assert lmms._code(Mine()).split("+") == [
-        lmms.content.file(__file__),
-        lmms.content.file(sys.modules[AwaRes.__module__].__file__),
+    assert lmms_model._code(Mine()).split("+") == [
+        lmms_model.content.file(__file__),
+        lmms_model.content.file(sys.modules[AwaRes.__module__].__file__),
     ]
 
 
@@ -174,7 +175,7 @@ def instance(task, doc_id, repeats=1, **more):
 
 
 def test_doubles_are_answered_once_and_padding_not_at_all(tmp_path, checkpoint):  # noqa: F811
-    model = lmms.low(pretrained=str(checkpoint), output_dir=tmp_path / "run", batch_size=2)
+    model = lmms_model.low(pretrained=str(checkpoint), output_dir=tmp_path / "run", batch_size=2)
     model.task_dict = {"t": {"test": [{"image": picture(56, 56, seed=i), "question": f"q{i}"} for i in range(3)]}}
     asked = [instance("t", i) for i in (2, 0, 2)] + [instance("t", 1, __padding_only__=True), instance("t", 0, 2)]
     given = model.generate_until(asked)

@@ -6,21 +6,22 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from awares_bench.tasks import nano as nano_suite
+
 from . import official
 from .tiny import tiny_vlm
 
-FOLDER = Path(import_module("awares_bench.tasks").__file__).parent
+FOLDER = Path(nano_suite.__file__).parent
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """Random weights in a checkpoint folder: this file tests plumbing, not skill."""
-    from awares_bench.training import nano
+    from awares_bench.training.nano import model as nano
 
     folder = tmp_path_factory.mktemp("weights") / "tiny"
     nano.save(tiny_vlm().model, tiny_vlm().processor, folder)
@@ -111,10 +112,10 @@ def test_data_parallel_ranks_record_every_document_once(tmp_path, checkpoint):
 
 
 def test_batch_size_changes_no_prediction_and_no_order(checkpoint):
-    from awares_bench.engine import Engine, Job
-    from awares_bench.registry import method_class
-    from awares_bench.trajectory import Sample
-    from awares_bench.vlm import VLM
+    from awares_bench.inference.engine import Engine, Job
+    from awares_bench.inference.local_model import VLM
+    from awares_bench.methods.conversation import Sample
+    from awares_bench.methods.registry import method_class
 
     from .tiny import picture
 

@@ -4,27 +4,26 @@ import hashlib
 import json
 import os
 import random
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from awares_bench.crops import PAPER_GRID
-from awares_bench.engine import Engine, Failure, Job, Scripted
-from awares_bench.gate import Gate
-from awares_bench.registry import method_class
-from awares_bench.session import Request, Session
-from awares_bench.trajectory import Sample, Turn
-from awares_bench.vlm import VLM
+from awares_bench.baselines import cares, cropvlm, oracle_crop
+from awares_bench.baselines import visionthink as vt
+from awares_bench.inference.engine import Engine, Job, Scripted
+from awares_bench.inference.local_model import VLM
+from awares_bench.inference.session import Request, Session
+from awares_bench.methods.conversation import Failure, Sample, Turn
+from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.registry import method_class
+from awares_bench.methods.resolution_gate import Gate
+from awares_bench.training.auxiliary import cares_gate as training
 
 from .tiny import picture, tiny_vlm
 
 GOLDEN = Path(os.environ.get("AWARES_GOLDEN", Path(__file__).parent / "golden")) / "visionthink"
-vt = import_module("awares_bench.baselines.visionthink")
-cropvlm = import_module("awares_bench.baselines.cropvlm")
-cares = import_module("awares_bench.baselines.cares")
 
 
 def run(policy, script, images, models=None, cap=64, until=(), hidden=(), **sample):
@@ -95,7 +94,7 @@ def test_oracle_crop_shows_the_cheapest_regions_that_hold_the_evidence():
 
 
 def test_a_box_is_grown_to_a_readable_size_and_stays_in_the_image():
-    grow = import_module("awares_bench.baselines.oracle_crop")._at_least
+    grow = oracle_crop._at_least
     rng = random.Random(0)
     for _ in range(300):
         w, h = rng.randint(1, 300), rng.randint(1, 300)
@@ -359,8 +358,6 @@ def test_evidence_travels_with_the_sample_when_images_are_converted():
 
 # ------------------------------------------------------------------ the gate's training
 
-training = import_module("awares_bench.training.cares_gate")
-
 
 def test_a_label_is_the_smallest_size_that_is_enough_and_not_clearly_beaten():
     scores = np.array([[0.9, 0.9, 1.0], [0.85, 0.9, 1.0], [0.2, 0.86, 0.9], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.84, 0.84, 0.94]])
@@ -388,7 +385,7 @@ def test_the_fitted_gate_separates_what_is_separable_also_through_its_file(tmp_p
 
 
 def test_the_gate_s_training_runs_from_pictures_to_a_gate_that_the_policy_opens(tmp_path):
-    from awares_bench.training import nano
+    from awares_bench.training.nano import model as nano
 
     nano.save(tiny_vlm().model, tiny_vlm().processor, tmp_path / "tiny")
     out = tmp_path / "gate.safetensors"

@@ -1,4 +1,4 @@
-"""Every pruner in ``baselines``: the contract of ``awares_bench.method.Pruner``, on logits."""
+"""Every pruner in ``baselines``: the contract of ``awares_bench.methods.pruner.Pruner``, on logits."""
 
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -6,25 +6,25 @@ from importlib.resources import files
 
 import pytest
 import torch
+from torch.nn.functional import normalize
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+from transformers.vision_utils import get_vision_window_index
+
 from awares_bench.baselines.divprune import DivPrune
 from awares_bench.baselines.fastv import FastV
 from awares_bench.baselines.holov import HoloV
 from awares_bench.baselines.pooling import Pooling
 from awares_bench.baselines.sparsevlm import SparseVLM
 from awares_bench.baselines.visionzip import VisionZip
-from torch.nn.functional import normalize
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
-from transformers.vision_utils import get_vision_window_index
-
-from awares_bench import bench_pruners
-from awares_bench.attention_scores import AttentionRows, Probe, column_attention, window_order
-from awares_bench.images import half
-from awares_bench.metering import Meter
-from awares_bench.method import Pruner, Visual
-from awares_bench.pruning import look
-from awares_bench.session import Request, Session
-from awares_bench.trajectory import Turn
-from awares_bench.vlm import VLM, mrope_positions
+from awares_bench.bench.engine_bench import pruner_bench
+from awares_bench.bench.meter import Meter
+from awares_bench.inference.local_model import VLM, mrope_positions
+from awares_bench.inference.session import Request, Session
+from awares_bench.methods.conversation import Turn
+from awares_bench.methods.images import half
+from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench.models.attention_scores import AttentionRows, Probe, column_attention, window_order
+from awares_bench.models.prompt_chunk import look
 
 from .test_vlm import TURNS, first, ours
 from .tiny import picture, tiny_vlm
@@ -395,7 +395,7 @@ def test_a_layer_that_the_model_does_not_have_is_an_error():
 
 
 def test_the_bench_times_every_pruner_on_as_many_pictures_as_asked(capsys):
-    result = bench_pruners.run("nano", tokens=16, batch=2, repeats=1)
+    result = pruner_bench.run("nano", tokens=16, batch=2, repeats=1)
     told, costs = capsys.readouterr().out, result["pruners"]
     assert {c["pruner"] for c in costs} == {c.__module__.rsplit(".", 1)[1] for c in pruners()}
     assert all(c["pruner"] in told and 0 < c["visual"] <= 8 for c in costs)
@@ -403,7 +403,7 @@ def test_the_bench_times_every_pruner_on_as_many_pictures_as_asked(capsys):
     assert all(0 < c["scoring_seconds"] < c["seconds"] for c in costs)
     assert "2 at a time of 16 visual" in told
     with pytest.raises(ValueError, match="batch is 0"):
-        bench_pruners.run("nano", batch=0)
+        pruner_bench.run("nano", batch=0)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from awares_bench.record import Record, RunFolder, read_records
+from awares_bench.evaluation.records import Record, RunFolder, read_records
 
 
 def record(i, **more):

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from awares_bench import registry
 from awares_bench.awares import AwaRes
-from awares_bench.engine import Engine, Job
-from awares_bench.gate import Gate
-from awares_bench.method import Policy, Pruner, options
-from awares_bench.trajectory import Sample, Trajectory
+from awares_bench.inference.engine import Engine, Job
+from awares_bench.methods import registry
+from awares_bench.methods.conversation import Sample, Trajectory
+from awares_bench.methods.options import options
+from awares_bench.methods.policy import Policy
+from awares_bench.methods.pruner import Pruner
+from awares_bench.methods.resolution_gate import Gate
 
 from .tiny import picture, tiny_vlm
 
@@ -200,7 +202,7 @@ def test_what_cannot_be_built_says_what_to_do(name, given, said):
 
 # ------------------------------------------------------------------ methods of third parties
 
-POLICY = "from dataclasses import dataclass\nfrom awares_bench.method import Policy, Pruner\n"
+POLICY = "from dataclasses import dataclass\nfrom awares_bench import Policy, Pruner\n"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ POLICY = "from dataclasses import dataclass\nfrom awares_bench.method import Pol
     [
         ("class Mine(:\n    pass\n", ":Mine", r"mine\.py, line 1: invalid syntax; the file is not valid Python"),
         ("import nothing_of_that_name\n", ":Mine", r"cannot be imported: ModuleNotFoundError.*mend the file"),
-        ("class Mine:\n    pass\n", ":Mine", r"is not a method; derive the class from awares_bench\.method\.Policy or"),
+        ("class Mine:\n    pass\n", ":Mine", r"is not a method; derive the class from awares_bench\.Policy or"),
         ("Mine = 3\n", ":Mine", "is not a method"),
         (f"{POLICY}class Mine(Policy):\n    def look(self, sample): ...\n", ":Mine", r"write @dataclass\(frozen=True\)"),
         (f"{POLICY}@dataclass(frozen=True)\nclass Mine(Policy):\n    pass\n", ":Mine", r"has no look\(self, sample\)"),
@@ -264,30 +266,30 @@ def test_the_control_policies_are_awares_in_all_but_what_they_replace():
 
 
 def test_every_method_is_an_lmms_eval_model_by_its_own_name():
-    from awares_bench import lmms, manifests
+    from awares_bench.evaluation import lmms_manifest, lmms_model
 
-    found = {name: m.chat_class_path for m in manifests.manifests() for name in (m.model_id, *m.aliases)}
+    found = {name: m.chat_class_path for m in lmms_manifest.manifests() for name in (m.model_id, *m.aliases)}
     assert {*registry.names(), "awares", "awares_full", "awares_low", "awares_bench"} <= set(found)
     for name, path in found.items():
-        model = getattr(lmms, path.rsplit(".", 1)[1])
-        assert issubclass(model, lmms.MethodModel) and name in (model.method, f"awares_{model.method}")
+        model = getattr(lmms_model, path.rsplit(".", 1)[1])
+        assert issubclass(model, lmms_model.MethodModel) and name in (model.method, f"awares_{model.method}")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = lmms.nothing
+        _ = lmms_model.nothing
 
 
 def test_a_name_that_lmms_eval_uses_is_left_to_it(monkeypatch):
     import lmms_eval.models as loaded
 
-    from awares_bench import manifests
+    from awares_bench.evaluation import lmms_manifest
 
     assert not {*loaded.AVAILABLE_SIMPLE_MODELS, *loaded.AVAILABLE_CHAT_TEMPLATE_MODELS} & set(registry.names())
     monkeypatch.setitem(loaded.AVAILABLE_SIMPLE_MODELS, "full", "Full")
-    names = [n for m in manifests.manifests() for n in (m.model_id, *m.aliases)]
+    names = [n for m in lmms_manifest.manifests() for n in (m.model_id, *m.aliases)]
     assert "full" not in names and "awares_full" in names
 
 
 def test_the_adapter_reads_evidence_and_nothing_else_by_that_name():
-    from awares_bench.lmms import _evidence
+    from awares_bench.evaluation.lmms_model import _evidence
 
     assert _evidence([[1, 2, 3, 4], [5, 6, 7, 8.0]]) == ((1, 2, 3, 4), (5, 6, 7, 8))
     for other in (None, "see page 3", ["a", "b"], [[1, 2]], {"x": 1}):

@@ -1,29 +1,27 @@
 """The axes of every figure hold the data; methods keep colour and marker; labels do not cover one another."""
 
 import json
-from importlib import import_module
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from .runs import DOCUMENTS, full, low, write_run
-
-find, names, drawing, load = (import_module(f"awares_bench.reports.{m}") for m in ("find", "names", "draw", "load"))
-accuracy_rtr, accuracy_seconds, latency, crop_selection, rtr_distribution, low_wrong, calibration, learning_curves = (
-    import_module(f"awares_bench.reports.{m}")
-    for m in (
-        "accuracy_rtr",
-        "accuracy_seconds",
-        "latency",
-        "crop_selection",
-        "rtr_distribution",
-        "low_wrong",
-        "calibration",
-        "learning_curves",
-    )
+from awares_bench.reports.data import discover as find
+from awares_bench.reports.data import load, names
+from awares_bench.reports.plots import (
+    accuracy_rtr,
+    accuracy_seconds,
+    calibration,
+    crop_selection,
+    latency,
+    learning_curves,
+    rtr_distribution,
 )
+from awares_bench.reports.plots import hard_documents as low_wrong
+from awares_bench.reports.plots import style as drawing
+
+from .runs import DOCUMENTS, full, low, write_run
 
 
 @pytest.fixture(autouse=True)

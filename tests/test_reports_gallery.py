@@ -1,15 +1,17 @@
 """The gallery chooses by expression, escapes what it shows, and sets two methods side by side."""
 
 import io
-from importlib import import_module
 
 import pandas as pd
 import pytest
 from PIL import Image
 
-from .runs import DOCUMENTS, full, write_run
+from awares_bench.reports.data import discover as find
+from awares_bench.reports.data import load
+from awares_bench.reports.gallery import markup as gallery
+from awares_bench.reports.gallery import select as show
 
-load, find, gallery, show = (import_module(f"awares_bench.reports.{m}") for m in ("load", "find", "gallery", "show"))
+from .runs import DOCUMENTS, full, write_run
 
 
 @pytest.fixture

@@ -1,15 +1,17 @@
 """What must not be reported is refused with the run, the reason and the remedy; what is allowed is printed."""
 
 import json
-from importlib import import_module
 
 import pytest
 
+from awares_bench.reports import report
+from awares_bench.reports.data import compact as records
+from awares_bench.reports.data import comparability as refusals
+from awares_bench.reports.data import discover as find
+from awares_bench.reports.data import load
+
 from .runs import DOCUMENTS, full, low, write_run
 
-load, find, refusals, report, records = (
-    import_module(f"awares_bench.reports.{m}") for m in ("load", "find", "refusals", "report", "records")
-)
 ReportError = load.ReportError
 
 
@@ -196,7 +198,7 @@ def test_damaged_compact_records_are_refused(tmp_path):
 
 def fail(run, task, document, error="the image cannot be decoded"):
     """One more document in a run's records, that could not be answered."""
-    from awares_bench.record import Record
+    from awares_bench.evaluation.records import Record
 
     line = json.dumps(vars(Record(task, document, "test", f"question {document}?", None, error=error)))
     with (run / "records.jsonl").open("a") as records:

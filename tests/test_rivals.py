@@ -4,17 +4,20 @@ import json
 
 import pytest
 import torch
-from awares_bench.training import cropper, examples, grpo, nano, recipe, rivals, sft
-from awares_bench.training.rollout import rollouts
-from awares_bench.training.scoring import Features, render
 
-from awares_bench.engine import Engine, Job, Scripted
-from awares_bench.images import half
-from awares_bench.method import UNDER_TEST
-from awares_bench.registry import method_class
-from awares_bench.session import Request, Session
-from awares_bench.trajectory import Sample
-from awares_bench.vlm import VLM
+from awares_bench.inference.engine import Engine, Job, Scripted
+from awares_bench.inference.local_model import VLM
+from awares_bench.inference.session import Request, Session
+from awares_bench.methods.conversation import Sample
+from awares_bench.methods.images import half
+from awares_bench.methods.policy import UNDER_TEST
+from awares_bench.methods.registry import method_class
+from awares_bench.training import examples, grpo, recipe, sft
+from awares_bench.training.auxiliary import cropper
+from awares_bench.training.nano import model as nano
+from awares_bench.training.nano import rival_data
+from awares_bench.training.packing import Features, render
+from awares_bench.training.rollouts import rollouts
 
 from .test_sft import figures
 from .tiny import picture, tiny_copy, tiny_vlm
@@ -30,8 +33,8 @@ def whole(**more):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rivals")
     nano.save(tiny_vlm().model, tiny_vlm().processor, folder / "start")
-    for style in rivals.STYLES:
-        assert rivals.write(style, "nano:6", folder / f"{style}.parquet") == 6
+    for style in rival_data.STYLES:
+        assert rival_data.write(style, "nano:6", folder / f"{style}.parquet") == 6
     return folder
 
 

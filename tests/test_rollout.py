@@ -4,15 +4,15 @@ from functools import cache
 
 import pytest
 import torch
-from awares_bench.training.rollout import Sampler, banned, rollouts
-from awares_bench.training.scoring import Features, Scorer, pack, render
 
 from awares_bench.awares import AwaRes
-from awares_bench.crops import PAPER_GRID
-from awares_bench.engine import Engine, Job
-from awares_bench.images import half
-from awares_bench.session import Request, Session
-from awares_bench.trajectory import Sample, Turn
+from awares_bench.inference.engine import Engine, Job
+from awares_bench.inference.session import Request, Session
+from awares_bench.methods.conversation import Sample, Turn
+from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.images import half
+from awares_bench.training.packing import Features, Scorer, pack, render
+from awares_bench.training.rollouts import Sampler, banned, rollouts
 
 from .tiny import picture, tiny_copy
 

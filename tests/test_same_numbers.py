@@ -9,12 +9,14 @@ import json
 import pytest
 from lmms_eval.evaluator import simple_evaluate
 
-from awares_bench.lmms import MethodModel, task_index
+from awares_bench.evaluation.lmms_model import MethodModel, task_index
 
 from . import official
 from .stock import stock
 
-pytestmark = pytest.mark.filterwarnings("ignore:Passing `min_pixels` and `max_pixels` to a processor:FutureWarning")  # lmms-eval's
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Passing `min_pixels` and `max_pixels` to a processor:FutureWarning"
+)  # lmms-eval's
 
 
 @pytest.fixture
@@ -73,7 +75,9 @@ LIMITS = {"min_pixels": 3136, "max_pixels": 12845056}
 
 def test_every_answer_and_score_of_the_six_tasks_is_lmms_evals(here, tmp_path):
     folder = stock(tied=True, penalty=1.05)
-    expected, their_scores = said(theirs(folder, **LIMITS), official.TASKS, "max_new_tokens=12")  # 128 of them: the slow test below
+    expected, their_scores = said(
+        theirs(folder, **LIMITS), official.TASKS, "max_new_tokens=12"
+    )  # 128 of them: the slow test below
     answers, scores = said(ours(folder, tmp_path / "run", **LIMITS), official.TASKS, "max_new_tokens=12")
     assert len(expected) == 6 * len(SIZES) and len(set(expected.values())) > len(expected) / 2
     assert answers == expected and scores == their_scores

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from awares_bench.training.scoring import Conversation, Features, Scorer, View, pack, render
 
 from awares_bench.awares import AwaRes
-from awares_bench.crops import PAPER_GRID
-from awares_bench.images import half
-from awares_bench.session import Session
-from awares_bench.trajectory import Sample, Turn
+from awares_bench.inference.session import Session
+from awares_bench.methods.conversation import Sample, Turn
+from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.images import half
+from awares_bench.training.packing import Conversation, Features, Scorer, View, pack, render
 
 from .tiny import picture, tiny_copy, tiny_vlm
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from awares_bench.training import examples, nano, recipe, sft
-from awares_bench.training.scoring import render
 
 from awares_bench.awares import AwaRes
 from awares_bench.cli import main
-from awares_bench.vlm import VLM
+from awares_bench.inference.local_model import VLM
+from awares_bench.training import examples, recipe, sft
+from awares_bench.training.nano import model as nano
+from awares_bench.training.packing import render
 
 from .ranks import FSDP2, launched, ranks
 from .tiny import picture, tiny_vlm
@@ -145,9 +146,8 @@ def test_the_result_loads_in_evaluation_and_says_what_the_adapters_say(place, em
     out, more = f"merged-{embeddings}", {"steps": 2, "lr": 0.02, "embeddings": embeddings}
     train(place, out, **more)
     vlm = VLM.load(str(place / out / "checkpoint"), device="cpu")
-    from awares_bench.training.scoring import Features, Scorer, pack
-
-    from awares_bench.trajectory import Sample
+    from awares_bench.methods.conversation import Sample
+    from awares_bench.training.packing import Features, Scorer, pack
 
     trainer = sft.build(recipe.check(sft.SFT, settings(place, out, **more)))
     trainer._load_from_checkpoint(str(place / out / "checkpoint-2"))
@@ -259,10 +259,11 @@ def test_a_dry_run_shows_masks_and_counts_and_takes_no_step(place, capsys):
 
 
 def test_the_recipes_that_ship_are_read_and_name_their_start():
-    from awares_bench.training import curate, grpo
+    from awares_bench.training import grpo
+    from awares_bench.training.curation import pipeline
 
     folder = Path(recipe.__file__).parent / "recipes"
-    kinds = {"sft": sft.SFT, "grpo": grpo.GRPO, "curate": curate.Curate}
+    kinds = {"sft": sft.SFT, "grpo": grpo.GRPO, "curate": pipeline.Curate}
     found = sorted(p.stem for p in folder.glob("*.yaml"))
     assert len(found) >= 7
     for name in found:
@@ -292,7 +293,7 @@ def test_a_row_with_a_mark_of_a_picture_is_named_before_training(place, tmp_path
 
 
 def test_a_row_that_cannot_be_rendered_is_named(place):
-    from awares_bench.trajectory import Sample
+    from awares_bench.methods.conversation import Sample
 
     for question, replies in (("What is <|image_pad|>?", ["a"]), ("What?", ["<|vision_end|>"]), ("What \ud800?", ["a"])):
         with pytest.raises(ValueError, match=r"sample 'k': the (question|reply) holds"):

@@ -1,7 +1,7 @@
 """The table after a run: means over the documents of a task, a dash where nothing is known, failures apart."""
 
-from awares_bench.record import Record, RunFolder
-from awares_bench.summary import aligned, of_run, table, width
+from awares_bench.evaluation.records import Record, RunFolder
+from awares_bench.evaluation.summary import aligned, of_run, table, width
 
 
 def record(task="chart", doc_id=0, rtr=0.5, visual=(16.0, 16.0), seconds=0.01, crops=(), events=(), **more) -> Record:

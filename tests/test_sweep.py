@@ -1,17 +1,19 @@
 """A recipe as one command: cells, resume, failures, and scores as lmms-eval's own command saves them."""
 
 import json
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from awares_bench import cli, registry, sweep
-from awares_bench.method import Pruner
+from awares_bench import cli
+from awares_bench.evaluation import lmms_model, sweep
+from awares_bench.methods import registry
+from awares_bench.methods.pruner import Pruner
+from awares_bench.tasks import nano as nano_suite
 
 from .test_plugin import checkpoint, lmms_eval, samples  # noqa: F401  (checkpoint is a fixture)
 
-FOLDER = Path(import_module("awares_bench.tasks").__file__).parent
+FOLDER = Path(nano_suite.__file__).parent
 
 
 def recipe(tmp_path, text):
@@ -45,7 +47,7 @@ def test_lists_become_a_cell_for_each_combination(tmp_path):
 
 
 def test_a_cell_may_have_every_option_that_a_model_has():
-    from awares_bench.lmms import COMMON
+    from awares_bench.evaluation.lmms_model import COMMON
 
     assert {*sweep.WEIGHTS, *sweep.OTHER} == set(COMMON) - {"output_dir", "label"}
 
@@ -91,7 +93,7 @@ def test_a_recipe_that_cannot_be_run_says_why_before_anything_is_loaded(tmp_path
 
 
 def test_a_task_is_loaded_anew_each_time_so_that_ocrbenchs_global_sums_start_at_zero():
-    from awares_bench.lmms import task_index
+    from awares_bench.evaluation.lmms_model import task_index
 
     index = task_index()
     first, second = (index._get_config("ocrbench")["metric_list"][0]["aggregation"] for _ in range(2))
@@ -148,6 +150,6 @@ def test_a_sweep_saves_what_lmms_evals_command_saves_resumes_and_goes_on_after_a
 
 def test_a_folder_s_tasks_win_over_the_package_s_of_the_same_name(tmp_path):
     (tmp_path / "nano_doc.yaml").write_text((FOLDER / "nano_doc.yaml").read_text())
-    index = import_module("awares_bench.lmms").task_index(str(tmp_path)).task_index
+    index = lmms_model.task_index(str(tmp_path)).task_index
     assert index["nano_doc"]["yaml_path"] == str(tmp_path / "nano_doc.yaml")
     assert index["nano_pope"]["yaml_path"] == str(FOLDER / "nano_pope.yaml")

@@ -3,24 +3,22 @@
 import contextlib
 import json
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
-from awares_bench.training import nano
-from awares_bench.training.conversation import Writer, collate
-from awares_bench.training.loop import Group, train
-from awares_bench.training.pixels import half, normalise, patches
 
-from awares_bench.crops import PAPER_GRID
-from awares_bench.session import Session
-from awares_bench.trajectory import Turn
-from awares_bench.vision_attention import windowed_attention
+from awares_bench.inference.session import Session
+from awares_bench.methods.conversation import Turn
+from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.models.qwen2_5_vl_vision import windowed_attention
+from awares_bench.tasks.nano import world
+from awares_bench.training.nano import language, stages, tower
+from awares_bench.training.nano import model as nano
+from awares_bench.training.nano.loop import Group, train
+from awares_bench.training.nano.pixels import half, normalise, patches
+from awares_bench.training.nano.rows import Writer, collate
 
 from .tiny import GEOMETRY, picture, tiny_vlm
-
-language, stages, tower = (import_module(f"awares_bench.training.{m}") for m in ("nano_language", "nano_stages", "tower"))
-world = import_module("awares_bench.tasks.nano_world")
 
 
 def test_pixels_are_the_processors():

@@ -2,22 +2,22 @@
 
 import pytest
 import torch
-from awares_bench.baselines.full import Full
-from awares_bench.training import nano
 from torch.nn.functional import scaled_dot_product_attention
 
-from awares_bench import vision_attention
-from awares_bench.batch import Batch
-from awares_bench.crops import PAPER_GRID
-from awares_bench.engine import Engine, Failure, Job
-from awares_bench.features import FeatureStore
-from awares_bench.images import half
-from awares_bench.products import FEWEST_ROWS, fast_products, product
-from awares_bench.ragged import RaggedBatch
-from awares_bench.session import Request, Session
-from awares_bench.trajectory import Sample, Trajectory, Turn, messages
-from awares_bench.vision_attention import by_products, grouped_windows, varlen_windows
-from awares_bench.vlm import VLM, CheckpointError, mrope_positions
+from awares_bench.baselines.full import Full
+from awares_bench.inference.engine import Engine, Job
+from awares_bench.inference.image_features import FeatureStore
+from awares_bench.inference.local_model import VLM, CheckpointError, mrope_positions
+from awares_bench.inference.padded_batch import Batch
+from awares_bench.inference.ragged_batch import RaggedBatch
+from awares_bench.inference.session import Request, Session
+from awares_bench.methods.conversation import Failure, Sample, Trajectory, Turn, messages
+from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.images import half
+from awares_bench.models import qwen2_5_vl_vision
+from awares_bench.models.cpu_kernels import FEWEST_ROWS, fast_products, product
+from awares_bench.models.qwen2_5_vl_vision import by_products, grouped_windows, varlen_windows
+from awares_bench.training.nano import model as nano
 
 from .tiny import picture, tiny_vlm
 
@@ -233,7 +233,7 @@ def test_the_tower_has_the_same_features_in_parts_and_by_products(sizes, monkeyp
     with torch.no_grad():
         stock = tower(torch.cat(patches), grid_thw=torch.tensor(grids)).pooler_output
     for name, value in {"FEW": 0, "ROWS": 48, "LONG": 1, "BY_PRODUCTS": True}.items():
-        monkeypatch.setattr(vision_attention, name, value)
+        monkeypatch.setattr(qwen2_5_vl_vision, name, value)
     hook = tower.blocks[0].mlp.up_proj.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
     parts = vlm.encode(patches, grids)
     hook.remove()
@@ -254,7 +254,7 @@ def test_attention_by_products_in_half_precision_is_as_near_to_float32_as_the_fu
 
 @pytest.mark.parametrize("smallest", [0, 2**20], ids=["oneDNN", "MKL"])
 def test_products_in_the_engine_differ_by_rounding_and_leave_the_model_as_it_was(smallest, monkeypatch):
-    monkeypatch.setattr("awares_bench.products.FEWEST_WEIGHTS", smallest)
+    monkeypatch.setattr("awares_bench.models.cpu_kernels.FEWEST_WEIGHTS", smallest)
     layer, other = torch.nn.Linear(40, 24), torch.nn.Linear(40, 24, bias=False)
     halved, x = torch.nn.Linear(40, 24).bfloat16(), torch.randn(64, 40).bfloat16()
     with torch.inference_mode():

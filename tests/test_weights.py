@@ -1,17 +1,17 @@
 """The committed nano weights do what the README says, on fresh documents of a suite of their own."""
 
-from importlib import import_module
-
 import pytest
 
-from awares_bench.crops import PAPER_GRID
-from awares_bench.engine import Engine, Job
-from awares_bench.registry import method_class
-from awares_bench.trajectory import Sample
-from awares_bench.vlm import VLM
-from awares_bench.weights import resolve
+from awares_bench.baselines.visionthink import SYSTEM
+from awares_bench.inference.engine import Engine, Job
+from awares_bench.inference.local_model import VLM
+from awares_bench.methods.conversation import Sample
+from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.registry import method_class
+from awares_bench.models.packaged import resolve
+from awares_bench.tasks.nano import suite, world
+from awares_bench.training.nano.model import nano_tokenizer
 
-world, suite = import_module("awares_bench.tasks.nano_world"), import_module("awares_bench.tasks.nano_suite")
 DOCUMENTS = 30  # a task: small enough for CI, so the bounds leave room for chance (a standard error of about 0.02)
 
 
@@ -62,10 +62,10 @@ def test_adapters_of_the_package_are_the_base_with_something_added():
 
 
 def test_their_tokenizer_is_the_one_that_training_makes():
-    tokenizer = import_module("awares_bench.training.nano").nano_tokenizer()
+    tokenizer = nano_tokenizer()
     for name in ("nano", "nano-base"):
         assert VLM.load(resolve(name)).tokenizer.get_vocab() == tokenizer.get_vocab()
-    ids = tokenizer(import_module("awares_bench.baselines.visionthink").SYSTEM)["input_ids"]
+    ids = tokenizer(SYSTEM)["input_ids"]
     assert len(ids) < 12  # sentences that every VisionThink prompt repeats are whole tokens
 
 

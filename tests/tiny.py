@@ -6,10 +6,10 @@ import copy
 from functools import lru_cache
 
 import torch
-from awares_bench.training import nano
 from PIL import Image
 
-from awares_bench.vlm import VLM
+from awares_bench.inference.local_model import VLM
+from awares_bench.training.nano import model as nano
 
 GEOMETRY = nano.Geometry(
     width=64, layers=3, heads=2, kv_heads=1, mlp=96, vision_width=64, vision_depth=4, vision_heads=2, vision_mlp=96

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image as Picture
 
-from awares_bench.images import as_rgb
-from awares_bench.trajectory import Sample
+from awares_bench.methods.conversation import Sample
+from awares_bench.methods.images import as_rgb
 
 
 class DataError(ValueError):

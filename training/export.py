@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from awares_bench.training.recipe import Run
-from awares_bench.training.scoring import Scorer
 
-from awares_bench.vlm import VLM
+from awares_bench.inference.local_model import VLM
+
+from .packing import Scorer
+from .recipe import Run
 
 
 def finish(scorer: Scorer, vlm: VLM, out: Path, stage: str, recipe: Run) -> Path:

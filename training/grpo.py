@@ -15,29 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from awares_bench.training import examples, rewards
-from awares_bench.training.cropper import Target
-from awares_bench.training.export import finish
-from awares_bench.training.judges import judge
-from awares_bench.training.recipe import RecipeError, Tuning, claim, key
-from awares_bench.training.rollout import Rollout, banned, rollouts
-from awares_bench.training.scoring import Scorer, pack
-from awares_bench.training.trainer import (
-    ExactTrainer,
-    arguments,
-    describe,
-    device_of,
-    open_vlm,
-    per_process,
-    policy_of,
-    prepare,
-    whole,
-)
-from awares_bench.training.watch import Watch
 from torch import Tensor
 
-from awares_bench.trajectory import Sample
-from awares_bench.vlm import VLM
+from awares_bench.inference.local_model import VLM
+from awares_bench.methods.conversation import Sample
+
+from . import examples, rewards
+from .auxiliary.cropper import Target
+from .curation.judges import judge
+from .export import finish
+from .health_checks import Watch
+from .packing import Scorer, pack
+from .recipe import RecipeError, Tuning, claim, key
+from .rollouts import Rollout, banned, rollouts
+from .trainer import ExactTrainer, arguments, describe, device_of, open_vlm, per_process, policy_of, prepare, whole
 
 
 @dataclass(frozen=True)
@@ -164,7 +155,9 @@ class GRPOTrainer(ExactTrainer):
         return Group(group, parts, rewards.advantages([p["reward"] for p in parts], self.recipe.scaling))
 
     def _refer(self, groups: list[Group]) -> None:
-        packed = pack([[r.conversation for r in g.rollouts] for g in groups], self.vlm, self.args.device, self.scorer.penalty != 1)
+        packed = pack(
+            [[r.conversation for r in g.rollouts] for g in groups], self.vlm, self.args.device, self.scorer.penalty != 1
+        )
         without = self.scorer.model.disable_adapter() if self.reference is None else nullcontext()
         with without:
             scores, _ = (self.reference or self.scorer)(packed, self.features(packed.views))
@@ -174,7 +167,9 @@ class GRPOTrainer(ExactTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         r, groups = self.recipe, inputs
-        packed = pack([[x.conversation for x in g.rollouts] for g in groups], self.vlm, self.args.device, self.scorer.penalty != 1)
+        packed = pack(
+            [[x.conversation for x in g.rollouts] for g in groups], self.vlm, self.args.device, self.scorer.penalty != 1
+        )
         scores, entropy = self.score(model, packed)
         some, device = [x for g in groups for x in g.rollouts], scores.device
         advantage = torch.tensor([a for g in groups for a in g.advantages], device=device)[packed.owner]  # (N,)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
-from awares_bench.method import unknown_option
+from awares_bench.methods.options import unknown_option
 
 R = TypeVar("R")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from awares_bench.training.judges import Judge
-from awares_bench.training.rollout import Rollout
+from awares_bench.methods.crop_grid import ALL, PAPER_GRID
 
-from awares_bench.crops import ALL, PAPER_GRID
+from .curation.judges import Judge
+from .rollouts import Rollout
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from awares_bench.training import examples
-from awares_bench.training.export import finish
-from awares_bench.training.recipe import Tuning, claim, key
-from awares_bench.training.scoring import Conversation, pack, render
-from awares_bench.training.trainer import ExactTrainer, arguments, describe, per_process, policy_of, prepare
 
-from awares_bench.vlm import VLM
+from awares_bench.inference.local_model import VLM
+
+from . import examples
+from .export import finish
+from .packing import Conversation, pack, render
+from .recipe import Tuning, claim, key
+from .trainer import ExactTrainer, arguments, describe, per_process, policy_of, prepare
 
 
 @dataclass(frozen=True)

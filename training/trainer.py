@@ -10,17 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from awares_bench.training.cropper import Part
-from awares_bench.training.recipe import RecipeError, Tuning
-from awares_bench.training.scoring import Conversation, Features, Packed, Scorer
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from awares_bench.checkpoint import check_told
-from awares_bench.method import options, unknown_option
-from awares_bench.registry import method_class
-from awares_bench.vlm import VLM
-from awares_bench.weights import resolve
+from awares_bench.inference.local_model import VLM
+from awares_bench.methods.options import options, unknown_option
+from awares_bench.methods.registry import method_class
+from awares_bench.models.checkpoint import check_told
+from awares_bench.models.packaged import resolve
+
+from .auxiliary.cropper import Part
+from .packing import Conversation, Features, Packed, Scorer
+from .recipe import RecipeError, Tuning
 
 DECODER_LINEAR = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 WHOLE = "whole"  # written last into a checkpoint: a run killed while saving leaves one without it

@@ -1,0 +1,246 @@
+"""``awares-bench bench grpo``: one GRPO step of ours beside one of TRL's GRPOTrainer: same weights, prompts, group, budget, loss.
+
+Both roll out two-turn AwaRes conversations on nano documents, price them alike (but for the area term, which TRL's side leaves
+out), score them under the policy and a frozen reference, and take one AdamW step on the decoder in float32, the tower
+frozen. TRL runs in its own environment, in the one public way that it has for a second turn with new pictures (``trl_worker``);
+its first-turn prompts must equal ours to the token. Steps alternate, one of ours, one of TRL's, after one of each that does not
+count. Sampled conversations differ, so both call rates are printed.
+
+Pushed tokens are rows times columns of every call of the decoder, padding included: prefill and decode of the rollout, the
+reference, the loss, and the loss once more for the backward pass, which works about twice as long as a forward one.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import TrainerCallback
+
+from awares_bench.awares import CALL_BUDGET
+from awares_bench.evaluation.records import provenance
+from awares_bench.inference.session import Session
+from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.models.packaged import resolve
+from awares_bench.training import grpo
+from awares_bench.training.curation.pipeline import nano_rows
+from awares_bench.training.packing import View
+from awares_bench.training.recipe import check
+
+from .engine_bench import Figure
+from .trl_worker import Tokens
+
+PUSHED = ("prefill", "decode", "reference", "loss", "backward")
+
+
+class TRLError(RuntimeError):
+    """The other environment did not take its step; holds what it printed last."""
+
+
+class Worker:
+    """A process of TRL's environment that takes a step when told to."""
+
+    def __init__(self, python: str, job: dict, folder: Path):
+        (folder / "job.json").write_text(json.dumps(job))
+        self.errors = folder / "trl.txt"
+        script = Path(__file__).with_name("trl_worker.py")
+        with self.errors.open("w") as file:
+            self.process = subprocess.Popen(
+                [python, "-I", str(script), str(folder / "job.json")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+            )
+        self.version = self.read()["trl"]
+
+    def read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            raise TRLError("TRL's side ended without an answer:\n" + "\n".join(self.errors.read_text().splitlines()[-12:]))
+        return json.loads(line)
+
+    def step(self) -> dict:
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Alternate(TrainerCallback):
+    """After each of our steps, one of the other's. ours, theirs: per step its seconds, tokens and call rate."""
+
+    def __init__(self, trainer: grpo.GRPOTrainer, other: Worker | None):
+        reference = trainer.reference.core if trainer.reference else None
+        self.trainer, self.other, self.tokens = trainer, other, Tokens(trainer.scorer.core, reference)
+        self.ours: list[dict] = []
+        self.theirs: list[dict] = []
+
+    def on_train_begin(self, *_, **__):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        self.trainer.vlm.synchronise()
+        seconds, calls = time.perf_counter() - self.began, self.trainer.figures["call_rate"][-1]
+        self.ours.append({"seconds": seconds, "tokens": self.tokens.take(), "call_rate": calls})
+        if self.other:
+            self.theirs.append(self.other.step())
+        self.began = time.perf_counter()
+
+
+def run(
+    pretrained: str = "nano",
+    trl_python: str | None = None,
+    prompts: int = 8,
+    group: int = 8,
+    repeats: int = 5,
+    device: str = "auto",
+    json_file: Path | None = None,
+) -> dict:
+    """Alternating steps -> what is printed, as a dictionary. Without ``trl_python`` our side alone."""
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; it must be at least 1")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        nano_rows(prompts, labelled=True).to_parquet(folder / "rows.parquet")
+        said = {"start": pretrained, "data": str(folder / "rows.parquet"), "out": str(folder / "ours"), "device": device}
+        said |= {"prompts": prompts, "group": group, "micro_batch": prompts, "tuning": "full", "lr": 5e-5, "beta": 0.05}
+        said |= {"steps": repeats + 1, "max_new_tokens": CALL_BUDGET, "answer": "exact", "log_every": 10**6, "save_every": 10**6}
+        recipe = check(grpo.GRPO, said)
+        trainer = grpo.build(recipe)
+        worker = Worker(trl_python, _job(trainer, recipe, folder), folder) if trl_python else None
+        turns = Alternate(trainer, worker)
+        trainer.add_callback(turns)
+        trainer.go()
+        if worker:
+            worker.close()
+            _same_prompts(trainer, turns.theirs[0]["prompts"])
+        result = _result(turns, recipe, trainer, worker.version if worker else None)
+    _print(result)
+    if json_file:
+        Path(json_file).write_text(json.dumps(result | {"provenance": provenance()}, indent=1))
+    return result
+
+
+def _job(trainer: grpo.GRPOTrainer, recipe: grpo.GRPO, folder: Path) -> dict:
+    """What TRL's side is to do: rows as files, the protocol as text and boxes, the settings of the recipe."""
+    rows = []
+    for i, prompt in enumerate(trainer.train_dataset):
+        (turn, image) = next(trainer.policy.look(prompt.sample)), prompt.sample.images[0]
+        view, full = folder / f"{i}-view.png", folder / f"{i}-full.png"
+        turn.images[0].save(view)
+        image.save(full)
+        named = PAPER_GRID.ids
+        boxes = dict(zip(named, PAPER_GRID.boxes(*image.size, tuple(named.values())), strict=True))
+        truth = {"answer": prompt.truth.answers[0], "label": prompt.truth.label}
+        rows.append({"question": turn.text, "view": str(view), "full": str(full), "boxes": boxes} | truth)
+    whole = max(trainer.vlm.visual_tokens(p.sample.images[0]) for p in trainer.train_dataset)
+    return {
+        "start": resolve(recipe.start),
+        "out": str(folder / "theirs"),
+        "system": turn.system,
+        "rows": rows,
+        "group": recipe.group,
+        "steps": recipe.steps,
+        "max_new_tokens": recipe.max_new_tokens,
+        "max_completion": 2 * recipe.max_new_tokens + 4 * whole + 64,  # two replies, every region there is, their marks
+        "costs": {"use": recipe.use, "miss": recipe.miss},
+        "lr": recipe.lr,
+        "beta": recipe.beta,
+        "clip": recipe.clip,
+        "seed": recipe.seed,
+        "device": str(trainer.vlm.device.type),
+        "threads": torch.get_num_threads(),
+        "size": {"shortest_edge": recipe.min_pixels, "longest_edge": recipe.max_pixels},
+    }
+
+
+def _same_prompts(trainer: grpo.GRPOTrainer, theirs: list[list[int]]) -> None:
+    """Raises TRLError when TRL's first turns are not ours to the token."""
+    ours = set()
+    for prompt in trainer.train_dataset:
+        turn = next(trainer.policy.look(prompt.sample))
+        grids = [View.of(trainer.vlm, image).grid for image in turn.images]
+        ours.add(tuple(trainer.vlm.chunk(Session(), turn, grids)))
+    if ours != set(map(tuple, theirs)):
+        raise TRLError("TRL's prompts are not ours to the token, so the comparison would be of different work")
+
+
+def _result(turns: Alternate, recipe: grpo.GRPO, trainer: grpo.GRPOTrainer, version: str | None) -> dict:
+    rows = {name: _row(steps[1:]) for name, steps in (("ours", turns.ours), ("TRL", turns.theirs)) if steps}
+    about = {
+        "model": recipe.start,
+        "device": torch.cuda.get_device_name() if trainer.vlm.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "prompts": recipe.prompts,
+        "group": recipe.group,
+        "steps": recipe.steps - 1,
+        "trl": version,
+    }
+    figures = []
+    if version:
+        ours, theirs = rows["ours"], rows["TRL"]
+        clock, pushed = theirs["seconds"] / ours["seconds"], theirs["pushed"] / ours["pushed"]
+        figures.append(Figure("a GRPO step, TRL over ours, seconds", clock, ">= 2", clock >= 2))
+        figures.append(Figure("tokens pushed through the decoder, TRL over ours", pushed, ">= 3", pushed >= 3))
+        for name in ("encoded", *PUSHED):
+            share = theirs["tokens"][name] / max(1, ours["tokens"][name])
+            figures.append(Figure(f"the same, {name}" if name in PUSHED else "tokens out of the tower", share, "", None))
+    return {"about": about, "rows": rows, "figures": [asdict(f) for f in figures], "notes": _notes(version)}
+
+
+def _row(steps: list[dict]) -> dict:
+    """Median seconds with the extremes, mean tokens and call rate of the steps that count."""
+    sums = sum((Counter(s["tokens"]) for s in steps), Counter())
+    tokens = {name: sums[name] / len(steps) for name in ("encoded", *PUSHED)}
+    seconds = sorted(s["seconds"] for s in steps)
+    return {
+        "seconds": median(seconds),
+        "fastest_slowest": [seconds[0], seconds[-1]],
+        "tokens": tokens,
+        "pushed": sum(tokens[name] for name in PUSHED),
+        "call_rate": sum(s["call_rate"] for s in steps) / len(steps),
+    }
+
+
+def _notes(version: str | None) -> list[str]:
+    if version is None:
+        return ["TRL's side was left out: pass --trl-python with the interpreter of an environment that has trl"]
+    return [
+        f"TRL {version}: GRPOTrainer on transformers with environment_factory, whose tool returns the crops as images; the stock chat "
+        "template is refused for tools, so a template and a response template of ours render and read AwaRes' conversation "
+        "(first-turn prompts equal to the token). loss_type=grpo, no checkpointing, no vLLM, tower frozen, float32",
+        "TRL's side has no area term in its reward and takes a malformed call for an answer; neither changes the work much. "
+        "Padding counts as pushed on both sides; the backward pass counts the loss' tokens once",
+    ]
+
+
+def _print(result: dict) -> None:
+    print("\n".join(f"{k:<10} {v}" for k, v in result["about"].items()))
+    print(
+        f"\n{'':<8}{'seconds':>9}{'from - to':>18}{'calls':>7}{'pushed':>9}" + "".join(f"{n:>11}" for n in ("encoded", *PUSHED))
+    )
+    for name, r in result["rows"].items():
+        low, high = r["fastest_slowest"]
+        print(
+            f"{name:<8}{r['seconds']:>9.2f}{f'{low:.2f} - {high:.2f}':>18}{r['call_rate']:>7.2f}{r['pushed']:>9.0f}"
+            + "".join(f"{v:>11.0f}" for v in r["tokens"].values())
+        )
+    print()
+    for f in result["figures"]:
+        met = {True: "met", False: "NOT met", None: ""}[f["met"]]
+        print(f"{f['value']:>10.3g}  {f['name']}  {f['aim']} {met}")
+    for note in result["notes"]:
+        print(note, file=sys.stderr)

@@ -1,0 +1,233 @@
+"""``awares-bench bench pruners``: what it costs to decide, against the prefill without a pruner; time and memory, in one run.
+
+Counted as scoring: attention and keys collected in the tower, their way to raster order, a picture's seed, raters, attention
+rows, scores, the choice and what it merges. Beside it, the same with the cut: joining the text around the pictures with what is
+left of them, and its positions, which is the same work for every pruner. Counted as prefill: patches, vision blocks, merger and
+decoder layers of the same pictures, uncut; not preprocessing, embedding, the vocabulary's scores or what runs between layers.
+Pictures are the only ones of their round, so their first decision meets cold caches: with one small picture that is most of it,
+with several it is shared.
+Models have published sizes and random weights. One layer of each kind is timed and counted as often as the model has it, so
+that a 7B fits a laptop; a pruner's own work is done in full: every cut at its real share, on the real number of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from awares_bench.evaluation.records import provenance
+from awares_bench.inference.layerwise_batch import StagedBatch
+from awares_bench.inference.local_model import VLM, mrope_positions
+from awares_bench.inference.session import Session
+from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench.models.attention_scores import Probe, probed
+from awares_bench.models.cpu_kernels import fast_products
+from awares_bench.models.geometry import geometry, random_model
+from awares_bench.models.packaged import NANO
+from awares_bench.models.prompt_chunk import look
+from awares_bench.models.qwen2_5_vl_vision import windowed_attention
+
+from .meter import Meter, MeteredBatch, clock, metered
+
+TEXT = 64
+"""Text tokens after the image: a question and the template."""
+
+LIMIT_SHARE, LIMIT_BYTES = 0.05, 100 * 2**20
+
+
+@dataclass
+class Cost:
+    """A pruner's own work on one batch of pictures.
+
+    visual: tokens after the last cut, of one picture. seconds: with the cut, median over the rounds. share: of the prefill of the same
+    round, median. scoring_seconds, scoring_share: without the cut. extra_bytes: the most held at a time beside its inputs.
+    rounds, scoring_rounds: seconds of each.
+    """
+
+    pruner: str
+    visual: int = 0
+    seconds: float = 0.0
+    share: float = 0.0
+    scoring_seconds: float = 0.0
+    scoring_share: float = 0.0
+    extra_bytes: int | None = None
+    rounds: list[float] = field(default_factory=list)
+    scoring_rounds: list[float] = field(default_factory=list)
+
+
+def pruners() -> list[type[Pruner]]:
+    """The pruner class of every file of ``baselines`` that has one, by file name."""
+    names = sorted(p.name[:-3] for p in files("awares_bench.baselines").iterdir() if p.name.endswith(".py") and p.name[0] != "_")
+    modules = [import_module(f"awares_bench.baselines.{name}") for name in names]
+    own = [c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
+    return [c for c in own if issubclass(c, Pruner)]
+
+
+def small(size: str):
+    """The config of a geometry with two vision blocks (one within windows, one over the whole image) and four decoder layers."""
+    config = geometry(size)
+    tower, text = config.vision_config, config.text_config
+    tower.depth, tower.fullatt_block_indexes = 2, [1]
+    text.num_hidden_layers, text.layer_types = 4, ["full_attention"] * 4
+    text.vocab_size = min(text.vocab_size, 1024)
+    config.vocab_size = text.vocab_size
+    return config
+
+
+@torch.inference_mode()
+def run(
+    size: str = NANO, tokens: int = 1200, batch: int = 1, retention: float = 0.5, repeats: int = 5, device: str = "auto",
+    dtype: str = "auto", json_file: Path | None = None,
+) -> dict:  # fmt: skip
+    """Measure every pruner on ``batch`` pictures of about ``tokens`` visual tokens -> what is printed, as a dictionary."""
+    if min(tokens, batch, repeats) < 1:
+        raise ValueError(f"tokens is {tokens}, batch is {batch} and repeats is {repeats}; each must be at least 1")
+    chosen = [cls(retention) for cls in pruners()]
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    kind = getattr(torch, ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype)
+    vlm, whole = VLM(*random_model(small(size), kind, device)), geometry(size)
+    side = max(1, math.isqrt(tokens))
+    grid = (1, 2 * side, 2 * max(1, round(tokens / side)))
+    visual = grid[1] * grid[2] // 4
+    generator = torch.Generator().manual_seed(0)
+    patches = [torch.randn(grid[1] * grid[2], 1176, generator=generator) for _ in range(batch)]
+    marks = vlm.model.config.vision_start_token_id, vlm.model.config.vision_end_token_id
+    ids = [20] * 16 + [marks[0]] + [vlm.image_token] * visual + [marks[1]] + [*range(20, 20 + TEXT)]
+    placed = mrope_positions(ids, [grid], vlm.image_token)
+
+    layers, costs = _Layers(vlm), [Cost(type(p).__module__.rsplit(".", 1)[-1]) for p in chosen]
+    with fast_products(vlm.decoder):  # as where it answers
+        for round_ in range(repeats + 1):  # the first warms up, and looks at memory instead of the clock; the others alternate
+            chunks = [vlm.embed(ids, placed, [image]) for image in vlm.see(patches, [grid] * batch)]
+            StagedBatch(vlm, [Session() for _ in chunks], chunks, chosen[0], {}).prefill()
+            layers.close_round(whole)
+            for pruner, cost in zip(chosen, costs, strict=True):
+                meter = Meter(vlm, memory=round_ == 0)
+                cost.visual = _decide(meter, pruner, whole, patches, grid, ids, placed)
+                if meter.memory:
+                    cost.extra_bytes = meter.peak
+                else:
+                    cost.rounds.append(sum(meter.seconds))
+                    cost.scoring_rounds.append(meter.scored)
+                layers.forget()
+    layers.remove()
+    prefills = layers.rounds[1:]
+    for cost in costs:
+        cost.seconds, cost.scoring_seconds = median(cost.rounds), median(cost.scoring_rounds)
+        cost.share = median(s / p for s, p in zip(cost.rounds, prefills, strict=True))
+        cost.scoring_share = median(s / p for s, p in zip(cost.scoring_rounds, prefills, strict=True))
+    prefill = median(prefills)
+    result = {
+        "geometry": size,
+        "visual_tokens": visual,
+        "text_tokens": len(ids) - visual,
+        "batch": batch,
+        "retention": retention,
+        "device": torch.cuda.get_device_name(vlm.device) if vlm.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(kind).removeprefix("torch."),
+        "repeats": repeats,
+        "prefill_seconds": prefill,
+        "pruners": [asdict(c) for c in costs],
+    }
+    _print(result)
+    if json_file:
+        Path(json_file).write_text(json.dumps(result | {"provenance": provenance()}, indent=1))
+    return result
+
+
+class _Layers:
+    """Seconds of the vision blocks and decoder layers that ran in a round, by hooks, and of a whole model made of them."""
+
+    def __init__(self, vlm: VLM):
+        self.now, self.hooks, self.rounds = clock(vlm), [], []
+        self.forget()
+        tower = vlm.model.model.visual
+        named = [("patch", tower.patch_embed), ("window", tower.blocks[0]), ("full", tower.blocks[1]), ("merger", tower.merger)]
+        for name, module in [*named, *(("decoder", layer) for layer in vlm.decoder.layers)]:
+            self.hooks += [module.register_forward_pre_hook(self._start), module.register_forward_hook(self._stop(name))]
+
+    def _start(self, *_) -> None:
+        self.start = self.now()
+
+    def _stop(self, name: str) -> Callable:
+        def stop(*_) -> None:
+            self.seconds.setdefault(name, []).append(self.now() - self.start)
+
+        return stop
+
+    def forget(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def close_round(self, config) -> None:
+        """Add the seconds of encoding and prefill of the model of this config, its layers at the median of their kind."""
+        once = {name: median(s) for name, s in self.seconds.items()}
+        tower, full = config.vision_config, len(config.vision_config.fullatt_block_indexes)
+        vision = once["patch"] + once["merger"] + (tower.depth - full) * once["window"] + full * once["full"]
+        self.rounds.append(vision + config.text_config.num_hidden_layers * once["decoder"])
+        self.forget()
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _decide(meter: Meter, pruner: Pruner, whole, patches: list[Tensor], grid: tuple, ids: list[int], placed: tuple) -> int:
+    """Meter what ``pruner`` adds: the probe and the cut before the decoder, or raters, attention rows and cuts inside it."""
+    vlm, stages, pruner = meter.vlm, pruner.stages(whole.text_config.num_hidden_layers), metered(pruner, meter)
+    chunks = [vlm.embed(ids, placed, [image]) for image in _see(vlm, pruner, patches, grid, meter)]
+    if not stages:
+        return [meter.cutting(chunk.cut, pruner, pruner.retention) for chunk in chunks][-1].visual
+    batch = MeteredBatch(meter, vlm, [Session() for _ in chunks], chunks, pruner, dict(enumerate(stages.values())))
+    batch.prefill()
+    return batch.chunks[-1].visual
+
+
+def _see(vlm: VLM, pruner: Pruner, patches: list[Tensor], grid: tuple, meter: Meter) -> list[Visual]:
+    """As ``VLM.see``, with the probe metered."""
+    wanted = "attention" in pruner.needs, "metric" in pruner.needs
+    with probed(vlm.model, -1, *wanted) as probe:
+        module = vlm.model.model.visual.blocks[-1].attn
+        if any(wanted):
+            module.probe = lambda *args: meter(probe, *args)
+        with windowed_attention(vlm.model):
+            grid_thw = torch.tensor([grid] * len(patches), device=vlm.device)
+            out = vlm.model.model.visual(torch.cat(patches).to(vlm.device, vlm.model.dtype), grid_thw=grid_thw).pooler_output
+    some: Probe | None = probe if any(wanted) else None
+    grids, seeds = [(grid[1] // 2, grid[2] // 2)] * len(patches), patches if "seed" in pruner.needs else None
+    return meter(look, out, grids, some, seeds, 4) if some or seeds else look(out, grids, None, None, 4)
+
+
+def _print(result: dict) -> None:
+    print(
+        f"{result['geometry']} geometry, random weights, {result['batch']} at a time of {result['visual_tokens']} visual and "
+        f"{result['text_tokens']} text tokens, {result['device']}, {result['dtype']}, {result['threads']} threads, retention {result['retention']}"
+    )
+    clocked = "CPU seconds of all threads" if result["device"] == "cpu" else "seconds"
+    print(f"prefill without a pruner: patches, vision blocks, merger, decoder layers: {result['prefill_seconds']:.4f} {clocked}")
+    print(
+        "scoring: attention and keys from the tower, seeds, raters, attention rows, scores, choice, merges; shares are of prefill\n"
+    )
+    print(f"{'pruner':<15} {'kept':>6} {'scoring':>9} {'share':>7} {'with the cut':>13} {'share':>7} {'extra MiB':>10}")
+    for c in result["pruners"]:
+        extra = "" if c["extra_bytes"] is None else f"{c['extra_bytes'] / 2**20:.0f}"
+        over = [
+            w for w, bad in (("time", c["scoring_share"] > LIMIT_SHARE), ("memory", (c["extra_bytes"] or 0) > LIMIT_BYTES)) if bad
+        ]
+        print(
+            f"{c['pruner']:<15} {c['visual']:>6} {c['scoring_seconds']:>9.4f} {c['scoring_share']:>7.2%} {c['seconds']:>13.4f} "
+            f"{c['share']:>7.2%} {extra:>10}  "
+            f"{'over its limit: ' + ', '.join(over) if over else ''}"
+        )
+    print(
+        f"\nLimits: scoring {LIMIT_SHARE:.0%} of prefill, {LIMIT_BYTES >> 20} MiB at 4,096 visual tokens. Kept: after the last cut."
+    )

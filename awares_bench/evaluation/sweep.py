@@ -1,0 +1,243 @@
+"""A sweep: methods x options x tasks from one recipe, as one command that resumes; a run folder for each cell.
+
+    OUT/runs/CELL/{run.json,records.jsonl}     what was spent
+    OUT/lmms/CELL/…                            what was scored, as lmms-eval saves it
+    OUT/sweep.json                             the cells and how they ended
+
+Cells run in this process through lmms-eval's evaluator, not as lmms-eval commands: that loads each set of weights once for
+all its cells, and an exception names what failed (the command exits 0 on failure).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from awares_bench.methods import registry
+from awares_bench.methods.options import unknown_option
+
+from .records import fingerprint
+
+RECIPE_KEYS = ("tasks", "include_path", "limit", "batch_size", "options", "methods")
+"""What a recipe may hold; ``options`` are model arguments of every cell, ``methods`` a list of names or of options with ``method``."""
+
+WEIGHTS = (
+    *(
+        "pretrained",
+        "dtype",
+        "device",
+        "attn_implementation",
+        "min_pixels",
+        "max_pixels",
+        "constrained",
+        "repetition_penalty",
+        "reuse_features",
+    ),
+    *("engine", "base_url", "model"),
+)
+"""Options that decide what is in memory, or which server answers: cells that share them run one after the other."""
+
+OTHER = ("batch_size", "max_batch_tokens", "seed", "on_error")
+"""Further options of every model beside the method's own; ``output_dir`` is the sweep's."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method with its options on the tasks. ``name`` is the folder, ``label`` what tables call it.
+
+    include: a digest of the folder that holds the recipe's own task files and data; None without one.
+    """
+
+    name: str
+    label: str
+    method: str
+    options: dict
+    tasks: tuple[str, ...]
+    limit: int | None
+    include: str | None = None
+
+    @property
+    def spec(self) -> dict:
+        """What must be equal for a finished cell to count as done."""
+        told = {k: v for k, v in self.options.items() if k not in ("batch_size", "max_batch_tokens", "on_error")}
+        spec = {"method": self.method, "options": told, "tasks": list(self.tasks), "limit": self.limit}
+        return spec | ({"include": self.include} if self.include else {})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Cells in the order they run, and where their task files are beside lmms-eval's and this package's own."""
+
+    cells: tuple[Cell, ...]
+    include_path: str | None = None
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes of this package by name."""
+    return {
+        p.name.removesuffix(".yaml"): Path(str(p))
+        for p in (files("awares_bench") / "evaluation" / "sweeps").iterdir()
+        if p.name.endswith(".yaml")
+    }
+
+
+def read(path: str | Path, limit: int | None = None, **options) -> Recipe:
+    """A recipe file, or the name of a shipped one -> its cells, all of them checked before any model is loaded.
+
+    limit, options: in place of the recipe's own, where they are not None. An option whose value is a list makes one cell
+    for each value. Raises ValueError that names the entry.
+    """
+    file = Path(path) if Path(path).is_file() else shipped().get(str(path))
+    if file is None:
+        raise ValueError(f"no recipe {path}; pass a YAML file or one of: {', '.join(sorted(shipped()))}")
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict) or not recipe.get("tasks") or not recipe.get("methods"):
+        raise ValueError(f"{file} needs tasks: [...] and methods: [...]; allowed keys: {', '.join(RECIPE_KEYS)}")
+    for key in recipe:
+        if key not in RECIPE_KEYS:
+            raise ValueError(f"{file}: {unknown_option(key, list(RECIPE_KEYS))}")
+    limit = recipe.get("limit") if limit is None else limit
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"limit is {limit!r}; it is a number of documents per task, at least 1")
+    common = {"batch_size": recipe.get("batch_size", 1)} | (recipe.get("options") or {})
+    given = {k: v for k, v in options.items() if v is not None}
+    cells = []
+    for entry in recipe["methods"]:
+        entry = {"method": entry} if isinstance(entry, str) else dict(entry)
+        if "method" not in entry:
+            raise ValueError(f"{file}: {entry} names no method; write - {{method: NAME, ...}}")
+        for chosen in _grid(common | entry | given):
+            cells.append(_cell(file, chosen, _listed(recipe["tasks"]), limit, set(entry) & set(WEIGHTS)))
+    names = [c.name for c in cells]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice:
+        raise ValueError(f"{file} has two cells named {twice}; give one of them a label of its own")
+    order = list(dict.fromkeys(_weights(c) for c in cells))
+    include = (file.parent / recipe["include_path"]).resolve() if recipe.get("include_path") else None
+    if include and not include.is_dir():
+        raise ValueError(f"{file}: include_path is {recipe['include_path']}; there is no folder {include}")
+    cells = [replace(c, include=fingerprint(include) if include else None) for c in cells]
+    return Recipe(tuple(sorted(cells, key=lambda c: order.index(_weights(c)))), str(include) if include else None)
+
+
+def _cell(file: Path, chosen: dict, tasks: tuple[str, ...], limit: int | None, own: set[str]) -> Cell:
+    """One combination of options -> a cell. own: options of the entry itself that say which weights, and so belong to its label."""
+    method, label = str(chosen.pop("method")), chosen.pop("label", None)
+    common = (*WEIGHTS, *OTHER)
+    try:
+        made = registry.build(method, {k: v for k, v in chosen.items() if k not in common or k == "seed"}, common)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    label = label or " ".join([made.label, *(f"{k}={Path(str(chosen[k])).name}" for k in WEIGHTS if k in own)])
+    return Cell(re.sub(r"[^A-Za-z0-9.+=_-]+", "_", label), label, method, chosen, tasks, limit)
+
+
+def _grid(options: dict) -> list[dict]:
+    """Options, some of them lists -> every combination."""
+    values = [v if isinstance(v, list) else [v] for v in options.values()]
+    return [dict(zip(options, combination, strict=True)) for combination in itertools.product(*values)]
+
+
+def _listed(tasks: str | list) -> tuple[str, ...]:
+    return tuple(tasks.split(",")) if isinstance(tasks, str) else tuple(tasks)
+
+
+def _weights(cell: Cell) -> tuple:
+    return tuple(str(cell.options.get(k)) for k in WEIGHTS)
+
+
+def run(recipe: Recipe, out: Path) -> list[dict]:
+    """Run every cell that is not done yet -> the cells with ``status`` (done, failed), seconds and, when failed, the error.
+
+    A cell that fails does not stop the others; what it answered is kept, and the next call goes on from there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    todo = [c for c in recipe.cells if not _done(out, c)]
+    say = _speaker()
+    if len(todo) < len(recipe.cells):
+        say(f"{len(recipe.cells) - len(todo)} of {len(recipe.cells)} cells are done in {out}")
+    ended, vlms, began, loaded, index = [], {}, time.time(), None, None
+    for number, cell in enumerate(todo, 1):
+        if _weights(cell) != loaded:
+            vlms.clear()  # the weights before this are not needed again
+            loaded = _weights(cell)
+        spent = time.time() - began
+        left = f", about {_clock(spent / (number - 1) * (len(todo) - number + 1))} left" if number > 1 else ""
+        say(f"[{number}/{len(todo)}] {cell.label} on {','.join(cell.tasks)} ({_clock(spent)} so far{left})")
+        started, error = time.time(), None
+        try:
+            index = index or _index(recipe)
+            _run_cell(cell, out, index, vlms)
+        except Exception as raised:  # whatever a cell's method, data or device raises is reported, and the next cell runs
+            error = f"{type(raised).__name__}: {raised}"
+            _write(out / "lmms" / cell.name / "error.txt", traceback.format_exc())
+            say(f"    failed: {error}")
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # processes that no longer agree cannot go on together
+                raise
+        status = {"status": "failed", "error": error} if error else {"status": "done"}
+        ended.append({"cell": cell.name, "label": cell.label, **cell.spec, **status, "seconds": round(time.time() - started, 1)})
+    before = [{"cell": c.name, "label": c.label, **c.spec, "status": "done"} for c in recipe.cells if c not in todo]
+    _write(out / "sweep.json", json.dumps({"cells": before + ended}, indent=1, default=str))
+    return before + ended
+
+
+def _index(recipe: Recipe):
+    from . import lmms_model  # loads torch and lmms-eval
+
+    return lmms_model.task_index(recipe.include_path)
+
+
+def _run_cell(cell: Cell, out: Path, index, vlms: dict) -> None:
+    from . import lmms_model
+
+    name = cell.method if cell.method in registry.names() else lmms_model.COMPOSED
+    options = cell.options if name == cell.method else cell.options | {"method": cell.method}
+    model = getattr(lmms_model, name)(vlms=vlms, output_dir=out / "runs" / cell.name, label=cell.label, **options)
+    try:
+        lmms_model.evaluate(model, cell.tasks, cell.limit, index, out / "lmms" / cell.name)
+    finally:
+        model.run.close()
+    (out / "lmms" / cell.name / "error.txt").unlink(missing_ok=True)
+    _write(out / "lmms" / cell.name / "cell.json", json.dumps(cell.spec, indent=1, default=str))
+
+
+def _done(out: Path, cell: Cell) -> bool:
+    """Whether the cell ended before, with the same specification, and is whole: without documents that were left out."""
+    run, scored = out / "runs" / cell.name / "run.json", out / "lmms" / cell.name / "cell.json"
+    if not (run.is_file() and scored.is_file()):
+        return False
+    same = json.loads(scored.read_text()) == json.loads(json.dumps(cell.spec, default=str))
+    ended = json.loads(run.read_text())
+    return same and ended["status"] == "complete" and not ended.get("left_out")
+
+
+def _write(path: Path, text: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def _speaker():
+    """Prints to stderr, on the first process only."""
+    first = int(os.environ.get("RANK", 0)) == 0
+    return lambda text: print(text, file=sys.stderr, flush=True) if first else None
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    )

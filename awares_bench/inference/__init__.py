@@ -1,0 +1,1 @@
+"""Turns to replies, batched, on any host model or server."""

@@ -1,0 +1,27 @@
+"""The options of a method: the fields of its dataclass, checked, and named when they are misspelt."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Literal, get_args, get_origin, get_type_hints
+
+
+def check_choices(method: object) -> None:
+    hints = get_type_hints(type(method))
+    for f in fields(method):
+        hint, value = hints[f.name], getattr(method, f.name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{f.name} is {value!r}; allowed: {', '.join(map(repr, get_args(hint)))}")
+
+
+def options(cls: type) -> dict[str, object]:
+    """Field name -> default of a method class."""
+    return {f.name: f.default for f in fields(cls)}
+
+
+def unknown_option(name: str, known: list[str]) -> str:
+    """The sentence for an option nobody knows: what was given, the nearest known one, all known ones."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown option {name!r}.{hint} Known: {', '.join(sorted(known))}"

@@ -1,0 +1,202 @@
+"""Name -> method class: a file of ``baselines/`` by its name, ``awares``, the entry-point group ``awares_bench.methods``, or FILE.py:Class."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import sys
+from dataclasses import dataclass, is_dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from importlib.resources import files
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from .options import options, unknown_option
+from .policy import Policy
+from .pruner import Pruner
+
+GROUP = "awares_bench.methods"
+
+BLOCK = ("Paper", "Code", "Needs", "Cost", "Differs")
+"""What a method's module docstring says beside its first line."""
+
+
+def names() -> list[str]:
+    """Every known method, without importing any."""
+    return sorted({*_own(), *_external()})
+
+
+def own_names() -> list[str]:
+    """The methods of this package, without those that other packages register."""
+    return sorted(_own())
+
+
+def _own() -> dict[str, tuple[str, str]]:
+    """Methods of this package -> (package, file)."""
+    rooms = files("awares_bench.baselines").iterdir()
+    found = {p.name.removesuffix(".py"): ("awares_bench.baselines", p.name) for p in rooms if p.name.endswith(".py")}
+    return {k: v for k, v in found.items() if not k.startswith("_")} | {"awares": ("awares_bench", "awares.py")}
+
+
+def _external() -> dict[str, EntryPoint]:
+    """Methods that other packages bring."""
+    return {e.name: e for e in entry_points(group=GROUP)}
+
+
+def method_class(name: str) -> type[Policy] | type[Pruner]:
+    """The class behind a name or a ``FILE.py:Class``. Raises ValueError that says what was found and what to do."""
+    if ".py:" in name or name.endswith(".py"):
+        return _from_file(name)
+    if name in _external():
+        return _of_entry_point(_external()[name])
+    if name not in _own():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown method {name!r}.{hint} Known: {', '.join(names())}; or FILE.py:Class")
+    package, file = _own()[name]
+    module = import_module(f"{package}.{file.removesuffix('.py')}")
+    classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, (Policy, Pruner))]
+    own = [c for c in classes if c.__module__ == module.__name__]
+    if len(own) != 1:
+        raise ValueError(f"{module.__name__} must define one method class; it defines {[c.__name__ for c in own]}")
+    return own[0]
+
+
+@cache  # a class is the same class whenever its file is named
+def _from_file(place: str) -> type[Policy] | type[Pruner]:
+    file, _, wanted = place.partition(".py:")
+    path = Path(f"{file.removesuffix('.py')}.py").expanduser()
+    if not path.is_file():
+        raise ValueError(f"no file {path} (from method={place}); pass method=path/to/file.py:Class")
+    spec = spec_from_file_location(f"awares_bench_method_{path.stem}_{abs(hash(path.resolve()))}", path)
+    module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses and type hints look for its names
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(
+            f"{path}, line {error.lineno}: {error.msg}; the file is not valid Python, so no method can be read"
+        ) from error
+    except Exception as error:  # a stranger's code may raise anything when it is imported
+        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}; mend the file first") from error
+    if not wanted:
+        own = [c.__name__ for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+        raise ValueError(f"name the class: method={path}:Class; {path.name} defines {', '.join(own) or 'no class'}")
+    if not hasattr(module, wanted):
+        own = [k for k, c in vars(module).items() if inspect.isclass(c) and c.__module__ == module.__name__]
+        raise ValueError(f"{path} defines no {wanted!r}; it defines {', '.join(own) or 'no class'}")
+    return _checked(getattr(module, wanted), f"{path}:{wanted}")
+
+
+def _of_entry_point(entry: EntryPoint) -> type[Policy] | type[Pruner]:
+    try:
+        found = entry.load()
+    except Exception as error:  # a stranger's package may raise anything when it is imported
+        raise ValueError(
+            f"method {entry.name!r} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}; mend or remove its package"
+        ) from error
+    return _checked(found, entry.value)
+
+
+def _checked(found: object, place: str) -> type[Policy] | type[Pruner]:
+    """``found`` when it is a method class. Raises ValueError that says what it lacks."""
+    if not (inspect.isclass(found) and issubclass(found, (Policy, Pruner))):
+        raise ValueError(f"{place} is not a method; derive the class from awares_bench.Policy or awares_bench.Pruner")
+    if not (is_dataclass(found) and found.__dataclass_params__.frozen and "__dataclass_fields__" in vars(found)):
+        raise ValueError(f"{place} must be a frozen dataclass; write @dataclass(frozen=True) above the class")
+    if issubclass(found, Policy) and found.look is Policy.look:
+        raise ValueError(
+            f"{place} has no look(self, sample); a policy yields turns there and returns the reply that is the answer"
+        )
+    if issubclass(found, Pruner) and all(getattr(found, rung) is getattr(Pruner, rung) for rung in ("score", "select", "reduce")):
+        raise ValueError(f"{place} has no score, select or reduce; a pruner writes one of them (see awares_bench.Pruner)")
+    return found
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is run: a policy, and the pruner it is composed with, if any. ``parts`` are their names, the policy's first."""
+
+    policy: Policy
+    pruner: Pruner | None
+    parts: tuple[str, str | None]
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """Options of both with their values."""
+        return {k: getattr(part, k) for part in (self.policy, self.pruner) if part for k in options(type(part))}
+
+    @property
+    def label(self) -> str:
+        """``awares+visionzip retention=0.5``: the parts, the retention, and every option that is not its default."""
+        name = "+".join(part for part in self.parts if part and not (self.pruner and part == "full"))
+        defaults = {k: v for part in (self.policy, self.pruner) if part for k, v in options(type(part)).items()}
+        told = [f"{k}={v}" for k, v in self.fields.items() if k == "retention" or v != defaults[k]]
+        return " ".join([name, *told])
+
+
+def build(name: str, given: dict[str, object], common: tuple[str, ...] = ()) -> Method:
+    """A method by its name and options.
+
+    given: options of the method, and ``pruner=NAME`` or, for a pruner, ``policy=NAME`` (default full) with the options of
+    that. An option that both have goes to both. common: options that belong to whoever calls, beside those of the method.
+    Raises ValueError for an option that nobody has, with the nearest known one.
+    """
+    given, first = dict(given), method_class(name)
+    other, kind = ("policy", Policy) if issubclass(first, Pruner) else ("pruner", Pruner)
+    second = given.pop(other, None) or ("full" if other == "policy" else None)
+    classes = [first]
+    if second:
+        classes.append(method_class(str(second)))
+        if not issubclass(classes[1], kind):
+            raise ValueError(f"{other}={second}: {second} is not a {other}; {name} is composed with one of the {other} methods")
+    known = [field for cls in classes for field in options(cls)]
+    for option in given:
+        if option not in (*known, *common):
+            raise ValueError(f"method {name}: {unknown_option(option, [*known, *common, other])}")
+    made = [cls(**{k: given[k] for k in options(cls) if k in given}) for cls in classes]
+    if other == "policy":
+        return Method(made[1], made[0], (str(second), name))
+    return Method(made[0], made[1] if second else None, (name, str(second) if second else None))
+
+
+def describe(name: str) -> dict[str, str]:
+    """Title and block of a method's module docstring, read from its source without importing it.
+
+    Keys: ``Title`` (the first line), those of ``BLOCK`` that it has, and ``Trained``: yes when its ``Needs`` say trained.
+    """
+    lines = _docstring(name).splitlines()
+    block, word = {"Title": lines[0] if lines else ""}, ""
+    for line in lines[1:]:
+        first, _, rest = line.partition(" ")
+        if first in BLOCK:
+            word, block[first] = first, rest.strip()
+        elif word and line.startswith("  "):  # a value goes on in the next line
+            block[word] += f" {line.strip()}"
+        else:
+            word = ""
+    return block | {"Trained": "yes" if "trained" in block.get("Needs", "") else "no"}
+
+
+def _docstring(name: str) -> str:
+    if name in _external():
+        try:
+            return (
+                ast.get_docstring(ast.parse(Path(find_spec(_external()[name].module).origin).read_text(encoding="utf-8"))) or ""
+            )
+        except (ImportError, OSError, SyntaxError, ValueError, AttributeError, TypeError) as error:
+            return f"{_external()[name].value} cannot be read: {error}"
+    package, file = _own()[name]
+    return ast.get_docstring(ast.parse((files(package) / file).read_text(encoding="utf-8"))) or ""
+
+
+def table() -> str:
+    """The methods of this package as the Markdown table of ``docs/methods.md``; links count from there."""
+    rows = ["| method | what it is | trained | needs | cost | differs from its source |", "|---|---|---|---|---|---|"]
+    for name, (package, file) in sorted(_own().items()):
+        b = describe(name)
+        link = f"[`{name}`](../{'awares_bench' if package == 'awares_bench' else 'baselines'}/{file})"
+        rows.append(f"| {link} | {b['Title']} | {b['Trained']} | {b['Needs']} | {b['Cost']} | {b['Differs']} |")
+    return "\n".join(rows)

@@ -1,0 +1,1 @@
+"""HTML galleries of a run's documents."""

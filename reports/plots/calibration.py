@@ -1,0 +1,77 @@
+"""Figure: calibration of the tool decision: how often a method looks closer, against how often that was needed, task by task."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ..data import names
+from ..tables.main import reference
+from . import style as drawing
+
+
+def data(frame: pd.DataFrame) -> pd.DataFrame:
+    """Documents -> method, label, family, task, needed, called, called_needed, called_not_needed (fractions of documents).
+
+    needed: full resolution scores higher than half size on the document. Empty without both runs, or where no method calls.
+    """
+    full, low = reference(frame, "full"), reference(frame, "low")
+    columns = ["method", "label", "family", "task", "needed", "called", "called_needed", "called_not_needed", "documents"]
+    if not full or not low:
+        return pd.DataFrame(columns=columns)
+    scores = frame[frame["method"].isin([full, low])].astype({"method": str, "task": str})
+    scores = scores.pivot(index=["task", "doc_id"], columns="method", values="score").dropna()
+    need = (scores[full] > scores[low]).rename("needed").reset_index()
+    rows = []
+    for method, own in frame.groupby("method", sort=False, observed=True):
+        if not own["called"].any() or method in (full, low):
+            continue
+        both = own.astype({"task": str}).merge(need, on=["task", "doc_id"])
+        for task, some in both.groupby("task", sort=False):
+            called = some["called"]
+            row = {"method": method, "label": some["label"].iloc[0], "family": some["family"].iloc[0], "task": task}
+            row |= {"needed": some["needed"].mean(), "called": called.mean(), "documents": len(some)}
+            rows.append(
+                row | {"called_needed": called[some["needed"]].mean(), "called_not_needed": called[~some["needed"]].mean()}
+            )
+    return pd.DataFrame(rows, columns=columns)
+
+
+def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure:
+    """Plot ``data``: share needed on x, share called on y, a point per run and task; on the diagonal as many calls as needed."""
+    with drawing.style():
+        figure, axes = drawing.canvas(2.75 + 0.13 * -(-min(8, table["method"].nunique()) // 2))
+        axes.plot([0, 100], [0, 100], color="#bbbbbb", ls="--", lw=0.8, zorder=1)
+        axes.text(
+            97, 93, "as often as needed", ha="right", va="top", fontsize=5.8, color="#777777", rotation=38, rotation_mode="anchor"
+        )
+        methods = list(table["method"].unique())
+        for method in methods[:8]:
+            own = table[table["method"] == method]
+            family = own["family"].iloc[0]
+            face = (
+                names.colour(family)
+                if [table.loc[table["method"] == m, "family"].iloc[0] for m in methods].index(family) == methods.index(method)
+                else "none"
+            )
+            axes.plot(
+                100 * own["needed"],
+                100 * own["called"],
+                names.marker(family),
+                color=names.colour(family),
+                mfc=face,
+                label=names.short(own["label"].iloc[0]),
+            )
+        axes.set_xlim(-3, 103)
+        axes.set_ylim(-3, 103)
+        axes.set_xlabel("full resolution beats half size (% of documents)")
+        axes.set_ylabel("method looks closer (% of documents)")
+        drawing.title(figure, title)
+        drawing.key(figure, *axes.get_legend_handles_labels(), 2, handletextpad=0.2)
+        first = table[table["method"] == methods[0]]
+        others = [(100 * r.needed, 100 * r.called) for r in table[table["method"].isin(methods[1:8])].itertuples()]
+        said = [(100 * r.needed, 100 * r.called, names.task(r.task).removeprefix("nano "), "#444444") for r in first.itertuples()]
+        drawing.place(axes, said, others)
+        more = [f"8 of {len(methods)} runs; all are in the CSV."] if len(methods) > 8 else []
+        drawing.footnote(figure, [*notes, *more, f"A point per task; tasks are named at {first['label'].iloc[0]}."])
+    return figure

@@ -1,0 +1,134 @@
+"""What figures share: the style, files without dates, labels that do not overlap, and a footnote with every caveat."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
+from PIL import Image
+
+STYLE = Path(__file__).parents[1] / "awares.mplstyle"
+WIDTH = 3.3
+"""Inches of one column."""
+
+FORMATS = ("pdf", "svg", "png")
+
+
+def canvas(height: float = 2.7, rows: int = 1, columns: int = 1, width: float = WIDTH, **more):
+    """(figure, axes), laid out so that nothing is cut off. Use inside ``style()``."""
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **more)
+
+
+def style():
+    """The house style as a context."""
+    return plt.style.context(STYLE)
+
+
+def title(figure: Figure, text: str) -> None:
+    """A title at the figure's left edge, whatever the width of the axes."""
+    figure.suptitle("\n".join(textwrap.wrap(text, 52)), x=0.01, ha="left", fontsize=7.5, fontweight="bold")
+
+
+def key(figure: Figure, handles: list, labels: list[str], columns: int, **more) -> None:
+    """A legend below the axes."""
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=0.9, borderaxespad=0, **more)
+
+
+def footnote(figure: Figure, notes: list[str]) -> None:
+    """Caveats below the figure; ``save`` makes room for them."""
+    lines = [line for note in notes for line in textwrap.wrap(note, 92)]
+    figure.text(0.01, -0.01, "\n".join(lines), fontsize=5, color="#555555", va="top", linespacing=1.2)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the house style, with fonts embedded and without dates, so that a rebuild gives the same bytes.
+
+    A PNG gets a palette of 256 colours, which takes a third of the bytes and cannot be told apart; SVG and PDF are for print.
+    """
+    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}.get(path.suffix)
+    with style():
+        _freeze(figure)
+        width, height = figure.get_size_inches()
+        lowest = min((t.get_window_extent().y0 for t in figure.texts if t.get_text()), default=0) / figure.dpi
+        box = Bbox.from_extents(0, min(0, lowest - 0.03), width, height)
+        figure.savefig(path, metadata=metadata, bbox_inches=box)
+    if path.suffix == ".png":
+        with Image.open(path) as drawn:
+            small, dpi = drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE), drawn.info["dpi"]
+        small.save(path, optimize=True, dpi=dpi)
+
+
+def _freeze(figure: Figure) -> None:
+    """Settle the layout once: a page that grows by the footnote would otherwise pull the key down with it."""
+    if figure.get_layout_engine() is None:
+        return
+    figure.draw_without_rendering()
+    for legend in figure.legends:
+        corner = figure.transFigure.inverted().transform(legend.get_window_extent().p0)
+        legend.set_loc("lower left")
+        legend.set_bbox_to_anchor(corner, transform=figure.transFigure)
+    figure.set_layout_engine("none")
+
+
+def place(
+    axes: Axes,
+    points: list[tuple[float, float, str, str]],
+    obstacles: list[tuple[float, float]] | None = None,
+    offsets: list[tuple[float, float]] | None = None,
+) -> list[str]:
+    """Write each (x, y, text, colour) beside its point where it covers no point, label or edge -> the texts that found no place.
+
+    Greedy, in the order given. obstacles: further (x, y) to keep clear. offsets: places to try, in points from the mark.
+    """
+    figure = axes.figure
+    figure.draw_without_rendering()  # settles the layout, so that positions on the page are known
+    renderer = figure.canvas.get_renderer()
+    frame = axes.get_window_extent(renderer)
+    scale = figure.dpi / 72
+    centres = [axes.transData.transform((x, y)) for x, y, *_ in points] + [axes.transData.transform(o) for o in obstacles or []]
+    marks = [Bbox.from_bounds(x - 2.5 * scale, y - 2.5 * scale, 5 * scale, 5 * scale) for x, y in centres]
+    taken: list[Bbox] = []
+    left_over = []
+    for x, y, text, colour in points:
+        for dx, dy in offsets or OFFSETS:
+            side = "left" if dx > 0 else ("right" if dx < 0 else "center")
+            height = "center" if abs(dx) > abs(dy) or offsets else ("bottom" if dy > 0 else "top")
+            line = (
+                {"arrowstyle": "-", "color": colour, "lw": 0.4, "shrinkA": 0, "shrinkB": 2}
+                if abs(dx) + abs(dy) > 16 and not offsets
+                else None
+            )
+            label = axes.annotate(
+                text, (x, y), (dx, dy), textcoords="offset points", ha=side, va=height, color=colour, fontsize=6.2, arrowprops=line,
+                path_effects=[withStroke(linewidth=1.6, foreground="white")],
+            )  # fmt: skip
+            box = _text_box(label, renderer)
+            inside = box.x0 >= frame.x0 and box.x1 <= frame.x1 + 2 * scale and box.y0 >= frame.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in (*taken, *marks)):
+                taken.append(box)
+                break
+            label.remove()
+        else:
+            left_over.append(text)
+    return left_over
+
+
+def _text_box(label, renderer) -> Bbox:
+    """Where the words stand, without the line to the mark."""
+    label.update_positions(renderer)
+    return matplotlib.text.Text.get_window_extent(label, renderer)
+
+
+NEAR = [(5, 0), (-5, 0), (4, 5), (-4, 5), (4, -5), (-4, -5), (0, 6), (0, -6)]
+OFFSETS = NEAR + [
+    (s * dx, dy) for r in (1, 2) for dx in (6 * r, 10 + 8 * r) for dy in (9 * r, -9 * r, 5 + 12 * r, -5 - 12 * r) for s in (1, -1)
+]
+"""Points to try around a mark, nearest first; a far label gets a line to its mark."""

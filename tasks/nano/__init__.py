@@ -1,0 +1,1 @@
+"""The nano suite: its renderer, its task files and its pictures."""

@@ -1,0 +1,1 @@
+"""Training of the second models that some methods ask: CropVLM's cropper, CARES' gate."""
