@@ -22,11 +22,12 @@ from awares_bench.evaluation.summary import aligned
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.generation import MAX_NEW_TOKENS, settings
 from awares_bench.inference.loading import auxiliary_checkpoints, load_vlm, whole
-from awares_bench.inference.local_model import MAX_PIXELS, MIN_PIXELS, VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods import registry
 from awares_bench.methods.conversation import Event, Failure, Reply, Sample, Trajectory, Turn
 from awares_bench.methods.images import PictureError, as_rgb
 from awares_bench.methods.registry import Method
+from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS
 from awares_bench.models.packaged import NANO
 
 from .card import card, cards
@@ -117,9 +118,9 @@ class Model:
     vlm: the model under test. options: those it was loaded with, for the auxiliary models that some methods bring.
     """
 
-    vlm: VLM
+    vlm: LocalModel
     options: dict
-    loaded: dict[tuple, VLM] = field(default_factory=dict)
+    loaded: dict[tuple, LocalModel] = field(default_factory=dict)
 
     def ask(
         self,
@@ -210,7 +211,7 @@ def load(
     """
     options = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
     options |= {"min_pixels": min_pixels, "max_pixels": max_pixels, "constrained": constrained}
-    loaded: dict[tuple, VLM] = {}
+    loaded: dict[tuple, LocalModel] = {}
     vlm, _ = load_vlm(pretrained, options, loaded, repetition_penalty)
     vlm.warm_up()
     return Model(vlm, options, loaded)

@@ -307,10 +307,10 @@ def _diagnose(args) -> int:
     from awares_bench.training.curation import diagnose
 
     if args.labels:
-        from awares_bench.inference.local_model import VLM
+        from awares_bench.inference.local_model import LocalModel
         from awares_bench.models.packaged import resolve
 
-        found = diagnose.probe(VLM.load(resolve(args.run)), args.labels, args.limit, args.judge)
+        found = diagnose.probe(LocalModel.load(resolve(args.run)), args.labels, args.limit, args.judge)
     else:
         suite = args.suite or Path(str(files("awares_bench.tasks.nano") / "awares_nano.yaml")).parent
         found = diagnose.from_records(Path(args.run), suite)

@@ -4,16 +4,16 @@ import logging
 
 import pytest
 
-from awares_bench.inference.local_model import VLM
-from awares_bench.inference.padded_batch import Batch
+from awares_bench.inference.local_model import LocalModel
+from awares_bench.inference.padded_batch import PaddedBatch
 from awares_bench.inference.ragged_batch import RaggedBatch
 
 
 @pytest.fixture(params=["line", "rectangle"])
 def layout(request, monkeypatch):
     """Both ways to lay out a batch: the one for CPUs, and the one for GPUs and other attentions."""
-    kind = {"line": RaggedBatch, "rectangle": Batch}[request.param]
-    monkeypatch.setattr(VLM, "_batch", lambda vlm, sessions, chunks: kind(vlm, sessions, chunks))
+    kind = {"line": RaggedBatch, "rectangle": PaddedBatch}[request.param]
+    monkeypatch.setattr(LocalModel, "_batch", lambda vlm, sessions, chunks: kind(vlm.host, sessions, chunks))
 
 
 class _Deprecations(logging.Handler):

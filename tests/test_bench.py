@@ -12,15 +12,16 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from awares_bench.bench.contestants import Pages
 from awares_bench.bench.engine_bench import run
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Turn
 from awares_bench.models import qwen2_5_vl_vision
 from awares_bench.models.cpu_kernels import ONEDNN
+from awares_bench.models.families import host_of
 from awares_bench.models.geometry import decoder_flops, encode_flops, geometry, random_model
 
 from .test_vlm import TOLERANCE, ours
-from .tiny import picture
+from .tiny import encode, picture, pixels
 
 
 @pytest.mark.parametrize(("name", "billions"), [("3b", 3.7546), ("7b", 8.2922)])
@@ -39,17 +40,17 @@ def test_an_unknown_geometry_lists_the_known():
 
 @pytest.fixture(scope="module")
 def vlm():
-    return VLM(*random_model(geometry("nano"), torch.float32, "cpu"))
+    return LocalModel(host_of(*random_model(geometry("nano"), torch.float32, "cpu")))
 
 
-@pytest.mark.parametrize("by_products", [False, True], ids=["fused", "products"])  # with AMX, and without it
+@pytest.mark.parametrize("matmul_attention", [False, True], ids=["fused", "products"])  # with AMX, and without it
 @pytest.mark.parametrize("size", [(336, 224), (448, 336)])  # below and above the patches that attend by products
-def test_operations_are_those_that_pytorch_counts(vlm, monkeypatch, size, by_products):
-    monkeypatch.setattr(qwen2_5_vl_vision, "BY_PRODUCTS", by_products and qwen2_5_vl_vision.ONEDNN)
-    patches, grid, _ = vlm.pixels(picture(*size))
+def test_operations_are_those_that_pytorch_counts(vlm, monkeypatch, size, matmul_attention):
+    monkeypatch.setattr(qwen2_5_vl_vision, "USE_MATMUL_ATTENTION", matmul_attention and qwen2_5_vl_vision.ONEDNN)
+    patches, grid, _ = pixels(vlm, picture(*size))
     with counted() as counter:
-        vlm.encode([patches], [grid])
-    assert encode_flops(vlm.model.config, [grid]) == pytest.approx(counter.get_total_flops(), rel=0.02)
+        encode(vlm, [patches], [grid])
+    assert encode_flops(vlm.host.model.config, [grid]) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @contextmanager
@@ -61,23 +62,23 @@ def counted():
 
 
 def test_operations_of_the_decoder_are_those_that_pytorch_counts(vlm):
-    text = vlm.model.config.text_config
+    text = vlm.host.model.config.text_config
     for new in (40, 400):
         embeds = torch.zeros(1, new, text.hidden_size)
         with torch.no_grad(), counted() as counter:
-            hidden = vlm.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
-            vlm.model.lm_head(hidden[:, -1])
+            hidden = vlm.host.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            vlm.host.model.lm_head(hidden[:, -1])
         masked = text.num_hidden_layers * 2 * text.hidden_size * new * (new - 1)  # the half that a causal kernel skips
-        assert decoder_flops(vlm.model.config, new) + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
-    whole = decoder_flops(vlm.model.config, 300)
-    parts = decoder_flops(vlm.model.config, 200) + decoder_flops(vlm.model.config, 100, 200)
+        assert decoder_flops(vlm.host.model.config, new) + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
+    whole = decoder_flops(vlm.host.model.config, 300)
+    parts = decoder_flops(vlm.host.model.config, 200) + decoder_flops(vlm.host.model.config, 100, 200)
     assert parts - whole == pytest.approx(2 * text.hidden_size * text.vocab_size)  # the scores, once more
 
 
 def test_forced_replies_are_made_of_the_forced_tokens_and_scored_by_the_model(vlm):
     turn = Turn((picture(112, 112),), "Which?")
     _, free = ours(vlm, [Request(Session(), turn, 4)])
-    (reply,), forced = ours(vlm, [Request(Session(), turn, 4, forced=(5, 6))])
+    (reply,), forced = ours(vlm, [Request(Session(), turn, 4, forced_tokens=(5, 6))])
     assert reply.tokens == (5, 6) and reply.complete
     assert (free[0] - forced[0]).abs().max() < TOLERANCE
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from awares_bench.bench.engine_bench import grpo_bench
+from awares_bench.bench import grpo_bench
 from awares_bench.cli import main
 from awares_bench.training.nano import model as nano
 
@@ -16,7 +16,7 @@ from .tiny import tiny_vlm
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "start"
-    nano.save(tiny_vlm().model, tiny_vlm().processor, folder)
+    nano.save(tiny_vlm().host.model, tiny_vlm().host.processor, folder)
     return str(folder)
 
 

@@ -11,11 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from awares_bench.inference.local_model import VLM, CheckpointError
+from awares_bench.errors import CheckpointError
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.openai_server import Endpoint
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Turn
-from awares_bench.models.checkpoint import merge_adapters
+from awares_bench.models.adapters import merge_adapters
 from awares_bench.models.packaged import resolve
 from awares_bench.training.nano import model as nano
 
@@ -64,14 +65,14 @@ def as_released(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def masters(tmp_path_factory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("masters")
-    nano.save(tiny_vlm().model, tiny_vlm().processor, place / "today")
+    nano.save(tiny_vlm().host.model, tiny_vlm().host.processor, place / "today")
     shutil.copytree(place / "today", place / "released")
     as_released(place / "released")
-    untied = tiny_copy().model
+    untied = tiny_copy().host.model
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.flip(0).clone())
     untied.config.tie_word_embeddings = untied.config.text_config.tie_word_embeddings = False
     untied.all_tied_weights_keys = {}
-    nano.save(untied, tiny_vlm().processor, place / "untied")
+    nano.save(untied, tiny_vlm().host.processor, place / "untied")
     return {name: place / name for name in ("today", "released", "untied")}
 
 
@@ -93,7 +94,7 @@ def config(path: Path, **more) -> None:
 
 def refused(folder: Path | str, *words: str, **more) -> str:
     with pytest.raises(CheckpointError) as caught:
-        VLM.load(str(folder), device="cpu", **more)
+        LocalModel.load(str(folder), device="cpu", **more)
     said = str(caught.value)
     assert all(word in said for word in words) and "\n" not in said, said
     return said
@@ -108,20 +109,20 @@ def logits(model) -> torch.Tensor:
 
 
 def test_both_layouts_hold_the_same_model(masters):
-    loaded = [VLM.load(str(masters[name]), device="cpu") for name in ("today", "released")]
-    one, other = (vlm.model.state_dict() for vlm in loaded)
+    loaded = [LocalModel.load(str(masters[name]), device="cpu") for name in ("today", "released")]
+    one, other = (vlm.host.model.state_dict() for vlm in loaded)
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
     replies = [vlm.reply([Request(Session(), Turn((picture(112, 84),), "what?"), 8)])[0] for vlm in loaded]
     assert replies[0].text == replies[1].text and replies[0].usage.encoded == replies[1].usage.encoded == 12
-    source = tiny_vlm().model.state_dict()
+    source = tiny_vlm().host.model.state_dict()
     assert all(torch.equal(one[n], source[n].bfloat16().float()) for n in one)
 
 
 def test_a_tied_head_is_not_missing_and_an_untied_one_is(masters, folder):
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    model = VLM.load(str(folder), device="cpu").model
+    model = LocalModel.load(str(folder), device="cpu").host.model
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    whole = VLM.load(str(masters["untied"]), device="cpu").model
+    whole = LocalModel.load(str(masters["untied"]), device="cpu").host.model
     assert torch.equal(whole.lm_head.weight, whole.get_input_embeddings().weight.flip(0))
     shutil.rmtree(folder)
     shutil.copytree(masters["untied"], folder)
@@ -162,12 +163,12 @@ def test_a_model_saved_inside_a_wrapper_is_refused(folder):
 )
 def test_buffers_of_old_releases_do_no_harm(folder, name):
     weights(folder, lambda s: s.update({name: torch.ones(16)}))
-    assert VLM.load(str(folder), device="cpu")
+    assert LocalModel.load(str(folder), device="cpu")
 
 
 def test_a_tied_config_with_two_different_tables_is_refused(folder):
     weights(folder, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
-    model = VLM.load(str(folder), device="cpu").model
+    model = LocalModel.load(str(folder), device="cpu").host.model
     assert model.lm_head.weight is model.get_input_embeddings().weight
     weights(folder, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"] + 1}))
     refused(folder, "two different ones", "tie_word_embeddings to false")
@@ -184,7 +185,7 @@ def test_weights_that_are_no_numbers_are_refused(folder, name, value):
 
 def test_weights_beyond_float16_are_refused_in_float16_only(folder):
     weights(folder, lambda s: s["model.norm.weight"][:1].fill_(1e5))
-    assert VLM.load(str(folder), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+    assert LocalModel.load(str(folder), device="cpu", dtype="bfloat16").host.model.dtype == torch.bfloat16
     refused(folder, "float16 ends at 65504: pass dtype=bfloat16", dtype="float16")
 
 
@@ -204,9 +205,9 @@ def shards(folder: Path) -> dict:
 
 
 def test_shards_load_and_a_lost_one_is_named(folder):
-    before = VLM.load(str(folder), device="cpu").model.state_dict()
+    before = LocalModel.load(str(folder), device="cpu").host.model.state_dict()
     shards(folder)
-    after = VLM.load(str(folder), device="cpu").model.state_dict()
+    after = LocalModel.load(str(folder), device="cpu").host.model.state_dict()
     assert all(torch.equal(before[n], after[n]) for n in before)
     (folder / "model-00002-of-00002.safetensors").unlink()
     refused(folder, "lacks 1 of the 2 weight files", "model-00002-of-00002.safetensors", "copy them there")
@@ -253,10 +254,10 @@ def test_json_that_is_none_is_named(folder, name, text):
 
 
 def test_weights_in_bin_files_load_and_damaged_ones_are_refused(folder):
-    before = VLM.load(str(folder), device="cpu").model.state_dict()
+    before = LocalModel.load(str(folder), device="cpu").host.model.state_dict()
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    after = VLM.load(str(folder), device="cpu").model.state_dict()
+    after = LocalModel.load(str(folder), device="cpu").host.model.state_dict()
     assert all(torch.equal(before[n], after[n]) for n in before)
     (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:5000])
     refused(folder, "cannot load")
@@ -288,8 +289,8 @@ def test_a_hub_name_is_loaded_from_what_was_fetched_before(tmp_path, masters, mo
     shutil.copytree(masters["released"], place / "snapshots" / "c0ffee")
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("c0ffee")
-    vlm = VLM.load("some/one", device="cpu")
-    assert vlm.model.config.name_or_path == "some/one"
+    vlm = LocalModel.load("some/one", device="cpu")
+    assert vlm.host.model.config.name_or_path == "some/one"
     assert Endpoint("http://localhost:1/v1", "m", "some/one").visual_tokens(picture(112, 84)) == 12
 
 
@@ -357,7 +358,7 @@ def test_a_template_in_the_tokenizer_config_will_do(folder):
     text = found.read_text()
     config(folder / "tokenizer_config.json", chat_template=json.loads(text)["chat_template"] if found.suffix == ".json" else text)
     found.unlink()
-    assert VLM.load(str(folder), device="cpu").reply([Request(Session(), Turn((picture(56, 56),), "?"), 2)])
+    assert LocalModel.load(str(folder), device="cpu").reply([Request(Session(), Turn((picture(56, 56),), "?"), 2)])
 
 
 def test_a_processor_of_another_model_is_refused(folder):
@@ -396,20 +397,20 @@ def test_an_end_of_reply_that_cannot_be_is_refused(folder, stop):
 @pytest.mark.parametrize("dtype", ["float64", "int8", "float8_e4m3fn", "half", "fp16", "4bit"])
 def test_dtypes_that_cannot_be_are_refused(folder, dtype):
     with pytest.raises(ValueError, match=f"dtype is '{dtype}'; allowed: auto, float32, bfloat16, float16"):
-        VLM.load(str(folder), dtype=dtype, device="cpu")
+        LocalModel.load(str(folder), dtype=dtype, device="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_short_dtypes_answer_on_a_cpu(masters, dtype):
-    vlm = VLM.load(str(masters["released"]), dtype=dtype, device="cpu")
-    assert {p.dtype for p in vlm.model.parameters()} == {getattr(torch, dtype)}
+    vlm = LocalModel.load(str(masters["released"]), dtype=dtype, device="cpu")
+    assert {p.dtype for p in vlm.host.model.parameters()} == {getattr(torch, dtype)}
     assert vlm.reply([Request(Session(), Turn((picture(112, 84),), "what?"), 4)])[0].usage.output
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpuu", "cuda:x"])
 def test_devices_that_are_none_are_refused(masters, device):
     with pytest.raises(ValueError, match=f"device is '{device}'; allowed"):
-        VLM.load(str(masters["today"]), device=device)
+        LocalModel.load(str(masters["today"]), device=device)
 
 
 def test_attention_that_is_not_installed_is_refused(masters):
@@ -448,7 +449,7 @@ def adapters(base: Path, out: Path, rename=lambda key: key, said: dict | None = 
     """
     torch.manual_seed(1)
     model = get_peft_model(
-        VLM.load(str(base), device="cpu").model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEAR} | chosen)
+        LocalModel.load(str(base), device="cpu").host.model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEAR} | chosen)
     )
     for p in model.parameters():
         if p.requires_grad:
@@ -466,8 +467,8 @@ def adapters(base: Path, out: Path, rename=lambda key: key, said: dict | None = 
 def closeness(folder: Path) -> float:
     """Largest difference of the merged model's logits from those in training, over what the adapters changed."""
     expected = torch.load(folder / "expected.pt")
-    merged, base = VLM.load(str(folder), device="cpu").model, json.loads((folder / "adapter_config.json").read_text())
-    moved = (expected - logits(VLM.load(base["base_model_name_or_path"], device="cpu").model)).abs().max()
+    merged, base = LocalModel.load(str(folder), device="cpu").host.model, json.loads((folder / "adapter_config.json").read_text())
+    moved = (expected - logits(LocalModel.load(base["base_model_name_or_path"], device="cpu").host.model)).abs().max()
     assert moved > 0.1
     return ((logits(merged) - expected).abs().max() / moved).item()
 
@@ -492,8 +493,8 @@ def test_adapters_of_any_names_are_merged_by_hand_and_in_logits(masters, tmp_pat
     out = adapters(masters[base], tmp_path / "lora", NAMES[names])
     assert closeness(out) < 1e-4
     merged, state = (
-        VLM.load(str(out), device="cpu").model.state_dict(),
-        VLM.load(str(masters[base]), device="cpu").model.state_dict(),
+        LocalModel.load(str(out), device="cpu").host.model.state_dict(),
+        LocalModel.load(str(masters[base]), device="cpu").host.model.state_dict(),
     )
     lora = {
         n.removeprefix("base_model.model."): t
@@ -532,7 +533,7 @@ def test_an_old_choice_of_modules_means_what_it_meant(masters, tmp_path, choice)
 def test_an_old_root_keeps_to_its_half_of_the_model(masters, tmp_path, root):
     mine = r"model\.language_model.*(gate|up)_proj" if root == "^model" else r"model\.visual.*(gate|up)_proj"
     torch.manual_seed(1)
-    base, other = (VLM.load(str(masters["released"]), device="cpu").model for _ in range(2))
+    base, other = (LocalModel.load(str(masters["released"]), device="cpu").host.model for _ in range(2))
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=mine, init_lora_weights=False))
     model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
     file = tmp_path / "lora" / "adapter_model.safetensors"
@@ -543,7 +544,7 @@ def test_an_old_root_keeps_to_its_half_of_the_model(masters, tmp_path, root):
         target_modules=rf"{root}\..*(gate|up)_proj",
     )
     merged, state, want = (
-        VLM.load(str(tmp_path / "lora"), device="cpu").model.state_dict(),
+        LocalModel.load(str(tmp_path / "lora"), device="cpu").host.model.state_dict(),
         other.state_dict(),
         model.merge_and_unload().state_dict(),
     )
@@ -589,7 +590,7 @@ def test_what_a_lora_config_may_ask_for_is_done(masters, tmp_path, names, chosen
 def test_adapters_of_another_dtype_are_merged(masters, tmp_path, dtype):
     out = adapters(masters["released"], tmp_path / "lora", old, dtype=dtype)
     assert closeness(out) < (1e-4 if dtype == torch.float32 else 0.05)
-    assert {p.dtype for p in VLM.load(str(out), device="cpu", dtype="bfloat16").model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in LocalModel.load(str(out), device="cpu", dtype="bfloat16").host.model.parameters()} == {torch.bfloat16}
 
 
 TIED = {
@@ -612,13 +613,13 @@ TIED = {
 def test_adapters_on_tied_embeddings_say_what_they_said_in_training(masters, tmp_path, names, chosen):
     out = adapters(masters["released"], tmp_path / "lora", NAMES[names], **TIED[chosen])
     assert closeness(out) < 1e-4
-    model = VLM.load(str(out), device="cpu").model
+    model = LocalModel.load(str(out), device="cpu").host.model
     same = torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
     assert same == (model.lm_head.weight is model.get_input_embeddings().weight) == model.config.tie_word_embeddings
     assert same == (chosen.endswith("for-both") or chosen == "tokens")
     model.save_pretrained(tmp_path / "again")  # and the copy is the same model, tied or not
-    tiny_vlm().processor.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(VLM.load(str(tmp_path / "again"), device="cpu").model), logits(model))
+    tiny_vlm().host.processor.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(LocalModel.load(str(tmp_path / "again"), device="cpu").host.model), logits(model))
 
 
 @pytest.mark.parametrize("chosen", ["lora-on-the-head", "lora-on-the-table", "head-saved", "both-saved"])
@@ -658,7 +659,7 @@ def test_adapters_with_too_little_too_much_or_another_shape_are_refused(masters,
 
 def test_adapters_that_overflow_float16_are_refused(masters, tmp_path):
     out = adapters(masters["released"], tmp_path / "lora", scale=300.0)
-    assert VLM.load(str(out), device="cpu")
+    assert LocalModel.load(str(out), device="cpu")
     refused(out, "do not fit their base", dtype="float16")
 
 
@@ -681,10 +682,10 @@ def test_the_base_of_adapters_is_looked_for_and_its_absence_told(masters, tmp_pa
     expected = torch.load(out / "expected.pt")
     says = lambda base: config(out / "adapter_config.json", base_model_name_or_path=base)  # noqa: E731
     says("../../base")  # from the adapters
-    assert (logits(VLM.load(str(out), device="cpu").model) - expected).abs().max() < 1e-3
+    assert (logits(LocalModel.load(str(out), device="cpu").host.model) - expected).abs().max() < 1e-3
     monkeypatch.chdir(tmp_path)
     says("base")  # from here
-    assert (logits(VLM.load("runs/lora", device="cpu").model) - expected).abs().max() < 1e-3
+    assert (logits(LocalModel.load("runs/lora", device="cpu").host.model) - expected).abs().max() < 1e-3
     assert Endpoint("http://localhost:1/v1", "m", "runs/lora").tokenizer
     shutil.copytree(masters["today"], out / "base")
     refused(out, "is found twice", "write the whole path")
@@ -709,7 +710,7 @@ def test_adapters_on_adapters_are_merged_one_after_the_other(masters, tmp_path):
 
 
 def test_adapters_for_a_quantised_base_are_refused(masters, tmp_path):
-    out, model = adapters(masters["released"], tmp_path / "lora"), tiny_copy().model
+    out, model = adapters(masters["released"], tmp_path / "lora"), tiny_copy().host.model
     model.config.quantization_config = {"quant_method": "awq", "bits": 4}
     with pytest.raises(CheckpointError, match=r"quantised \(awq\).*name the base that was not quantised"):
         merge_adapters(model, out)
@@ -719,13 +720,13 @@ def test_a_processor_that_adapters_bring_is_used_and_a_tokenizer_alone_must_be_t
     out = adapters(masters["released"], tmp_path / "lora")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(masters["released"] / name, out)
-    assert VLM.load(str(out), device="cpu")
-    processor = copy.deepcopy(tiny_vlm().processor)
+    assert LocalModel.load(str(out), device="cpu")
+    processor = copy.deepcopy(tiny_vlm().host.processor)
     processor.tokenizer.add_tokens(["<more>"])
     processor.tokenizer.save_pretrained(out)
     refused(out, "bring a tokenizer or chat template that is not their base's", "copy the base's preprocessor_config.json")
     processor.save_pretrained(out)
-    assert "<more>" in VLM.load(str(out), device="cpu").tokenizer.get_vocab()
+    assert "<more>" in LocalModel.load(str(out), device="cpu").tokenizer.get_vocab()
     assert "<more>" in Endpoint("http://localhost:1/v1", "m", str(out)).tokenizer.get_vocab()
 
 
@@ -733,6 +734,8 @@ def test_a_processor_that_adapters_bring_is_used_and_a_tokenizer_alone_must_be_t
 def test_shipped_adapters_are_merged_as_peft_does(name):
     from peft import PeftModel
 
-    model = VLM.load(resolve(name), device="cpu").model.state_dict()
-    theirs = PeftModel.from_pretrained(VLM.load(resolve("nano-base"), device="cpu").model, resolve(name)).merge_and_unload()
+    model = LocalModel.load(resolve(name), device="cpu").host.model.state_dict()
+    theirs = PeftModel.from_pretrained(
+        LocalModel.load(resolve("nano-base"), device="cpu").host.model, resolve(name)
+    ).merge_and_unload()
     assert all(torch.equal(model[n], t) for n, t in theirs.state_dict().items())

@@ -7,15 +7,16 @@ import pyarrow.parquet
 import pytest
 
 from awares_bench.awares import AwaRes
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel, SampledReply
 from awares_bench.methods.conversation import Sample
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.registry import method_class
 from awares_bench.models.packaged import resolve
 from awares_bench.training import examples, recipe
 from awares_bench.training.curation import crop_oracles, judges, pipeline
-from awares_bench.training.packing import Features, Scorer, pack, render
-from awares_bench.training.rollouts import Sampled, banned
+from awares_bench.training.packing import Scorer, pack
+from awares_bench.training.rendering import render
+from awares_bench.training.rollouts import banned_tokens
 
 from .tiny import picture, tiny_vlm
 
@@ -64,17 +65,17 @@ def test_a_right_answer_that_the_model_was_not_sure_of_is_no_sign_that_half_size
 
 def test_how_sure_a_model_is_of_its_half_size_answer_is_the_probability_of_the_reply():
     said = {"start": "nano-base", "data": "nano:6", "out": "o", "judge": "exact", "max_new_tokens": 8, "batch": 4}
-    vlm, table = VLM.load(resolve("nano-base")), pipeline.nano_rows(6)
+    vlm, table = LocalModel.load(resolve("nano-base")), pipeline.nano_rows(6)
     rows = [{"index": i} for i in range(6)]
     plain = pipeline.answer(recipe.check(pipeline.Curate, said), table, rows, vlm)
     found = pipeline.answer(recipe.check(pipeline.Curate, said | {"sure": 0.5}), table, rows, vlm)
     assert [(r["low"], r["full"], r["error"]) for r in found] == [(r["low"], r["full"], None) for r in plain]
     assert all(r["sure"] is None for r in plain)
-    scorer = Scorer(vlm.model, banned(vlm))
+    scorer = Scorer(vlm.host, banned_tokens(vlm.host))
     for row in found:
         one = render(vlm, method_class("low")(), examples.sample(table[row["index"]], 0, 2000), [row["low"]])
-        packed = pack([[one]], vlm)
-        scores, _ = scorer(packed, Features(vlm)(packed.views))
+        packed = pack([[one]], vlm.host)
+        scores, _ = scorer(packed, vlm.encode(packed.images))
         assert row["sure"] == pytest.approx(scores.sum().exp().item(), abs=1e-4)
 
 
@@ -108,9 +109,9 @@ def test_search_takes_the_cheapest_right_crops_and_the_surest_among_equals(monke
     assert areas == sorted(areas) and tried[-1] == ("all",) and len(tried) == 9 + 10 + 1
 
     def answering(right):
-        made = [Sampled("42" if n in right else "no", logps=(right.get(n, -1.0),)) for n in tried]
+        made = [SampledReply("42" if n in right else "no", logprobs=(right.get(n, -1.0),)) for n in tried]
         monkeypatch.setattr(crop_oracles, "answers_with", lambda *a: made)
-        return crop_oracles.search(None, None, Sample((), "q"), ("42",), judges.exact, None, 4)
+        return crop_oracles.search(None, None, Sample((), "q"), ("42",), judges.exact, 4)
 
     assert answering({("top",): -0.1, ("center",): -3.0, ("top-left",): -2.0}) == ("top-left",)
     assert answering({("all",): -1.0}) == ("all",) and answering({}) == ()
@@ -119,10 +120,10 @@ def test_search_takes_the_cheapest_right_crops_and_the_surest_among_equals(monke
 def test_answers_after_forced_calls_are_the_same_one_by_one():
     vlm, sample = tiny_vlm(), Sample((picture(224, 224),), "q?", "k")
     tried = [("top-left",), ("right",), ("top-left", "bottom-right"), ("all",)]
-    together = crop_oracles.answers_with(vlm, AwaRes(), sample, tried, Features(vlm), 4)
+    together = crop_oracles.answers_with(vlm, AwaRes(), sample, tried, 4)
     for names, reply in zip(tried, together, strict=True):
-        (alone,) = crop_oracles.answers_with(vlm, AwaRes(), sample, [names], Features(vlm), 4)
-        assert alone.tokens == reply.tokens and alone.logps == pytest.approx(reply.logps, abs=1e-3)
+        (alone,) = crop_oracles.answers_with(vlm, AwaRes(), sample, [names], 4)
+        assert alone.tokens == reply.tokens and alone.logprobs == pytest.approx(reply.logprobs, abs=1e-3)
 
 
 def test_a_curation_resumes_and_its_files_are_what_the_trainers_take(tmp_path, monkeypatch):

@@ -10,15 +10,17 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 
 from awares_bench.awares import AwaRes
 from awares_bench.baselines.full import Full
+from awares_bench.errors import CheckpointError
 from awares_bench.inference.decoding import Repetition, own_penalty, penalised, penalty_of, unsupported
 from awares_bench.inference.engine import Engine, Job
-from awares_bench.inference.local_model import VLM, CheckpointError
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Request, Session
-from awares_bench.methods.conversation import Failure, Sample, Turn, messages
+from awares_bench.methods.conversation import Failure, Sample, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
-from awares_bench.training.packing import Features, Scorer, pack
-from awares_bench.training.rollouts import banned, rollouts
+from awares_bench.models.families import host_of
+from awares_bench.training.packing import Scorer, pack
+from awares_bench.training.rollouts import banned_tokens, rollouts
 
 from .tiny import picture, tiny_copy, tiny_vlm
 
@@ -40,14 +42,14 @@ def traced(vlm, requests):
 
 
 def generated(vlm, text, images, penalty, steps):
-    inputs = vlm.processor(text=[text], images=images or None, return_tensors="pt")
+    inputs = vlm.host.processor(text=[text], images=images or None, return_tensors="pt")
     how = {"max_new_tokens": steps, "do_sample": False, "repetition_penalty": penalty}
-    out = vlm.model.generate(**inputs, **how, output_scores=True, return_dict_in_generate=True)
+    out = vlm.host.model.generate(**inputs, **how, output_scores=True, return_dict_in_generate=True)
     return torch.stack(out.scores), out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def rendered(vlm, turns, replies):
-    return vlm.processor.apply_chat_template(messages(turns, replies), tokenize=False, add_generation_prompt=True)
+    return vlm.host.processor.apply_chat_template(chat_messages(turns, replies), tokenize=False, add_generation_prompt=True)
 
 
 QUESTIONS = [
@@ -71,7 +73,7 @@ def test_one_turn_has_the_scores_and_tokens_of_generate_under_a_penalty(turn, pe
     (reply,), ours = traced(vlm, [Request(Session(), turn, 24)])
     theirs, tokens = generated(vlm, rendered(vlm, [turn], []), list(turn.images), penalty, 24)
     assert (ours[: len(theirs), 0] - theirs[:, 0]).abs().max() < 1e-4
-    assert list(reply.tokens) == [t for t in tokens if t not in vlm.stop]
+    assert list(reply.tokens) == [t for t in tokens if t not in vlm.host.stop]
     if penalty == 1.5:
         assert reply.tokens != tiny_vlm().reply([Request(Session(), turn, 24)])[0].tokens
 
@@ -79,16 +81,16 @@ def test_one_turn_has_the_scores_and_tokens_of_generate_under_a_penalty(turn, pe
 @BOTH
 def test_a_second_turn_is_penalised_for_what_the_first_showed_and_said():
     vlm, image = penalising(1.4), picture(280, 224, 5)
-    session, one = Session(), Turn((half(image),), "What is the value of the red bar?", system=PAPER_GRID.prompt, last=False)
+    session, one = Session(), Turn((half(image),), "What is the value of the red bar?", system=PAPER_GRID.prompt, is_final=False)
     words = vlm.tokenizer("the red bar", add_special_tokens=False)["input_ids"]  # random weights write what no text is made of
-    (first,) = vlm.reply([Request(session, one, 8, forced=tuple(words))])
+    (first,) = vlm.reply([Request(session, one, 8, forced_tokens=tuple(words))])
     two = Turn(tuple(PAPER_GRID.cut(image, ("top-left",))))
     (reply,), ours = traced(vlm, [Request(session, two, 12)])
     text = rendered(vlm, [one, two], [first.text])
     assert list(first.tokens) == words
     theirs, tokens = generated(vlm, text, [*one.images, *two.images], 1.4, 12)
     assert (ours[: len(theirs), 0] - theirs[:, 0]).abs().max() < 1e-4
-    assert list(reply.tokens) == [t for t in tokens if t not in vlm.stop]
+    assert list(reply.tokens) == [t for t in tokens if t not in vlm.host.stop]
 
 
 @BOTH
@@ -119,11 +121,11 @@ def test_a_draft_is_penalised_token_by_token_and_what_does_not_stand_is_forgotte
 
 
 def test_the_grammar_chooses_among_penalised_scores():
-    turn = replace(QUESTIONS[0], calls=PAPER_GRID)
+    turn = replace(QUESTIONS[0], crop_grammar=PAPER_GRID)
     vlm = penalising(1.2)
     ids = vlm.tokenizer("GET_CROPS", add_special_tokens=False)["input_ids"]
     forced = (*ids, *[0] * 3)
-    (reply,), _ = traced(vlm, [Request(Session(), turn, 24, forced=forced)])
+    (reply,), _ = traced(vlm, [Request(Session(), turn, 24, forced_tokens=forced)])
     assert reply.text.startswith("GET_CROPS")  # what is forced is not overruled by a penalty either
 
 
@@ -132,10 +134,10 @@ def test_a_penalty_out_of_range_is_a_sentence_and_the_checkpoints_own_is_the_def
         with pytest.raises(ValueError, match="repetition_penalty"):
             penalty_of(wrong)
     assert own_penalty(GenerationConfig()) == 1 and own_penalty(GenerationConfig(repetition_penalty=1.05)) == 1.05
-    model, processor = tiny_copy().model, tiny_vlm().processor
+    model, processor = tiny_copy().host.model, tiny_vlm().host.processor
     model.generation_config.repetition_penalty = 1.05
-    assert VLM(model, processor).repetition_penalty == 1.05
-    assert VLM(model, processor, repetition_penalty=1).repetition_penalty == 1
+    assert LocalModel(host_of(model, processor)).repetition_penalty == 1.05
+    assert LocalModel(host_of(model, processor), repetition_penalty=1).repetition_penalty == 1
 
 
 @pytest.mark.parametrize(
@@ -145,10 +147,10 @@ def test_a_penalty_out_of_range_is_a_sentence_and_the_checkpoints_own_is_the_def
 def test_a_setting_that_would_change_answers_is_refused(asked):
     config = GenerationConfig(**asked)
     assert unsupported(config) == [f"{k}={v!r}" for k, v in asked.items()]
-    model = tiny_copy().model
+    model = tiny_copy().host.model
     model.generation_config = config
     with pytest.raises(CheckpointError, match=next(iter(asked))):
-        VLM(model, tiny_vlm().processor)
+        LocalModel(tiny_vlm().host.on(model))
 
 
 def test_sampling_settings_of_a_release_are_no_reason_to_refuse():
@@ -162,8 +164,8 @@ def test_scores_that_are_not_finite_are_that_documents_failure(value):
     vlm = tiny_copy()
     odd = vlm.tokenizer("star", add_special_tokens=False)["input_ids"][0]
     with torch.no_grad():
-        vlm.model.get_input_embeddings().weight[odd] = value
-        vlm.model.lm_head.weight = torch.nn.Parameter(torch.randn_like(vlm.model.lm_head.weight) * 0.1)
+        vlm.host.model.get_input_embeddings().weight[odd] = value
+        vlm.host.model.lm_head.weight = torch.nn.Parameter(torch.randn_like(vlm.host.model.lm_head.weight) * 0.1)
     images = [picture(112, 112, i) for i in range(3)]
     jobs = [Job(Sample((i,), q, str(n)), 6) for n, (i, q) in enumerate(zip(images, ("bar", "star", "value"), strict=True))]
     out = dict(Engine(vlm, Full(), 3).run(jobs))
@@ -184,9 +186,9 @@ def test_texts_and_pictures_keep_their_order_and_spacing():
     assert sample.question == "Compare and now.\nA. yes" and sample.parts == ("Compare", "and", "now.\nA. yes")
     vlm = tiny_vlm()
     theirs = [{"role": "user", "content": [{"type": k, k: v} for k, v in content]}]
-    expected = vlm.processor.apply_chat_template(theirs, tokenize=False, add_generation_prompt=True)
+    expected = vlm.host.processor.apply_chat_template(theirs, tokenize=False, add_generation_prompt=True)
     for policy, images in ((Full(), (a, b)), (AwaRes(), (a, b))):
-        look = policy.look(sample)
+        look = policy.turns(sample)
         turn = next(look)
         while not isinstance(turn, Turn):
             turn = next(look)
@@ -199,9 +201,9 @@ def test_text_before_the_only_picture_stays_before_it_in_every_view():
     image = picture(224, 224)
     content = [{"type": "text", "text": "Look: "}, {"type": "image", "url": image}, {"type": "text", "text": " What is it?"}]
     sample = _job([{"role": "user", "content": content}], {}, "x").sample
-    turn = next(AwaRes().look(sample))
+    turn = next(AwaRes().turns(sample))
     assert rendered(tiny_vlm(), [turn], []).count("Look: <|vision_start|>") == 1
-    assert sample.ask((image, image)).before == ("Look: ",) and sample.ask((image, image)).text == " What is it?"
+    assert sample.ask((image, image)).image_prefixes == ("Look: ",) and sample.ask((image, image)).text == " What is it?"
 
 
 @pytest.mark.parametrize(
@@ -230,13 +232,13 @@ def test_sampled_tokens_score_as_they_were_sampled():
     vlm = penalising(1.3)
     samples = [Sample((picture(224, 168, i),), f"What is the value of bar {i}?", str(i)) for i in range(2)]
     with torch.no_grad():
-        made, _ = rollouts(vlm, AwaRes(), samples, 3, Features(vlm), 10, seed="1")
+        made, _ = rollouts(vlm, AwaRes(), samples, 3, 10, seed="1")
         groups = [[r.conversation for r in g] for g in made]
-        scorer = Scorer(vlm.model, banned(vlm), penalty=1.3)
-        packed = pack(groups, vlm, followed=True)
-        scores, _ = scorer(packed, Features(vlm)(packed.views))
-        plain, _ = Scorer(vlm.model, banned(vlm))(packed, Features(vlm)(packed.views))
-    sampled = torch.tensor([x for g in made for r in g for x in r.logps])
+        scorer = Scorer(vlm.host, banned_tokens(vlm.host), penalty=1.3)
+        packed = pack(groups, vlm.host, followed=True)
+        scores, _ = scorer(packed, vlm.encode(packed.images))
+        plain, _ = Scorer(vlm.host, banned_tokens(vlm.host))(packed, vlm.encode(packed.images))
+    sampled = torch.tensor([x for g in made for r in g for x in r.logprobs])
     assert (scores - sampled).abs().max() < 1e-4
     assert (plain - sampled).abs().max() > 1e-2
 
@@ -245,7 +247,7 @@ def test_a_greedy_rollout_writes_what_the_engine_writes_under_a_penalty():
     vlm = penalising(1.3)
     vlm.constrained = False
     sample = Sample((picture(224, 168),), "What is the value of the red bar?", "0")
-    made, _ = rollouts(vlm, Full(), [sample], 2, Features(vlm), 16, temperature=0.0)
+    made, _ = rollouts(vlm, Full(), [sample], 2, 16, temperature=0.0)
     out = dict(Engine(vlm, Full()).run([Job(sample, 16)]))[0]
     assert {r.trajectory.answer for r in made[0]} == {out.answer}
 

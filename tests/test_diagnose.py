@@ -7,7 +7,6 @@ from awares_bench.methods.conversation import Sample
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.training.curation import diagnose
 from awares_bench.training.curation.diagnose import Decision
-from awares_bench.training.packing import Features
 
 from .tiny import picture, tiny_vlm
 
@@ -43,7 +42,7 @@ def test_what_cannot_be_counted_is_null():
 def test_a_direct_answer_never_begins_as_a_call():
     vlm = tiny_vlm()
     starts = {vlm.tokenizer(x)["input_ids"][0] for x in ("GET_CROPS:", " GET_CROPS:")}
-    text = diagnose.direct(vlm, Sample((picture(112, 112),), "q?", "k"), Features(vlm), 4)
+    text = diagnose.direct(vlm, Sample((picture(112, 112),), "q?", "k"), 4)
     assert vlm.tokenizer(text)["input_ids"][0] not in starts
 
 

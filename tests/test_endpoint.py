@@ -17,7 +17,7 @@ from PIL import Image, ImageChops
 from awares_bench.awares import AwaRes
 from awares_bench.baselines.full import Full
 from awares_bench.inference.engine import Engine, Job
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.openai_server import Endpoint
 from awares_bench.methods.conversation import Failure, Sample
 from awares_bench.models.packaged import resolve
@@ -96,7 +96,7 @@ def test_two_turns_send_the_whole_conversation_and_count_each_image_once(server)
 
 def test_text_tokens_are_those_that_our_own_loop_feeds(server):
     job = jobs(1)[0]
-    (ours,) = dict(Engine(VLM.load(resolve("nano"), constrained=False), Full(), 1).run([job])).values()
+    (ours,) = dict(Engine(LocalModel.load(resolve("nano"), constrained=False), Full(), 1).run([job])).values()
     (theirs,) = dict(Engine(endpoint(server), Full(), 1).run([job])).values()
     assert theirs.usage.text == ours.usage.text and theirs.usage.encoded == ours.usage.encoded == theirs.full_tokens
     server.state["usage"] = ours.usage.text + ours.usage.encoded
@@ -130,7 +130,7 @@ def test_what_needs_the_inside_of_the_model_is_refused():
     with pytest.raises(ValueError, match="inside the model"):
         model.reply([], pruner=object())
     with pytest.raises(ValueError, match="leave engine=openai out"):
-        model.probe([])
+        model.hidden_states([])
 
 
 def test_the_checkpoints_penalty_is_sent_and_a_server_that_knows_none_is_trusted_with_it(server):
@@ -166,7 +166,7 @@ def test_a_served_stock_checkpoint_says_what_our_own_loop_says(tmp_path, penalty
     finally:
         server.kill()
         server.wait()
-    ours = dict(Engine(VLM.load(folder, "float32", "cpu"), Full(), 1).run(asked))
+    ours = dict(Engine(LocalModel.load(folder, "float32", "cpu"), Full(), 1).run(asked))
     assert len({o.answer for o in ours.values()}) > 4
     for i in ours:
         assert not isinstance(theirs[i], Failure), (theirs[i].error, (tmp_path / "server.log").read_text()[-2000:])

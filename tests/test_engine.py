@@ -8,10 +8,10 @@ import torch
 from awares_bench.awares import AwaRes
 from awares_bench.baselines.full import Full
 from awares_bench.evaluation.records import Record
-from awares_bench.inference.engine import AHEAD, Engine, Job, Scripted
+from awares_bench.inference.engine import LOOKAHEAD_BATCHES, Engine, Job, Scripted
 from awares_bench.inference.memory import start_peak
-from awares_bench.inference.padded_batch import Batch
-from awares_bench.inference.scheduler import Budget, choose
+from awares_bench.inference.padded_batch import PaddedBatch
+from awares_bench.inference.scheduler import BatchLimits, next_batch
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Failure, Sample, Trajectory, Turn
 from awares_bench.methods.crop_grid import PAPER_GRID
@@ -68,7 +68,7 @@ def test_jobs_are_taken_no_further_ahead_than_said():
     for _ in Engine(Recorder(), AwaRes(), 3, workers=2).run(jobs(100, taken)):
         ended += 1
         most = max(most, len(taken) - ended)
-    assert ended == 100 and most <= (AHEAD + 2) * 3
+    assert ended == 100 and most <= (LOOKAHEAD_BATCHES + 2) * 3
 
 
 def test_batches_are_prepared_in_worker_threads_and_hold_similar_lengths():
@@ -113,24 +113,24 @@ def test_out_of_memory_halves_the_batch_and_says_so():
 
 
 def test_choosing_never_passes_the_oldest_by():
-    budget = Budget(2)
-    assert choose([], [], [], budget) == []
-    assert choose([("", False)] * 4, [9, 50, 10, 51], [False] * 4, budget) == [2, 0]
-    assert choose([("a", False), ("", False), ("a", False)], [9, 9, 9], [False] * 3, budget) == [0, 2]
-    assert choose([("", False)] * 3, [9, 9, 9], [False, True, False], budget) == [0, 2]  # one cache waits for another
-    assert choose([("", False)] * 3, [9, 9, 9], [False, True, True], budget) == [1, 2]
+    budget = BatchLimits(2)
+    assert next_batch([], [], [], budget) == []
+    assert next_batch([("", False)] * 4, [9, 50, 10, 51], [False] * 4, budget) == [2, 0]
+    assert next_batch([("a", False), ("", False), ("a", False)], [9, 9, 9], [False] * 3, budget) == [0, 2]
+    assert next_batch([("", False)] * 3, [9, 9, 9], [False, True, False], budget) == [0, 2]  # one cache waits for another
+    assert next_batch([("", False)] * 3, [9, 9, 9], [False, True, True], budget) == [1, 2]
 
 
 def test_a_session_is_as_it_was_when_memory_ran_out_in_the_middle_of_keeping(monkeypatch):
-    vlm, first = tiny_vlm(), Turn((picture(84, 84),), "Which?", system=PAPER_GRID.prompt, last=False)
-    second = Turn((picture(56, 84),), last=False)
+    vlm, first = tiny_vlm(), Turn((picture(84, 84),), "Which?", system=PAPER_GRID.prompt, is_final=False)
+    second = Turn((picture(56, 84),), is_final=False)
 
     def started():
         sessions = [Session(), Session()]
         vlm.reply([Request(s, first, 3) for s in sessions])
         return [Request(s, second, 3) for s in sessions]
 
-    requests, calls, keep = started(), [], Batch.keep
+    requests, calls, keep = started(), [], PaddedBatch.save_session
 
     def short(self, b, session, written):
         keep(self, b, session, written)
@@ -139,7 +139,7 @@ def test_a_session_is_as_it_was_when_memory_ran_out_in_the_middle_of_keeping(mon
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batch, "keep", short)
+        patch.setattr(PaddedBatch, "save_session", short)
         patch.setattr(torch.cuda, "empty_cache", lambda: None)
         with pytest.raises(MemoryError, match="Tried to allocate"):
             vlm.reply(requests)

@@ -35,7 +35,7 @@ def test_the_cache_has_the_name_that_the_decoder_and_its_layers_give_it():
 
 @pytest.mark.skipif(CACHE == "past_key_values", reason="this transformers knows the old name only")
 def test_a_deprecated_name_fails_the_test_that_uses_it():
-    decoder = tiny_vlm().decoder
+    decoder = tiny_vlm().host.decoder
     embeds = torch.zeros(1, 2, decoder.config.hidden_size)
     with pytest.raises(FutureWarning, match="past_key_values"), torch.no_grad():
         decoder(inputs_embeds=embeds, past_key_values=DynamicCache(config=decoder.config), use_cache=True)

@@ -23,12 +23,15 @@ from awares_bench.baselines.fastv import FastV
 from awares_bench.baselines.holov import HoloV
 from awares_bench.baselines.sparsevlm import SparseVLM, cluster, recycled
 from awares_bench.baselines.visionzip import VisionZip
-from awares_bench.inference.layerwise_batch import StagedBatch
-from awares_bench.inference.local_model import VLM, mrope_positions
-from awares_bench.inference.padded_batch import Batch
+from awares_bench.inference.layerwise_batch import LayerwiseBatch
+from awares_bench.inference.local_model import LocalModel
+from awares_bench.inference.padded_batch import PaddedBatch
 from awares_bench.inference.session import Session
-from awares_bench.methods.pruner import Pruner, Visual
-from awares_bench.models.prompt_chunk import Chunk, Span
+from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.models.prompt_chunk import ImageSpan, PromptChunk
+from awares_bench.models.qwen2_5_vl import Qwen2_5_VL
+
+from .tiny import embedded, see
 
 GOLDEN = Path(os.environ.get("AWARES_GOLDEN") or Path(__file__).parent / "golden")
 TOLERANCE = 2e-4
@@ -51,35 +54,36 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
 
 
 @lru_cache(maxsize=4)
-def model(name: str, attention: str = "sdpa") -> VLM:
+def model(name: str, attention: str = "sdpa") -> LocalModel:
     """A golden checkpoint without a tokenizer: prompts are token ids."""
     config = Qwen2_5_VLConfig.from_pretrained(GOLDEN / name)
     weights = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         GOLDEN / name, config=config, dtype=torch.float32, attn_implementation=attention
     )
-    return VLM(weights, SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=245, pad_token_id=243)))
+    tokenizer = SimpleNamespace(eos_token_id=245, pad_token_id=243, convert_ids_to_tokens=str)
+    return LocalModel(Qwen2_5_VL(weights, SimpleNamespace(tokenizer=tokenizer)))
 
 
-def prompt(vlm: VLM, name: str, pruner: Pruner | None = None) -> tuple[Chunk, Visual]:
+def prompt(vlm: LocalModel, name: str, pruner: Pruner | None = None) -> tuple[PromptChunk, VisualTokens]:
     """An input file -> the unpruned chunk and its image."""
     with np.load(GOLDEN / name) as file:
         ids, grids = file["input_ids"][0].tolist(), [tuple(g) for g in file["image_grid_thw"].tolist()]
         patches = torch.from_numpy(file["pixel_values_x2"]).float() / 2
-    images = vlm.see([patches], grids, pruner)
-    return vlm.embed(ids, mrope_positions(ids, grids, vlm.image_token), images), images[0]
+    images = see(vlm, [patches], grids, pruner)
+    return embedded(vlm, ids, grids, images), images[0]
 
 
 @dataclass
 class Run:
     """A prefill: hidden states (L, D) after the last layer and entering each, and the batch to go on with."""
 
-    vlm: VLM
-    batch: Batch
+    vlm: LocalModel
+    batch: PaddedBatch
     hidden: Tensor
     entering: list[Tensor]
 
     def logits(self, last: int) -> Tensor:
-        return self.vlm.model.lm_head(self.vlm.decoder.norm(self.hidden[-last:]))
+        return self.vlm.host.model.lm_head(self.vlm.host.decoder.norm(self.hidden[-last:]))
 
     def greedy(self, steps: int, below: int) -> tuple[list[int], Tensor]:
         """Tokens of a greedy continuation among ids under ``below``, and the logits after the last of them."""
@@ -87,22 +91,25 @@ class Run:
         for step in range(steps):
             written.append(int(scores[:below].argmax()))
             self.batch.mask = torch.cat([self.batch.mask, torch.ones_like(self.batch.mask[:, :1])], 1)
-            embeds = self.vlm.decoder.get_input_embeddings()(torch.tensor([written[-1:]]))
-            scores = self.batch._forward(embeds, (self.batch.next + step)[None, :, None].expand(3, -1, -1), 1).flatten()
+            embeds = self.vlm.host.decoder.get_input_embeddings()(torch.tensor([written[-1:]]))
+            hidden = self.batch.run_layers(embeds, (self.batch.starts + step)[None, :, None].expand(3, -1, -1))
+            scores = self.vlm.host.logits(hidden).flatten()
         return written, scores
 
 
 @torch.inference_mode()
-def prefill(vlm: VLM, chunk: Chunk, pruner: Pruner | None = None) -> Run:
-    stages = vlm.stages(pruner)
-    batch = StagedBatch(vlm, [Session()], [chunk], pruner, stages) if stages else Batch(vlm, [Session()], [chunk])
+def prefill(vlm: LocalModel, chunk: PromptChunk, pruner: Pruner | None = None) -> Run:
+    stages = vlm.cut_layers(pruner)
+    batch = (
+        LayerwiseBatch(vlm.host, [Session()], [chunk], pruner, stages) if stages else PaddedBatch(vlm.host, [Session()], [chunk])
+    )
     into: list[Tensor] = []
 
     def remember(module, args):
         into.append(args[0][0])
 
-    hooks = [layer.register_forward_pre_hook(remember) for layer in vlm.decoder.layers]
-    hooks.append(vlm.decoder.layers[-1].register_forward_hook(lambda _, args, out: into.append(out[0])))
+    hooks = [layer.register_forward_pre_hook(remember) for layer in vlm.host.decoder.layers]
+    hooks.append(vlm.host.decoder.layers[-1].register_forward_hook(lambda _, args, out: into.append(out[0])))
     try:
         batch.prefill()
     finally:
@@ -126,7 +133,7 @@ def test_vanilla(path, attention):
     chunk, image = prompt(vlm, f"tiny-qwen2_5_vl/inputs_{path.stem.removeprefix('vanilla_')}.npz")
     close(image.features, want["image_features"])
     assert torch.equal(chunk.positions, want["position_ids"][:, 0])
-    assert chunk.after == len(chunk.embeds) + int(want["rope_deltas"])
+    assert chunk.next_position == len(chunk.embeds) + int(want["rope_deltas"])
     run = prefill(vlm, chunk)
     close(run.logits(12), want["logits_last12"])
     with torch.inference_mode():
@@ -146,11 +153,11 @@ def test_visionzip_select_qwen25(path):
     want, meta = read(path)
     pruner, n = visionzip(meta), len(want["scores"])
     assert n == int(meta["N"])
-    image = Visual(want["image_embeds"], (1, n), attention=want["scores"], metric=want["metric"])
-    dominant, contextual = pruner.counts(n, pruner.budget(n, pruner.retention))
+    image = VisualTokens(want["image_embeds"], (1, n), attention=want["scores"], vision_keys=want["metric"])
+    dominant, contextual = pruner.counts(n, pruner.tokens_to_keep(n, pruner.retention))
     assert torch.equal(pruner.select(image, dominant), want["dominant_sorted"])
     assert contextual == len(want["contextual"])
-    features, kept = pruner.reduce(image, pruner.budget(n, pruner.retention))
+    features, kept = pruner.reduce(image, pruner.tokens_to_keep(n, pruner.retention))
     assert torch.equal(kept, want["kept"])
     close(features, want["kept_embeds"])
     close(features[torch.isin(kept, want["contextual"])], want["contextual_embeds"])
@@ -176,7 +183,7 @@ def test_visionzip_select_llava(path):
     object.__setattr__(pruner, "given", (dominant, contextual))
     for b in range(len(want["cls_attention"])):
         attention, hidden = want["cls_attention"][b].sum(0), want["hidden_states"][b]
-        image = Visual(hidden[1:], (1, len(attention)), attention=attention, metric=want["metric"][b, 1:])
+        image = VisualTokens(hidden[1:], (1, len(attention)), attention=attention, vision_keys=want["metric"][b, 1:])
         top = pruner.select(image, dominant)
         assert torch.equal(top + 1, want["all_indices_sorted"][b, 1:])
         features, kept = pruner.reduce(image, dominant + contextual)
@@ -191,7 +198,9 @@ def test_visionzip_select_effivlm(path):
     pruner = Counted(0.5, compat="official")
     object.__setattr__(pruner, "given", (max(1, int(n * budget * 5.4 / 6.4)), max(1, int(n * budget / 6.4))))
     metric = want["metric"].mean(0).unflatten(0, (n, 4)).mean(1)
-    image = Visual(want["merged_tokens"], (1, n), attention=want["column_mean"].unflatten(0, (n, 4)).mean(1), metric=metric)
+    image = VisualTokens(
+        want["merged_tokens"], (1, n), attention=want["column_mean"].unflatten(0, (n, 4)).mean(1), vision_keys=metric
+    )
     features, kept = pruner.reduce(image, sum(pruner.given))
     assert torch.equal(kept, want["kept"])
     close(features, want["output_tokens"], 5e-3)
@@ -206,7 +215,7 @@ def test_visionzip_e2e(path, attention):
     n, start = len(image.features), chunk.spans[0].start
     close(image.features, want["image_features"])
     close(image.attention * 4 * n, want["scores"])  # theirs is summed over queries
-    close(image.metric, want["metric"])
+    close(image.vision_keys, want["metric"])
     cut = chunk.cut(pruner, pruner.retention)
     assert torch.equal(cut.spans[0].visual.places, want["kept"])
     assert torch.equal(cut.positions, want["position_ids"][:, 0])
@@ -216,7 +225,7 @@ def test_visionzip_e2e(path, attention):
     close(run.logits(12), want["logits_last12"])
     with torch.inference_mode():
         assert run.greedy(8, 240)[0] == want["greedy8"].tolist()
-    assert cut.after == len(chunk.embeds) + int(want["rope_deltas"])
+    assert cut.next_position == len(chunk.embeds) + int(want["rope_deltas"])
 
 
 # ------------------------------------------------------------------ HoloV
@@ -236,12 +245,12 @@ def test_holov_select_qwen(path):
     want, meta = read(path)
     n, keep, start = len(want["attention"]), int(meta["keep"]), int(meta["image_token_start"])
     pruner = HoloV(float(meta["ratio"]), "fixed")
-    assert pruner.budget(n, pruner.retention) == keep and pruner.bands(n, keep) == int(meta["num_patches"])
+    assert pruner.tokens_to_keep(n, pruner.retention) == keep and pruner.bands(n, keep) == int(meta["num_patches"])
     positions = torch.arange(start + n + 3) * torch.tensor([[1], [2], [3]])
     embeds = torch.zeros(start + n + 3, want["image_tokens"].shape[1])
     embeds[start : start + n] = want["image_tokens"]
-    image = Visual(want["image_tokens"], (1, n), attention=want["attention"])
-    cut = Chunk(embeds, positions, 0, (Span(start, image, n),)).cut(pruner, pruner.retention)
+    image = VisualTokens(want["image_tokens"], (1, n), attention=want["attention"])
+    cut = PromptChunk(embeds, positions, 0, (ImageSpan(start, image, n),)).cut(pruner, pruner.retention)
     _, kept = pruner.reduce(image, keep)
     assert torch.equal(kept, want["final_positions"])
     close(cut.embeds[start : start + keep], want["output_tokens"])
@@ -254,7 +263,7 @@ def test_holov_select_llava(path):
     pruner = Banded(0.5, "fixed")
     object.__setattr__(pruner, "given", int(meta["num_patches"]))
     for tokens, attention, output in zip(want["image_tokens"], want["attention"], want["output_tokens"], strict=True):
-        features, _ = pruner.reduce(Visual(tokens, (1, len(tokens)), attention=attention), int(meta["keep"]))
+        features, _ = pruner.reduce(VisualTokens(tokens, (1, len(tokens)), attention=attention), int(meta["keep"]))
         close(features, output)
 
 
@@ -265,7 +274,7 @@ def test_holov_e2e(path, attention):
     pruner = HoloV(float(meta["prune_rate"]), "official" if "asis" in path.stem.split("_") else "fixed")
     vlm = model("tiny-qwen2_5_vl", attention)
     chunk, image = prompt(vlm, meta["inputs"], pruner)
-    keep = pruner.budget(len(image.features), pruner.retention)
+    keep = pruner.tokens_to_keep(len(image.features), pruner.retention)
     assert (keep, pruner.bands(len(image.features), keep)) == (int(meta["keep_num"]), int(meta["num_patches"]))
     close(pruner.score(image), want["attention"])
     assert torch.equal(pruner.reduce(image, keep)[1], want["final_positions"])
@@ -276,7 +285,7 @@ def test_holov_e2e(path, attention):
     close(run.logits(12), want["logits_last12"])
     with torch.inference_mode():
         assert run.greedy(8, 240)[0] == want["greedy8"].tolist()
-    assert cut.after == len(chunk.embeds) + int(want["rope_deltas"])
+    assert cut.next_position == len(chunk.embeds) + int(want["rope_deltas"])
 
 
 # ------------------------------------------------------------------ FastV
@@ -300,10 +309,10 @@ def test_fastv_select(path):
     want, meta = read(path)
     start, n = int(meta["image_start"]), int(meta["image_len"])
     pruner, row = FastV(1 - float(meta["R_prune"])), want["last_row_per_head"]
-    image = Visual(torch.zeros(n, 1), (1, n), torch.arange(n), rows=Given(row[:, None, start : start + n]))
-    assert torch.equal(pruner.select(image, pruner.budget(n, pruner.retention)), want["kept_image"])
+    image = VisualTokens(torch.zeros(n, 1), (1, n), torch.arange(n), decoder_attention=Given(row[:, None, start : start + n]))
+    assert torch.equal(pruner.select(image, pruner.tokens_to_keep(n, pruner.retention)), want["kept_image"])
     length = row.shape[1]
-    chunk = Chunk(torch.zeros(length, 1), torch.arange(length).expand(3, -1), length, (Span(start, image, n),))
+    chunk = PromptChunk(torch.zeros(length, 1), torch.arange(length).expand(3, -1), length, (ImageSpan(start, image, n),))
     assert torch.equal(chunk.cut(pruner, pruner.retention).positions[0], want["keep_sequence"])
 
 
@@ -348,7 +357,7 @@ class Recorded:
     def __getattr__(self, name):
         return getattr(self.pruner, name)
 
-    def score(self, image: Visual) -> Tensor:
+    def score(self, image: VisualTokens) -> Tensor:
         self.scores.append(self.original(self.pruner, image))
         return self.scores[-1]
 
@@ -362,10 +371,10 @@ class Scheduled(SparseVLM):
 
     schedule, tokens, packed = {}, (), None
 
-    def stages(self, layers):
+    def cut_layers(self, layers):
         return self.schedule
 
-    def budget(self, visual, share):
+    def tokens_to_keep(self, visual, share):
         return int(share)
 
     @property
@@ -380,11 +389,11 @@ def scheduled(schedule: dict[int, int], version: str = "1.5", packed: bool | Non
     return pruner
 
 
-def text_chunk(embeds: Tensor, start: int, n: int) -> Chunk:
+def text_chunk(embeds: Tensor, start: int, n: int) -> PromptChunk:
     """Embeddings with an image in them and plain positions."""
     embeds, length = embeds.float(), len(embeds)
-    image = Visual(embeds[start : start + n], (1, n), torch.arange(n))
-    return Chunk(embeds, torch.arange(length).expand(3, -1), length, (Span(start, image, n),))
+    image = VisualTokens(embeds[start : start + n], (1, n), torch.arange(n))
+    return PromptChunk(embeds, torch.arange(length).expand(3, -1), length, (ImageSpan(start, image, n),))
 
 
 @cases("sparsevlm", "stage")
@@ -394,7 +403,7 @@ def test_sparsevlm_stage(path):
     pruner, chunk = scheduled({0: keep}), text_chunk(want["hidden_states"], start, n)
     image, text = chunk.spans[0].visual, chunk.embeds[start + n :]
     assert torch.equal(pruner.raters(image.features, text), want["rater_idx"])
-    seen = replace(image, rows=Given(want["rater_attention"]))
+    seen = replace(image, decoder_attention=Given(want["rater_attention"]))
     score = pruner.score(seen)
     close(score, want["score"])
     assert torch.equal(pruner.select(seen, keep), want["keep_idx"])
@@ -402,7 +411,7 @@ def test_sparsevlm_stage(path):
     assert clusters == int(meta["cluster_num"])
     assert torch.equal(score.argsort(descending=True, stable=True)[keep:][:again], want["recycled_idx_by_score"])
     close(cluster(image.features[want["recycled_idx_by_score"]], clusters)[1], want["cluster_tokens"])
-    cut = chunk.cut(pruner, keep, lambda span: seen.rows)
+    cut = chunk.cut(pruner, keep, lambda span: seen.decoder_attention)
     close(cut.embeds, want["output_hidden"])
     assert torch.equal(torch.arange(len(cut.embeds)), want["output_positions_v1"])
 
@@ -419,7 +428,7 @@ def test_sparsevlm_headsel(path):
     pruner, rows = SparseVLM(0.5, "plus", "official"), Given(want["rater_attention"])
     assert int(meta["k"]) == len(pruner.heads(rows.per_head()))
     assert torch.equal(pruner.heads(rows.per_head()).sort().values, want["selected_heads"].sort().values)
-    image = Visual(torch.zeros(want["mean_selected"].shape[1], 1), (1, 1), rows=rows)
+    image = VisualTokens(torch.zeros(want["mean_selected"].shape[1], 1), (1, 1), decoder_attention=rows)
     close(pruner.score(image), want["mean_selected"].mean(0))
 
 

@@ -18,19 +18,20 @@ from transformers import PreTrainedTokenizerFast
 from awares_bench.awares import AwaRes
 from awares_bench.inference.call_grammar import KEPT, LONGEST_SPACE, CallGrammar
 from awares_bench.inference.engine import Engine, Job
-from awares_bench.inference.local_model import VLM
-from awares_bench.inference.reply_decoder import Writer
+from awares_bench.inference.local_model import LocalModel
+from awares_bench.inference.reply_decoder import ReplyDecoder
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Sample, Turn
 from awares_bench.methods.crop_grid import PAPER_GRID, CropGrid, CropRequestError
+from awares_bench.models.families import host_of
 from awares_bench.models.packaged import resolve
 from awares_bench.training.nano import model as nano
 
 from .qwen_tokenizer import qwen_tokenizer
 from .test_vlm import TOLERANCE, TURNS, ours
-from .tiny import GEOMETRY, picture, tiny_vlm
+from .tiny import GEOMETRY, chunk_ids, picture, tiny_vlm
 
-TURN = Turn((picture(112, 112),), "Which way?", system=PAPER_GRID.prompt, last=False, calls=PAPER_GRID)
+TURN = Turn((picture(112, 112),), "Which way?", system=PAPER_GRID.prompt, is_final=False, crop_grammar=PAPER_GRID)
 
 
 def byte_level(text: str, merges: int):
@@ -98,7 +99,7 @@ def test_a_draft_stops_before_the_choice_of_a_crop():
 
 def writer(grammar, budget=32, **more):
     tokenizer = grammar.tokenizer
-    return Writer(Request(Session(), TURN, budget, **more), tokenizer, {tokenizer.eos_token_id}, grammar)
+    return ReplyDecoder(Request(Session(), TURN, budget, **more), tokenizer, {tokenizer.eos_token_id}, grammar)
 
 
 @cache
@@ -111,10 +112,10 @@ def replied(kind, text, budget=400):
     grammar = grammar_of(kind)
     one, scores = writer(grammar, budget), torch.zeros(1, len(grammar.tokenizer))
     for token in [*grammar.tokenizer(text, add_special_tokens=False)["input_ids"], grammar.tokenizer.eos_token_id]:
-        if one.live:
+        if one.active:
             scores.zero_()[0, token] = 1.0
-            one.take([0], [token], scores)
-    return one, grammar.tokenizer.decode(one.written)
+            one.accept([0], [token], [0.0], scores)
+    return one, grammar.tokenizer.decode(one.tokens)
 
 
 SPELLED = {
@@ -161,7 +162,7 @@ def random_vlm(kind):
     if kind == "nano":
         return tiny_vlm()
     tokenizer = qwen_tokenizer()
-    return VLM(nano.build(tokenizer, GEOMETRY).float().eval(), nano.processor(tokenizer))
+    return LocalModel(host_of(nano.build(tokenizer, GEOMETRY).float().eval(), nano.processor(tokenizer)))
 
 
 @contextmanager
@@ -180,10 +181,10 @@ def saying(vlm, ids):
         return out
 
     hooks = [
-        vlm.decoder.get_input_embeddings().register_forward_hook(
+        vlm.host.decoder.get_input_embeddings().register_forward_hook(
             lambda module, args, out: fed.append(args[0].flatten().tolist())
         ),
-        vlm.model.lm_head.register_forward_hook(scripted),
+        vlm.host.model.lm_head.register_forward_hook(scripted),
     ]
     try:
         yield
@@ -283,9 +284,9 @@ def test_no_call_of_the_language_is_changed(kind):
 def test_what_is_no_call_is_held_to_one_and_said_to_be(kind, text):
     one, _ = replied(kind, text)
     for _ in range(400):
-        if one.live:  # as the end of the turn is asked for again and again
-            one.take([0], [one.tokenizer.eos_token_id], torch.zeros(1, len(one.tokenizer)))
-    assert PAPER_GRID.parse(one.tokenizer.decode(one.written)) and one.ended
+        if one.active:  # as the end of the turn is asked for again and again
+            one.accept([0], [one.tokenizer.eos_token_id], [0.0], torch.zeros(1, len(one.tokenizer)))
+    assert PAPER_GRID.parse(one.tokenizer.decode(one.tokens)) and one.ended
     (event,) = one.events
     assert event.kind == "call_overruled" and len(one.overruled) == event.detail.count(" became ")
 
@@ -362,32 +363,32 @@ def test_an_answer_that_shares_its_first_token_with_a_call_stays_free():
     get, other = tokenizer("GET_CROPS")["input_ids"][0], tokenizer("7")["input_ids"][0]
     one = writer(CallGrammar(PAPER_GRID, tokenizer))
     scores = torch.zeros(4, len(tokenizer))
-    assert one.take([0], [get], scores) == 1
-    fed = one.feed()
+    assert one.accept([0], [get], [0.0], scores) == 1
+    fed = one.next_input()
     assert len(fed) == 4
-    assert one.take(fed, [other] * 4, scores) == 1  # the draft does not hold
-    assert one.written == [get, other] and one.feed() == [other] and one.live
+    assert one.accept(fed, [other] * 4, [0.0] * len([other] * 4), scores) == 1  # the draft does not hold
+    assert one.tokens == [get, other] and one.next_input() == [other] and one.active
 
 
 def test_a_stop_string_inside_a_draft_ends_the_reply_there():
     tokenizer = nano.nano_tokenizer()
     ids = tokenizer("GET_CROPS: ['")["input_ids"]
     one = writer(CallGrammar(PAPER_GRID, tokenizer), until=(":",))
-    one.take([0], ids[:1], torch.zeros(1, len(tokenizer)))
-    fed = one.feed()
+    one.accept([0], ids[:1], [0.0] * len(ids[:1]), torch.zeros(1, len(tokenizer)))
+    fed = one.next_input()
     assert fed == ids
-    assert one.take(fed, [*ids[1:], 0], torch.zeros(4, len(tokenizer))) == 2
-    assert one.written == ids[:3] and one.ended
+    assert one.accept(fed, [*ids[1:], 0], [0.0] * len([*ids[1:], 0]), torch.zeros(4, len(tokenizer))) == 2
+    assert one.tokens == ids[:3] and one.ended
 
 
 @contextmanager
 def inclined_to_call(vlm, strength=12.0):
     """The tiny random model, its scores raised for what usually follows the token before: calls, most of them canonical."""
     tokens = vlm.tokenizer
-    table = torch.zeros(vlm.model.lm_head.out_features, vlm.model.lm_head.out_features)
+    table = torch.zeros(vlm.host.model.lm_head.out_features, vlm.host.model.lm_head.out_features)
     get, crops, colon, opened, _, comma, quote, _, closed = tokens("GET_CROPS: ['0', '1']")["input_ids"]
     digits = [tokens(f"GET_CROPS: ['{d}']")["input_ids"][4] for d in range(9)]
-    after_prompt = vlm.chunk(Session(), TURN, [(1, 8, 8)])[-1]
+    after_prompt = chunk_ids(vlm, Session(), TURN)[-1]
     for before, after in ((after_prompt, [get]), (get, [crops]), (crops, [colon]), (colon, [opened]), (quote, digits)):
         table[before, after] = strength
     table[comma, quote] = table[opened, digits] = table[closed, tokens.eos_token_id] = strength
@@ -402,8 +403,8 @@ def inclined_to_call(vlm, strength=12.0):
         return out + table[before].view(out.shape)
 
     hooks = [
-        vlm.decoder.get_input_embeddings().register_forward_hook(lambda module, args, out: fed.append(args[0])),
-        vlm.model.lm_head.register_forward_hook(raised),
+        vlm.host.decoder.get_input_embeddings().register_forward_hook(lambda module, args, out: fed.append(args[0])),
+        vlm.host.model.lm_head.register_forward_hook(raised),
     ]
     try:
         yield
@@ -419,7 +420,11 @@ def pairs():
     with inclined_to_call(vlm):
         for i in range(24):
             turn = Turn(
-                (picture(84 + 28 * (i % 4), 112, i),), f"Which way, {i}?", system=PAPER_GRID.prompt, last=False, calls=PAPER_GRID
+                (picture(84 + 28 * (i % 4), 112, i),),
+                f"Which way, {i}?",
+                system=PAPER_GRID.prompt,
+                is_final=False,
+                crop_grammar=PAPER_GRID,
             )
             both = []
             for constrained in (False, True):
@@ -468,7 +473,8 @@ def test_the_second_turn_continues_a_constrained_call_as_it_does_a_plain_one():
 def test_in_a_batch_calls_and_answers_have_the_scores_of_each_alone():
     vlm = tiny_vlm()
     turns = [
-        Turn((picture(112, 84, i),), f"Which {i}?", system=PAPER_GRID.prompt, last=False, calls=PAPER_GRID) for i in range(3)
+        Turn((picture(112, 84, i),), f"Which {i}?", system=PAPER_GRID.prompt, is_final=False, crop_grammar=PAPER_GRID)
+        for i in range(3)
     ]
     turns = [turns[0], TURNS[1], turns[1], TURNS[3], turns[2]]
     budgets, second = [32, 3, 32, 9, 4], Turn((picture(84, 84),))
@@ -481,7 +487,7 @@ def test_in_a_batch_calls_and_answers_have_the_scores_of_each_alone():
             replies, scores = ours(vlm, requests)
             for b, i in enumerate(group):
                 out[i] = [(replies[b], scores[: len(replies[b].tokens), b])]
-            more = [b for b, i in enumerate(group) if not turns[i].last]
+            more = [b for b, i in enumerate(group) if not turns[i].is_final]
             if more:
                 replies, scores = ours(vlm, [Request(sessions[b], second, 4) for b in more])
                 for row, b in enumerate(more):
@@ -505,7 +511,7 @@ def test_nano_weights_call_the_same_crops_in_at_most_half_the_passes():
         Job(Sample((Image.open(BytesIO(row.image["bytes"])),), world.prompt("doc", row.question, ()), str(i)), 16)
         for i, row in enumerate(frame.itertuples())
     ]
-    vlm, runs = VLM.load(resolve("nano")), []
+    vlm, runs = LocalModel.load(resolve("nano")), []
     for constrained in (False, True):
         vlm.constrained = constrained
         runs.append(dict(Engine(vlm, AwaRes(), 8).run(jobs)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from awares_bench.cli import main
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.conversation import Event, Trajectory, Turn
 from awares_bench.training import grpo, recipe, rewards, sft
 from awares_bench.training.curation.judges import JudgeError, anls, exact, relaxed
@@ -70,7 +70,7 @@ def test_the_rules_of_judges():
 def place(tmp_path_factory):
     """A tiny model that has learned to call for some pictures and to answer others, and rows with labels."""
     folder = tmp_path_factory.mktemp("grpo")
-    nano.save(tiny_vlm().model, tiny_vlm().processor, folder / "random")
+    nano.save(tiny_vlm().host.model, tiny_vlm().host.processor, folder / "random")
     write_rows(folder / "rows.parquet", label=lambda i: ("LR", "HR")[i % 2])
     said = {"start": str(folder / "random"), "data": str(folder / "rows.parquet"), "out": str(folder / "sft"), "device": "cpu"}
     said |= {"batch": 8, "micro_batch": 8, "steps": 10, "lr": 3e-3, "tuning": "full", "log_every": 10, "save_every": 10}
@@ -196,7 +196,7 @@ def test_fsdp2_rolls_out_and_trains_as_one_process(place, tuning):
             for folder in (place / f"{x}-{tuning}" / "completions" for x in ("alone", "sharded"))
         ]
         assert said[0] == said[1] and len(said[0]) == 16
-    assert VLM.load(str(place / f"sharded-{tuning}" / "checkpoint"), device="cpu")
+    assert LocalModel.load(str(place / f"sharded-{tuning}" / "checkpoint"), device="cpu")
 
 
 def test_recipes_that_cannot_work_say_so_before_anything_loads(place, capsys, tmp_path):

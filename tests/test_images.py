@@ -13,7 +13,7 @@ from PIL import Image
 
 from awares_bench.methods.images import PictureError, as_rgb, half, within_aspect
 
-from .tiny import tiny_vlm
+from .tiny import pixels, tiny_vlm
 
 
 def kinds(events):
@@ -58,7 +58,7 @@ def test_extreme_shapes_are_padded_not_resized(size):
     assert image.crop((0, 0, *size)).getextrema() == ((9, 9),) * 3
     assert kinds(events) == ([] if size == (1, 1) else ["image_padded"])
     vlm = tiny_vlm()
-    assert vlm.pixels(half(image))[0].shape[0] >= 16
+    assert pixels(vlm, half(image))[0].shape[0] >= 16
 
 
 def test_half_truncates_and_never_vanishes():

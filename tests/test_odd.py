@@ -14,18 +14,19 @@ from awares_bench.errors import RunError
 from awares_bench.evaluation import sweep
 from awares_bench.evaluation.records import Record, RunFolder, read_records
 from awares_bench.inference.engine import Engine, Job
-from awares_bench.inference.local_model import MARKS, VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.openai_server import Endpoint
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Event, Failure, Reply, Sample, Turn
 from awares_bench.methods.policy import Policy
 from awares_bench.methods.pruner import Pruner
+from awares_bench.models.qwen2_5_vl import Qwen2_5_VL
 from awares_bench.reports.data import comparability
 
 from . import odd, official
 from .test_endpoint import Server, endpoint, server  # noqa: F401  (server is a fixture)
 from .test_plugin import checkpoint, lmms_eval, records, samples  # noqa: F401  (checkpoint is a fixture)
-from .tiny import picture, tiny_copy, tiny_vlm
+from .tiny import chunk_ids, picture, pixels, tiny_copy, tiny_vlm
 
 HALF = "\ud83d"
 
@@ -46,14 +47,14 @@ def failures(outcomes):
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_odd_documents_change_no_answer_of_their_neighbours(batch_size, workers, monkeypatch):
     vlm = tiny_copy()
-    whole = VLM.pixels
+    whole = LocalModel.pixels
 
     def pixels(self, image):
         if image.size == (99, 99):
             raise ZeroDivisionError("float division by zero")
         return whole(self, image)
 
-    monkeypatch.setattr(VLM, "pixels", pixels)
+    monkeypatch.setattr(LocalModel, "pixels", pixels)
     good = [job(i) for i in range(8)]
     bad = [
         job(10, f"Which {HALF}?"),
@@ -119,7 +120,7 @@ def test_a_batch_that_fails_goes_on_in_halves_and_says_so():
 class Odd(Policy):
     """Does one odd thing for each question."""
 
-    def look(self, sample):
+    def turns(self, sample):
         kind = sample.question
         if kind == "key":
             raise KeyError("missing")
@@ -132,7 +133,7 @@ class Odd(Policy):
         if kind == "image":
             yield Turn(("not an image",), kind)
         if kind == "budget":
-            yield Turn(sample.images, kind, budget="many")
+            yield Turn(sample.images, kind, min_reply_tokens="many")
         if kind == "none":
             return None
         if kind == "early":
@@ -170,8 +171,8 @@ def test_whatever_a_policy_does_for_one_document_is_that_documents_failure(batch
 
 def test_a_policy_whose_look_is_no_generator_fails_its_documents():
     class Plain(Policy):
-        def look(self, sample):
-            return {}["x"] if sample.question == "bad" else Full().look(sample)
+        def turns(self, sample):
+            return {}["x"] if sample.question == "bad" else Full().turns(sample)
 
     assert list(failures(ended([job(0), job(1, "bad"), job(2)], policy=Plain()))) == [1]
 
@@ -191,7 +192,7 @@ def test_what_no_document_can_be_answered_after_ends_the_run(monkeypatch):
 
 def test_a_pruner_that_does_not_fit_the_model_is_refused_before_any_document():
     class Deep(Pruner):
-        def stages(self, layers):
+        def cut_layers(self, layers):
             return {layers + 3: 0.5}
 
     with pytest.raises(ValueError, match="this model has 3 layers"):
@@ -201,7 +202,7 @@ def test_a_pruner_that_does_not_fit_the_model_is_refused_before_any_document():
 # ------------------------------------------------------------------ questions
 
 
-@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("mark", Qwen2_5_VL.image_marks)
 def test_a_question_with_a_mark_of_a_picture_is_refused_in_a_sentence(mark):
     assert f"the question holds the text '{mark}'" in ended([job(0, f"What is {mark}?")])[0].error
 
@@ -217,11 +218,11 @@ def test_half_a_character_is_named(half):
 def test_noncharacters_are_read_like_other_text(text):
     """The second turn holds nothing of the first, whatever the first one says."""
     vlm, session = tiny_vlm(), Session()
-    vlm.reply([Request(session, Turn((), f"Which {text}?", last=False), 2)])
-    second = vlm.chunk(session, Turn((), f"And {text}?"), [])[len(session.pending) :]
+    vlm.reply([Request(session, Turn((), f"Which {text}?", is_final=False), 2)])
+    second = chunk_ids(vlm, session, Turn((), f"And {text}?"))[len(session.unfed_tokens) :]
     plain = Session()
-    vlm.reply([Request(plain, Turn((), "Which?", last=False), 2)])
-    wanted = vlm.chunk(plain, Turn((), "And ?"), [])[len(plain.pending) :]
+    vlm.reply([Request(plain, Turn((), "Which?", is_final=False), 2)])
+    wanted = chunk_ids(vlm, plain, Turn((), "And ?"))[len(plain.unfed_tokens) :]
     more = len(vlm.tokenizer(f"And {text}?", add_special_tokens=False)["input_ids"])
     assert len(second) - more == len(wanted) - len(vlm.tokenizer("And ?", add_special_tokens=False)["input_ids"])
     assert not failures(ended([job(0, f"Which {text}?"), job(1)], policy=AwaRes()))
@@ -234,17 +235,17 @@ def test_an_empty_question_is_answered_and_said():
 
 def test_a_context_that_is_full_cuts_the_reply_and_says_so(monkeypatch):
     vlm = tiny_copy()
-    vlm.stop = set()
+    vlm.host.stop = set()
     free = ended([job(0, tokens=9)], vlm, batch_size=1)[0]
     ids = vlm.prepare(Request(Session(), Turn(job(0).sample.images, "Which?"), 9)).ids
-    grid = vlm.pixels(job(0).sample.images[0])[1]
-    end = len(ids) - ids.count(vlm.image_token) + max(grid[1:]) // 2
+    grid = pixels(vlm, job(0).sample.images[0])[1]
+    end = len(ids) - ids.count(vlm.host.image_token) + max(grid[1:]) // 2
     for room in (9, 3, 1):
-        monkeypatch.setattr(vlm.decoder.config, "max_position_embeddings", end + room)
+        monkeypatch.setattr(vlm.host.decoder.config, "max_position_embeddings", end + room)
         cut = ended([job(0, tokens=9)], vlm, batch_size=1)[0]
         assert cut.replies[0].tokens == free.replies[0].tokens[:room]
         assert [e.kind for e in cut.events] == (["context_full"] if room < 9 else [])
-    monkeypatch.setattr(vlm.decoder.config, "max_position_embeddings", end)
+    monkeypatch.setattr(vlm.host.decoder.config, "max_position_embeddings", end)
     assert (
         f"takes {end:,} positions, the checkpoint's context (max_position_embeddings) has {end:,}"
         in ended([job(0)], vlm)[0].error

@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
     from awares_bench.training.nano import model as nano
 
     folder = tmp_path_factory.mktemp("weights") / "tiny"
-    nano.save(tiny_vlm().model, tiny_vlm().processor, folder)
+    nano.save(tiny_vlm().host.model, tiny_vlm().host.processor, folder)
     return folder
 
 
@@ -113,13 +113,13 @@ def test_data_parallel_ranks_record_every_document_once(tmp_path, checkpoint):
 
 def test_batch_size_changes_no_prediction_and_no_order(checkpoint):
     from awares_bench.inference.engine import Engine, Job
-    from awares_bench.inference.local_model import VLM
+    from awares_bench.inference.local_model import LocalModel
     from awares_bench.methods.conversation import Sample
     from awares_bench.methods.registry import method_class
 
     from .tiny import picture
 
-    vlm = VLM.load(str(checkpoint))
+    vlm = LocalModel.load(str(checkpoint))
     sizes = [(224, 224), (57, 400), (112, 300), (500, 90), (64, 64), (224, 112), (300, 300)]
     jobs = [Job(Sample((picture(*s, seed=i),), f"What is the value of bar {i}?", str(i)), 4 + i) for i, s in enumerate(sizes)]
     for name in ("full", "low", "awares"):

@@ -13,7 +13,7 @@ import torch
 from awares_bench.baselines import cares, cropvlm, oracle_crop
 from awares_bench.baselines import visionthink as vt
 from awares_bench.inference.engine import Engine, Job, Scripted
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Failure, Sample, Turn
 from awares_bench.methods.crop_grid import PAPER_GRID
@@ -21,7 +21,7 @@ from awares_bench.methods.registry import method_class
 from awares_bench.methods.resolution_gate import Gate
 from awares_bench.training.auxiliary import cares_gate as training
 
-from .tiny import picture, tiny_vlm
+from .tiny import chunk_ids, picture, pixels, tiny_vlm
 
 GOLDEN = Path(os.environ.get("AWARES_GOLDEN", Path(__file__).parent / "golden")) / "visionthink"
 
@@ -122,7 +122,7 @@ def test_visionthink_answers_directly_or_after_the_original():
     t = vrun([CALL, "<think>b</think><answer>a long answer</answer>"], [picture(224, 224)])
     assert (t.answer, t.rtr, t.crops) == ("a long answer", 1.25, ("all",))
     assert [i.size for i in t.turns[1].images] == [(224, 224)] and kinds(t) == []
-    assert all(turn.until == () and turn.budget == 8192 for turn in t.turns)
+    assert all(turn.until == () and turn.min_reply_tokens == 8192 for turn in t.turns)
     t = vrun([CALL.replace('resize"}', 'zoom"}'), "<answer>x</answer>"], [picture(224, 224)])
     assert kinds(t) == ["malformed_call"] and t.rtr == 0.25 and t.answer == "x"
     assert t.turns[1].text == "Unknown Tool Type: zoom. Available function tools are: `resize`" + vt.AFTER_ERROR
@@ -184,7 +184,7 @@ def single(text):
 
 
 def chunk(vlm, session, turn):
-    return vlm.chunk(session, turn, [vlm.pixels(i)[1] for i in turn.images])
+    return chunk_ids(vlm, session, turn)
 
 
 def picture_of(array):
@@ -282,18 +282,18 @@ def test_sizes_are_rounded_up_to_whole_tokens_and_never_beyond_the_largest():
 
 def test_a_probe_finds_the_hidden_state_that_transformers_shows():
     vlm = tiny_vlm()
-    turn = Turn((picture(112, 84),), "How large?", model="proxy", probe=0.6)  # 2 of 3 layers
-    before = dict(vlm.decoder.layers[1]._forward_hooks)
-    (reply,) = vlm.probe([Request(Session(), turn, 1)])
-    assert dict(vlm.decoder.layers[1]._forward_hooks) == before
-    _, grid, _ = vlm.pixels(turn.images[0])
-    ids = torch.tensor([vlm.chunk(Session(), turn, [grid])])
+    turn = Turn((picture(112, 84),), "How large?", model="proxy", hidden_state_depth=0.6)  # 2 of 3 layers
+    before = dict(vlm.host.decoder.layers[1]._forward_hooks)
+    (reply,) = vlm.hidden_states([Request(Session(), turn, 1)])
+    assert dict(vlm.host.decoder.layers[1]._forward_hooks) == before
+    _, grid, _ = pixels(vlm, turn.images[0])
+    ids = torch.tensor([chunk_ids(vlm, Session(), turn)])
     with torch.no_grad():
-        out = vlm.model(
+        out = vlm.host.model(
             input_ids=ids,
-            pixel_values=vlm.pixels(turn.images[0])[0],
+            pixel_values=pixels(vlm, turn.images[0])[0],
             image_grid_thw=torch.tensor([grid]),
-            mm_token_type_ids=(ids == vlm.image_token).int(),
+            mm_token_type_ids=(ids == vlm.host.image_token).int(),
             output_hidden_states=True,
         )
     assert (torch.tensor(reply.hidden) - out.hidden_states[2][0, -1]).abs().max() < 1e-4
@@ -313,22 +313,22 @@ def test_a_call_put_into_the_models_mouth_has_the_logits_of_a_fresh_prefill():
         kept = vlm.trace[1]  # the first entry is the view's prefill, from which nothing is decoded
     finally:
         vlm.trace = None
-    grids = [vlm.pixels(i)[1] for turn in t.turns for i in turn.images]
-    ids = vlm.chunk(Session(), t.turns[0], grids[:1]) + vlm.tokenizer("GET_CROPS: ['all']")["input_ids"]
-    ids = torch.tensor([ids + vlm.chunk(Session([t.turns[0]], ["GET_CROPS: ['all']"]), t.turns[1], grids[1:])])
+    grids = [pixels(vlm, i)[1] for turn in t.turns for i in turn.images]
+    ids = chunk_ids(vlm, Session(), t.turns[0]) + vlm.tokenizer("GET_CROPS: ['all']")["input_ids"]
+    ids = torch.tensor([ids + chunk_ids(vlm, Session([t.turns[0]], ["GET_CROPS: ['all']"]), t.turns[1])])
     with torch.no_grad():
-        whole = vlm.model(
+        whole = vlm.host.model(
             input_ids=ids,
-            pixel_values=torch.cat([vlm.pixels(i)[0] for turn in t.turns for i in turn.images]),
+            pixel_values=torch.cat([pixels(vlm, i)[0] for turn in t.turns for i in turn.images]),
             image_grid_thw=torch.tensor(grids),
-            mm_token_type_ids=(ids == vlm.image_token).int(),
+            mm_token_type_ids=(ids == vlm.host.image_token).int(),
         ).logits[0, -1]
     assert (kept[0] - whole).abs().max() < 1e-4
     assert t.usage.text + t.usage.prefill == ids.shape[1]
 
 
 def test_an_auxiliary_model_of_other_weights_answers_its_own_turns(tmp_path):
-    other = VLM(_other_model(), tiny_vlm().processor)
+    other = LocalModel(tiny_vlm().host.on(_other_model()))
     images, sizes = [picture(224, 224), picture(112, 168, 1), picture(84, 84, 2)], []
     jobs = [Job(Sample((i,), f"What is in {n}?", str(n)), 5) for n, i in enumerate(images)]
     for models, batch in (({}, 1), ({"proxy": other}, 1), ({"proxy": other}, 3)):
@@ -343,7 +343,7 @@ def _other_model():
     from copy import deepcopy
 
     torch.manual_seed(5)
-    model = deepcopy(tiny_vlm().model)
+    model = deepcopy(tiny_vlm().host.model)
     for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.15)
@@ -387,7 +387,7 @@ def test_the_fitted_gate_separates_what_is_separable_also_through_its_file(tmp_p
 def test_the_gate_s_training_runs_from_pictures_to_a_gate_that_the_policy_opens(tmp_path):
     from awares_bench.training.nano import model as nano
 
-    nano.save(tiny_vlm().model, tiny_vlm().processor, tmp_path / "tiny")
+    nano.save(tiny_vlm().host.model, tiny_vlm().host.processor, tmp_path / "tiny")
     out = tmp_path / "gate.safetensors"
     for _ in range(2):  # the second call takes the labels from the first
         training.main(["--out", str(out), "--documents", "12", "--pretrained", str(tmp_path / "tiny"), "--max-new-tokens", "3"])

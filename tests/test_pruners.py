@@ -16,18 +16,19 @@ from awares_bench.baselines.holov import HoloV
 from awares_bench.baselines.pooling import Pooling
 from awares_bench.baselines.sparsevlm import SparseVLM
 from awares_bench.baselines.visionzip import VisionZip
-from awares_bench.bench.engine_bench import pruner_bench
+from awares_bench.bench import pruner_bench
 from awares_bench.bench.meter import Meter
-from awares_bench.inference.local_model import VLM, mrope_positions
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Turn
 from awares_bench.methods.images import half
-from awares_bench.methods.pruner import Pruner, Visual
-from awares_bench.models.attention_scores import AttentionRows, Probe, column_attention, window_order
-from awares_bench.models.prompt_chunk import look
+from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.models.attention_scores import AttentionRows, column_attention, window_order
+from awares_bench.models.qwen2_5_vl import runs_of
+from awares_bench.models.qwen2_5_vl_vision import VisionProbe
 
 from .test_vlm import TURNS, first, ours
-from .tiny import picture, tiny_vlm
+from .tiny import chunk_ids, embedded, image_input, picture, pixels, see, tiny_vlm
 
 TOLERANCE = 1e-4
 
@@ -55,12 +56,12 @@ def pruned(vlm, requests, pruner):
         vlm.trace = None
 
 
-def image(v: int = 45, grid: tuple[int, int] = (5, 9), seed: int = 0) -> Visual:
+def image(v: int = 45, grid: tuple[int, int] = (5, 9), seed: int = 0) -> VisualTokens:
     """A picture's tokens as every pruner may see them."""
     g = torch.Generator().manual_seed(seed)
     q, k = torch.randn(4, 3, 16, generator=g), torch.randn(2, v + 8, 16, generator=g)
     rows = AttentionRows(q, k, torch.arange(v + 5, v + 8), slice(3, v + 3), torch.rand(2, v + 8, 16, generator=g).unbind())
-    return Visual(
+    return VisualTokens(
         torch.randn(v, 12, generator=g),
         grid,
         torch.arange(v),
@@ -96,7 +97,7 @@ def test_the_other_versions_hold_in_batches_and_second_turns_too(pruner):
 
 def check_batch(pruner):
     vlm = tiny_vlm()
-    one = Turn((half(picture(252, 252, 7)),), "Which way?", last=False)
+    one = Turn((half(picture(252, 252, 7)),), "Which way?", is_final=False)
 
     def second_turn():
         session = Session()
@@ -119,7 +120,7 @@ def test_a_second_turn_on_the_cut_cache_is_what_a_mask_over_the_whole_conversati
     if cls in (Pooling, SparseVLM, VisionZip):
         pytest.skip("merging changes features; the batch test covers its second turns")
     vlm, pruner = tiny_vlm(), cls(0.4)
-    one, two = Turn((picture(140, 196, 5),), "What is it?", last=False), Turn((picture(84, 112, 6),))
+    one, two = Turn((picture(140, 196, 5),), "What is it?", is_final=False), Turn((picture(84, 112, 6),))
     session = Session()
     (reply,), _ = pruned(vlm, [Request(session, one, 4)], pruner)
     kept = [k.shape[1] for k in session.keys]
@@ -128,21 +129,19 @@ def test_a_second_turn_on_the_cut_cache_is_what_a_mask_over_the_whole_conversati
 
 
 @torch.inference_mode()
-def masked(vlm: VLM, pruner: Pruner, one: Turn, reply: list[int], two: Turn, cached: list[int]) -> torch.Tensor:
+def masked(vlm: LocalModel, pruner: Pruner, one: Turn, reply: list[int], two: Turn, cached: list[int]) -> torch.Tensor:
     chunks, at, visible = [], 0, []  # visible: per layer, the (L,) tokens it may see
-    layers = len(vlm.decoder.layers)
-    stages = pruner.stages(layers)
+    layers = len(vlm.host.decoder.layers)
+    stages = pruner.cut_layers(layers)
     for session, turn in ((Session(), one), (Session(turns=[one], replies=["x"]), two)):
-        views = [vlm.pixels(i) for i in turn.images]
+        views = [pixels(vlm, i) for i in turn.images]
         grids = [g for _, g, _ in views]
-        ids = vlm.chunk(session, turn, grids) if not session.turns else reply + vlm.chunk(session, turn, grids)
-        chunk = vlm.embed(
-            ids, mrope_positions(ids, grids, vlm.image_token, start=at), vlm.see([p for p, _, _ in views], grids, pruner)
-        )
+        ids = chunk_ids(vlm, session, turn) if not session.turns else reply + chunk_ids(vlm, session, turn)
+        chunk = embedded(vlm, ids, grids, see(vlm, [p for p, _, _ in views], grids, pruner), at)
         chunks.append(chunk)
-        at = chunk.after
+        at = chunk.next_position
     embeds = torch.cat([c.embeds for c in chunks])
-    rope = vlm.decoder.rotary_emb(embeds[None], torch.cat([c.positions for c in chunks], 1)[:, None])
+    rope = vlm.host.decoder.rotary_emb(embeds[None], torch.cat([c.positions for c in chunks], 1)[:, None])
     hidden, alive, offset = embeds[None], torch.ones(len(embeds), dtype=torch.bool), [0, len(chunks[0].embeds)]
     if not stages:
         alive = torch.cat([survivors(c, pruner, pruner.retention) for c in chunks])
@@ -152,10 +151,10 @@ def masked(vlm: VLM, pruner: Pruner, one: Turn, reply: list[int], two: Turn, cac
             alive[None] | torch.eye(len(embeds), dtype=torch.bool)
         )
         before = hidden
-        hidden = vlm.decoder.layers[layer](hidden, attention_mask=mask[None, None], position_embeddings=rope)
+        hidden = vlm.host.decoder.layers[layer](hidden, attention_mask=mask[None, None], position_embeddings=rope)
         if layer in stages:  # FastV: attention of each chunk's last token, from the definition
-            module = vlm.decoder.layers[layer].self_attn
-            h = vlm.decoder.layers[layer].input_layernorm(before)
+            module = vlm.host.decoder.layers[layer].self_attn
+            h = vlm.host.decoder.layers[layer].input_layernorm(before)
             q, k = (p(h).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for p in (module.q_proj, module.k_proj))
             q, k = apply_rotary_pos_emb(q, k, *rope)
             k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -163,18 +162,18 @@ def masked(vlm: VLM, pruner: Pruner, one: Turn, reply: list[int], two: Turn, cac
             for c, start in zip(chunks, offset, strict=True):
                 for span in c.spans:
                     columns = slice(start + span.start, start + span.stop)
-                    n = pruner.budget(span.full, stages[layer])
+                    n = pruner.tokens_to_keep(span.full, stages[layer])
                     best = weights[start + len(c.embeds) - 1, columns].argsort(descending=True, stable=True)[n:]
                     alive[start + span.start + best] = False
     assert [n + len(reply) - (cached[0] - visible[0] != len(reply)) for n in visible] == cached
-    return vlm.model.lm_head(vlm.decoder.norm(hidden[0, -1]))
+    return vlm.host.model.lm_head(vlm.host.decoder.norm(hidden[0, -1]))
 
 
 def survivors(chunk, pruner, share) -> torch.Tensor:
     alive = torch.ones(len(chunk.embeds), dtype=torch.bool)
     for span in chunk.spans:
         alive[span.start : span.stop] = False
-        _, chosen = pruner.reduce(span.visual, pruner.budget(span.full, share))
+        _, chosen = pruner.reduce(span.visual, pruner.tokens_to_keep(span.full, share))
         alive[span.start + chosen] = True
     return alive
 
@@ -183,17 +182,17 @@ def survivors(chunk, pruner, share) -> torch.Tensor:
 def test_tokens_keep_positions_raster_order_and_text(cls):
     vlm, pruner = tiny_vlm(), cls(0.4)
     turn = TURNS[2]
-    views = [vlm.pixels(i) for i in turn.images]
+    views = [pixels(vlm, i) for i in turn.images]
     grids = [g for _, g, _ in views]
-    ids = vlm.chunk(Session(), turn, grids)
-    chunk = vlm.embed(ids, mrope_positions(ids, grids, vlm.image_token), vlm.see([p for p, _, _ in views], grids, pruner))
-    cut = chunk.cut(pruner, 0.4, lambda span: image(span.full).rows)
-    assert cut.after == chunk.after
-    text = torch.tensor(ids) != vlm.image_token
+    ids = chunk_ids(vlm, Session(), turn)
+    chunk = embedded(vlm, ids, grids, see(vlm, [p for p, _, _ in views], grids, pruner))
+    cut = chunk.cut(pruner, 0.4, lambda span: image(span.full).decoder_attention)
+    assert cut.next_position == chunk.next_position
+    text = torch.tensor(ids) != vlm.host.image_token
     kept = text.clone()
     for whole, part in zip(chunk.spans, cut.spans, strict=True):
         places = part.visual.places
-        assert torch.equal(places, places.unique(sorted=True)) and 0 < len(places) <= pruner.budget(whole.full, 0.4)
+        assert torch.equal(places, places.unique(sorted=True)) and 0 < len(places) <= pruner.tokens_to_keep(whole.full, 0.4)
         assert torch.equal(cut.embeds[part.start : part.stop], part.visual.features)
         kept[whole.start + places] = True
     assert torch.equal(cut.positions, chunk.positions[:, kept])
@@ -203,15 +202,15 @@ def test_tokens_keep_positions_raster_order_and_text(cls):
 @EVERY
 def test_usage_is_the_mean_over_the_layers(cls):
     vlm = tiny_vlm()
-    pruner, layers = cls(0.4), len(vlm.decoder.layers)
+    pruner, layers = cls(0.4), len(vlm.host.decoder.layers)
     (reply,), _ = pruned(vlm, [first(TURNS[0])], pruner)
     assert reply.usage.encoded == 64
-    stages, v = pruner.stages(layers), 64
+    stages, v = pruner.cut_layers(layers), 64
     entering = []
     for layer in range(layers):
         entering.append(v)
-        v = pruner.budget(64, stages[layer]) if layer in stages else v
-    low = high = sum(entering) / layers if stages else pruner.budget(64, 0.4)
+        v = pruner.tokens_to_keep(64, stages[layer]) if layer in stages else v
+    low = high = sum(entering) / layers if stages else pruner.tokens_to_keep(64, 0.4)
     if cls is Pooling:
         low *= 0.8  # cells fill a rectangle
     assert low <= reply.usage.prefill <= high
@@ -220,7 +219,7 @@ def test_usage_is_the_mean_over_the_layers(cls):
 @EVERY
 def test_the_answer_is_the_same_each_time_and_the_model_is_left_as_it_was(cls):
     vlm, pruner = tiny_vlm(), cls(0.3)
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in vlm.model.modules()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in vlm.host.model.modules()]
     _, before = ours(vlm, [first(TURNS[0])])
     runs = [pruned(vlm, [first(t) for t in TURNS], pruner)[1].nan_to_num() for _ in range(2)]
     assert torch.equal(*runs)
@@ -228,9 +227,9 @@ def test_the_answer_is_the_same_each_time_and_the_model_is_left_as_it_was(cls):
     with pytest.raises(ZeroDivisionError):
         vlm.reply([first(TURNS[0])], broken)
     with pytest.raises(RuntimeError):
-        vlm.see([torch.zeros(3, 1176)], [(1, 2, 2)], pruner)
-    assert not any(hasattr(b.attn, "probe") for b in vlm.model.model.visual.blocks)
-    assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in vlm.model.modules()]
+        see(vlm, [torch.zeros(3, 1176)], [(1, 2, 2)], pruner)
+    assert not any(hasattr(b.attn, "probe") for b in vlm.host.tower.blocks)
+    assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in vlm.host.model.modules()]
     _, after = ours(vlm, [first(TURNS[0])])
     assert torch.equal(before.nan_to_num(), after.nan_to_num())
 
@@ -249,7 +248,7 @@ def test_tiny_images_keep_at_least_one_token_and_text_needs_none(cls):
 def test_an_image_with_fewer_tokens_than_the_budget_keeps_them_all(cls):
     """The logits are then those of no pruner, at every stage; the processor makes four tokens of the smallest image."""
     vlm, turn = tiny_vlm(), Turn((picture(28, 28), picture(84, 56, 4)), "Which?")
-    greedy = type("Greedy", (cls,), {"budget": lambda self, visual, share: 1000})(0.5)
+    greedy = type("Greedy", (cls,), {"tokens_to_keep": lambda self, visual, share: 1000})(0.5)
     _, plain = ours(vlm, [first(turn)])
     (reply,), logits = pruned(vlm, [first(turn)], greedy)
     assert reply.usage.prefill == reply.usage.encoded == 4 + 6
@@ -268,12 +267,12 @@ def test_a_bad_retention_says_what_is_allowed(cls, bad):
 def test_kernels_keep_the_same_tokens(cls, attention):
     vlm, pruner = tiny_vlm(), cls(0.4)
     _, right = pruned(vlm, [first(t) for t in TURNS], pruner)
-    before = vlm.model.config._attn_implementation
-    vlm.model.set_attn_implementation(attention)
+    before = vlm.host.model.config._attn_implementation
+    vlm.host.model.set_attn_implementation(attention)
     try:
         _, logits = pruned(vlm, [first(t) for t in TURNS], pruner)
     finally:
-        vlm.model.set_attn_implementation(before)
+        vlm.host.model.set_attn_implementation(before)
     assert (logits - right).nan_to_num().abs().max() < TOLERANCE
 
 
@@ -289,7 +288,7 @@ def test_column_attention_is_the_mean_of_the_softmax_whatever_the_block(block):
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 22])
 def test_attention_rows_are_those_of_the_softmax(block):
-    rows = image().rows
+    rows = image().decoder_attention
     scores = rows.q @ rows.keys.repeat_interleave(2, 0).transpose(1, 2) * 16**-0.5
     scores[:, torch.arange(53) > rows.rows[:, None]] = -torch.inf
     right, divisor = scores.softmax(-1)[..., 3:48], torch.rand(3, 45) + 1
@@ -307,12 +306,12 @@ def test_window_order_is_that_of_the_tower(grid):
 
 def test_scores_of_an_image_do_not_depend_on_its_neighbours():
     vlm, pruner = tiny_vlm(), VisionZip(0.5)
-    views = [vlm.pixels(picture(w, h, 3)) for w, h in ((140, 252), (224, 224), (140, 252))]
-    together = vlm.see([p for p, _, _ in views], [g for _, g, _ in views], pruner)
+    views = [pixels(vlm, picture(w, h, 3)) for w, h in ((140, 252), (224, 224), (140, 252))]
+    together = see(vlm, [p for p, _, _ in views], [g for _, g, _ in views], pruner)
     for (p, g, _), seen in zip(views, together, strict=True):
-        (alone,) = vlm.see([p], [g], pruner)
+        (alone,) = see(vlm, [p], [g], pruner)
         torch.testing.assert_close(seen.attention, alone.attention, atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(seen.metric, alone.metric, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(seen.vision_keys, alone.vision_keys, atol=1e-5, rtol=1e-4)
     assert together[0].attention.sum().item() == pytest.approx(1 / 4, rel=1e-4)  # a mean over four patches each
 
 
@@ -369,7 +368,7 @@ def test_equal_scores_keep_the_first():
 @pytest.mark.parametrize("layers", [4, 28, 36])
 @pytest.mark.parametrize("retention", [0.05, 0.25, 0.5, 0.7, 0.9])
 def test_sparsevlm_keeps_its_retention_as_the_mean_over_the_layers(layers, retention):
-    stages, share, shares = SparseVLM(retention).stages(layers), 1.0, []
+    stages, share, shares = SparseVLM(retention).cut_layers(layers), 1.0, []
     for layer in range(layers):
         shares.append(share)
         share = stages.get(layer, share)
@@ -413,15 +412,15 @@ def test_deciding_takes_at_most_100_MiB_at_4096_tokens_of_7B():
     features, g = torch.randn(v, 3584), torch.Generator().manual_seed(0)
     with torch.inference_mode():
         q, k = torch.randn(1, 16, 4 * v, 80), torch.randn(1, 16, 4 * v, 80)
-        probe = Probe(True, True)
+        probe = VisionProbe(True, True)
         meter(probe, q, k, 80**-0.5, torch.tensor([0, 4 * v]))
         rows = AttentionRows(
             torch.randn(28, text, 128, generator=g), torch.randn(4, v + text, 128), torch.arange(v, v + text), slice(0, v),
             torch.rand(2, v + text, 128).unbind(),
         )  # fmt: skip
-        (seen,) = meter(look, features, [(64, 64)], probe, None, 4)
+        (seen,) = meter(runs_of, features, [image_input(meter.vlm, torch.zeros(1, 1176), (1, 128, 128))], probe, (), 4)
         for pruner in [c(r) for c in pruners() for r in (0.1, 0.7)] + [SparseVLM(0.5, "plus")]:
             meter(pruner.raters, features, torch.randn(text, 3584))
-            meter(pruner.reduce, replace(seen, rows=rows), pruner.budget(v, pruner.retention))
+            meter(pruner.reduce, replace(seen, decoder_attention=rows), pruner.tokens_to_keep(v, pruner.retention))
             assert meter.peak <= 100 * 2**20, f"{pruner}: {meter.peak / 2**20:.0f} MiB"
     print(f"{meter.peak / 2**20:.0f} MiB at most, {sum(meter.seconds):.0f} s")

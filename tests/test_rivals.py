@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from awares_bench.inference.engine import Engine, Job, Scripted
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Sample
 from awares_bench.methods.images import half
@@ -16,11 +16,11 @@ from awares_bench.training import examples, grpo, recipe, sft
 from awares_bench.training.auxiliary import cropper
 from awares_bench.training.nano import model as nano
 from awares_bench.training.nano import rival_data
-from awares_bench.training.packing import Features, render
+from awares_bench.training.rendering import render
 from awares_bench.training.rollouts import rollouts
 
 from .test_sft import figures
-from .tiny import picture, tiny_copy, tiny_vlm
+from .tiny import chunk_ids, picture, pixels, tiny_copy, tiny_vlm
 
 OPTIONS = {"view": "low", "longest": 112}
 
@@ -32,7 +32,7 @@ def whole(**more):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rivals")
-    nano.save(tiny_vlm().model, tiny_vlm().processor, folder / "start")
+    nano.save(tiny_vlm().host.model, tiny_vlm().host.processor, folder / "start")
     for style in rival_data.STYLES:
         assert rival_data.write(style, "nano:6", folder / f"{style}.parquet") == 6
     return folder
@@ -61,7 +61,7 @@ def test_the_replies_lead_the_policies_where_the_labels_say(place):
     assert called == {"LR", "HR"}
     for row in examples.rows(str(place / "cropvlm.parquet"), ("replies",)):
         sample = examples.sample(row, 0, 2000)
-        look = whole().look(sample)
+        look = whole().turns(sample)
         next(look)
         events, turn = cropper._after(look, cropper.Reply(row["replies"][0]))
         assert [e.kind for e in events] == ["box"] and turn.images[0].size == half(sample.images[0]).size
@@ -74,22 +74,22 @@ def test_a_part_asks_what_evaluation_asks_the_cropper_and_the_target_sees_what_i
     part = cropper.Part(whole(), "cropper")
     c = render(tiny_vlm(), part, sample, [said])
     policy = whole()
-    first = next(policy.look(sample))
-    assert first.model == "cropper" and c.ids[: c.prompt] == tiny_vlm().chunk(Session(), first, [c.views[0].grid])
+    first = next(policy.turns(sample))
+    assert first.model == "cropper" and c.ids[: c.prompt] == chunk_ids(tiny_vlm(), Session(), first)
     script = {first.text: [said], sample.question: ["42"]}
     ((_, outcome),) = Engine(Scripted(script), policy, 1).run([Job(sample, 8)])
     shown = cropper.Target(tiny_copy(), part).shown(sample, said)
     assert [i.tobytes() for i in shown.images] == [i.tobytes() for i in outcome.turns[1].images]
     assert shown.text == outcome.turns[1].text and shown.images[1].size == (112, 112)
     with pytest.raises(ValueError, match="not the other's"):
-        next(cropper.Part(whole(), "other").look(sample))
+        next(cropper.Part(whole(), "other").turns(sample))
 
 
 class Says:
     """A stand-in for a rollout: the reply's text and the events that evaluation notes."""
 
     def __init__(self, text, sample):
-        script = {next(whole().look(sample)).text: [text]}
+        script = {next(whole().turns(sample)).text: [text]}
         ((_, self.trajectory),) = Engine(Scripted(script), cropper.Part(whole(), "cropper"), 1).run([Job(sample, 8)])
 
 
@@ -102,15 +102,15 @@ def test_the_reward_is_the_targets_likelihood_and_the_worth_of_the_form():
     assert parts[1]["likelihood"] == pytest.approx(parts[2]["likelihood"], abs=1e-4)  # nothing is gained by a broken box
     for text, p in zip(texts, parts, strict=True):
         turn = target.shown(sample, text if p["form"] else cropper.NOT_NEEDED)
-        views = [vlm.pixels(i) for i in turn.images]
+        views = [pixels(vlm, i) for i in turn.images]
         said = [*vlm.tokenizer("42")["input_ids"], vlm.tokenizer.eos_token_id]
-        ids = torch.tensor([vlm.chunk(Session(), turn, [g for _, g, _ in views]) + said])
+        ids = torch.tensor([chunk_ids(vlm, Session(), turn) + said])
         with torch.no_grad():
-            logits = vlm.model(
+            logits = vlm.host.model(
                 input_ids=ids,
                 pixel_values=torch.cat([x for x, _, _ in views]),
                 image_grid_thw=torch.tensor([g for _, g, _ in views]),
-                mm_token_type_ids=(ids == vlm.image_token).int(),
+                mm_token_type_ids=(ids == vlm.host.image_token).int(),
             ).logits[0]
         n = len(said)
         expected = logits[-n - 1 : -1].log_softmax(-1).gather(1, ids[0, -n:, None]).sum().item()
@@ -130,11 +130,11 @@ def test_a_cropper_goes_through_both_trainers_into_evaluation(place):
     line = json.loads((place / "crop" / "log.jsonl").read_text().splitlines()[-1])
     assert line["reward"] < 1 and line["sampler_dlogp"] < 1e-3 and 0 <= line["parse_fail"] <= 1
     assert not (place / "crop" / "warnings.jsonl").exists()
-    vlm = VLM.load(str(place / "crop" / "checkpoint"), device="cpu")
+    vlm = LocalModel.load(str(place / "crop" / "checkpoint"), device="cpu")
     sample = Sample((picture(224, 224),), "what is it?", "k")
     policy = whole(cropper=UNDER_TEST)
     ((_, outcome),) = Engine(tiny_vlm(), policy, 1, models={"cropper": vlm}).run([Job(sample, 2)])
-    (alone,) = vlm.reply([Request(Session(), next(policy.look(sample)), 32)])
+    (alone,) = vlm.reply([Request(Session(), next(policy.turns(sample)), 32)])
     assert outcome.replies[0].text == alone.text and alone.text.startswith("[")
     assert "--model cropvlm" in (place / "crop" / "checkpoint" / "README.md").read_text()
 
@@ -162,6 +162,6 @@ def test_a_role_that_the_policy_does_not_have_is_refused(place):
 def test_rollouts_of_a_part_note_what_the_box_came_to():
     vlm = tiny_copy()
     part = cropper.Part(whole(), "cropper")
-    ((one, two),), _ = rollouts(vlm, part, [Sample((picture(224, 224),), "what?", "k")], 2, Features(vlm), 6)
+    ((one, two),), _ = rollouts(vlm, part, [Sample((picture(224, 224),), "what?", "k")], 2, 6)
     for r in (one, two):  # random weights write no box
         assert [e.kind for e in r.trajectory.events][:1] == ["malformed_box"] and len(r.trajectory.turns) == 1

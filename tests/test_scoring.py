@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from awares_bench.awares import AwaRes
+from awares_bench.inference.image_features import FeatureStore
 from awares_bench.inference.session import Session
 from awares_bench.methods.conversation import Sample, Turn
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
-from awares_bench.training.packing import Conversation, Features, Scorer, View, pack, render
+from awares_bench.training.packing import Scorer, pack
+from awares_bench.training.rendering import Conversation, render
 
-from .tiny import picture, tiny_copy, tiny_vlm
+from .tiny import chunk_ids, picture, tiny_copy, tiny_vlm
 
 REPLIES = (
     ["42"],
@@ -31,8 +33,8 @@ def loss_and_gradients(scorer, batches, features):
     scorer.zero_grad()
     total = 0.0
     for packed in batches:
-        scores, _ = scorer(packed, features(packed.views))
-        loss = -(scores * packed.weight * (1 + packed.owner % len(REPLIES))).sum()
+        scores, _ = scorer(packed, features(packed.images))
+        loss = -(scores * packed.weight * (1 + packed.conversation_index % len(REPLIES))).sum()
         loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten() for p in scorer.parameters() if p.grad is not None])
@@ -40,22 +42,21 @@ def loss_and_gradients(scorer, batches, features):
 
 def test_a_packed_group_has_the_loss_and_gradients_of_its_conversations_one_by_one():
     vlm = tiny_copy()
-    scorer = Scorer(vlm.model.requires_grad_(False))
-    vlm.decoder.requires_grad_(True)
+    scorer = Scorer(vlm.host).requires_grad_(False)
+    vlm.host.decoder.requires_grad_(True)
     groups = [group(1), group(2, (112, 300))]
-    features = Features(vlm)
-    together = pack(groups, vlm)
-    alone = [pack([[c]], vlm) for g in groups for c in g]
+    together = pack(groups, vlm.host)
+    alone = [pack([[c]], vlm.host) for g in groups for c in g]
     for i, p in enumerate(alone):
-        p.owner += i
+        p.conversation_index += i
     with torch.no_grad():
-        one_by_one = torch.cat([scorer(p, features(p.views))[0] for p in alone])
-        assert (scorer(together, features(together.views))[0] - one_by_one).abs().max() < 1e-4
-    table = features([v for p in (together, *alone) for v in p.views])  # the tower stays in float32
-    assert table is not None
+        one_by_one = torch.cat([scorer(p, vlm.encode(p.images))[0] for p in alone])
+        assert (scorer(together, vlm.encode(together.images))[0] - one_by_one).abs().max() < 1e-4
+    vlm.features = FeatureStore(2**24)
+    vlm.encode([v for p in (together, *alone) for v in p.images])  # the tower stays in float32
 
-    def double(views):
-        return features(views).double()
+    def double(images):
+        return vlm.encode(images).double()
 
     loss, gradients = loss_and_gradients(scorer.double(), [together], double)
     expected, reference = loss_and_gradients(scorer, alone, double)
@@ -64,53 +65,52 @@ def test_a_packed_group_has_the_loss_and_gradients_of_its_conversations_one_by_o
     one, many = together.tokens, sum(p.tokens for p in alone)
     print(f"tokens pushed: packed {one}, one by one {many}")
     assert one < 0.4 * many
-    once = pack([[c for i, c in enumerate(g) if i not in (4, 5)] for g in groups], vlm)
+    once = pack([[c for i, c in enumerate(g) if i not in (4, 5)] for g in groups], vlm.host)
     right = len(vlm.tokenizer("right")["input_ids"]) + 1
     assert one == once.tokens + 2 * right  # what is equal goes through once
 
 
 def test_different_questions_packed_into_a_row_share_what_they_begin_with_and_nothing_else():
     vlm = tiny_vlm()
-    scorer, features = Scorer(vlm.model), Features(vlm)
+    scorer = Scorer(vlm.host)
     mixed = [c for pair in zip(group(1), group(2, (112, 300)), strict=True) for c in pair]
-    together, alone = pack([mixed], vlm), [pack([[c]], vlm) for c in mixed]
+    together, alone = pack([mixed], vlm.host), [pack([[c]], vlm.host) for c in mixed]
     with torch.no_grad():
-        one_by_one = torch.cat([scorer(p, features(p.views))[0] for p in alone])
-        assert (scorer(together, features(together.views))[0] - one_by_one).abs().max() < 1e-4
-    both = sum(pack([group(*g)], vlm).tokens for g in ((1,), (2, (112, 300))))
-    assert both - together.tokens == mixed[0].ids.index(vlm.image_token)  # once in place of twice
+        one_by_one = torch.cat([scorer(p, vlm.encode(p.images))[0] for p in alone])
+        assert (scorer(together, vlm.encode(together.images))[0] - one_by_one).abs().max() < 1e-4
+    both = sum(pack([group(*g)], vlm.host).tokens for g in ((1,), (2, (112, 300))))
+    assert both - together.tokens == mixed[0].ids.index(vlm.host.image_token)  # once in place of twice
 
 
 def test_rows_side_by_side_are_the_rows_alone_and_those_of_transformers():
     vlm = tiny_vlm()
-    scorer, features = Scorer(vlm.model), Features(vlm)
+    scorer = Scorer(vlm.host)
     conversations = group(3)
-    batch = pack([[c] for c in conversations], vlm)
+    batch = pack([[c] for c in conversations], vlm.host)
     assert batch.mask.ndim == 2
     with torch.no_grad():
-        scores, _ = scorer(batch, features(batch.views))
+        scores, _ = scorer(batch, vlm.encode(batch.images))
         for i, c in enumerate(conversations):
             ids = torch.tensor([c.ids])
-            logits = vlm.model(
+            logits = vlm.host.model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                pixel_values=torch.cat([v.pixels for v in c.views]),
-                image_grid_thw=torch.tensor([v.grid for v in c.views]),
-                mm_token_type_ids=(ids == vlm.image_token).int(),
+                pixel_values=torch.cat([v.inputs["pixel_values"] for v in c.images]),
+                image_grid_thw=torch.cat([v.inputs["image_grid_thw"] for v in c.images]),
+                mm_token_type_ids=(ids == vlm.host.image_token).int(),
             ).logits[0]
             at = torch.tensor([k for k, w in enumerate(c.weights) if w])
             theirs = logits.log_softmax(-1)[at - 1, ids[0, at]]
-            assert (scores[batch.owner == i] - theirs).abs().max() < 1e-4
+            assert (scores[batch.conversation_index == i] - theirs).abs().max() < 1e-4
 
 
 def test_a_rendered_conversation_is_what_the_engine_feeds():
     vlm, image = tiny_vlm(), picture(224, 224)
     c = render(vlm, AwaRes(), Sample((image,), "What is it?", "k"), ["GET_CROPS: ['1', '6']", "42"], 5.0)
-    one = Turn((half(image),), "What is it?", system=PAPER_GRID.prompt, last=False)
+    one = Turn((half(image),), "What is it?", system=PAPER_GRID.prompt, is_final=False)
     two = Turn(tuple(PAPER_GRID.cut(image, ("top-right", "bottom"))))
-    grids = [vlm.pixels(i)[1] for t in (one, two) for i in t.images]
-    head, call = vlm.chunk(Session(), one, grids[:1]), vlm.tokenizer("GET_CROPS: ['1', '6']")["input_ids"]
-    tail = vlm.chunk(Session(turns=[one], replies=["GET_CROPS: ['1', '6']"]), two, grids[1:])
+    head, call = chunk_ids(vlm, Session(), one), vlm.tokenizer("GET_CROPS: ['1', '6']")["input_ids"]
+    tail = chunk_ids(vlm, Session(turns=[one], replies=["GET_CROPS: ['1', '6']"]), two)
     assert c.ids == head + call + tail + vlm.tokenizer("42")["input_ids"] + [vlm.tokenizer.eos_token_id]
     said = [(vlm.tokenizer.decode(c.ids[s:e]), set(c.weights[s:e])) for s, e in c.replies]
     assert said == [("GET_CROPS: ['1', '6']<|im_end|>", {5.0}), ("42<|im_end|>", {1.0})]
@@ -127,14 +127,17 @@ def test_replies_that_do_not_fit_the_policy_are_refused():
         render(tiny_vlm(), AwaRes(), sample, ["42"], max_length=20)
 
 
-def test_features_are_encoded_once_and_the_oldest_leave():
-    vlm = tiny_vlm()
-    views = [View.of(vlm, picture(112, 112, s)) for s in range(3)]
-    features = Features(vlm)
-    first = features([views[0], views[1], views[0]])
-    assert features.encoded == 2 and torch.equal(first[:16], first[32:])
-    assert torch.equal(features([View.of(vlm, picture(112, 112, 1))]), first[16:32]) and features.encoded == 2
-    tight = Features(vlm, 0)
-    assert torch.allclose(tight([views[0], views[1], views[0]]), first, atol=1e-6)
-    tight([views[0]])
-    assert tight.encoded == 3
+def test_features_are_encoded_once_and_the_oldest_leave(monkeypatch):
+    vlm, encoded = tiny_copy(), []
+    plain = vlm.host.encode
+    monkeypatch.setattr(vlm.host, "encode", lambda images, *more: encoded.append(len(images)) or plain(images, *more))
+    vlm.features = FeatureStore(2**20)
+    images = [vlm.image_input(picture(112, 112, s)) for s in range(3)]
+    first = vlm.encode([images[0], images[1], images[0]])
+    assert sum(encoded) == 2 and torch.equal(first[:16], first[32:])
+    again = vlm.encode([vlm.image_input(picture(112, 112, 1))])
+    assert torch.equal(again, first[16:32]) and sum(encoded) == 2
+    vlm.features = FeatureStore(1)  # room for none: equal pictures of one call are still encoded once
+    assert torch.allclose(vlm.encode([images[0], images[1], images[0]]), first, atol=1e-6) and sum(encoded) == 4
+    vlm.encode([images[0]])
+    assert sum(encoded) == 5

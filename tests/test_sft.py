@@ -12,10 +12,10 @@ import torch
 
 from awares_bench.awares import AwaRes
 from awares_bench.cli import main
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.training import examples, recipe, sft
 from awares_bench.training.nano import model as nano
-from awares_bench.training.packing import render
+from awares_bench.training.rendering import render
 
 from .ranks import FSDP2, launched, ranks
 from .tiny import picture, tiny_vlm
@@ -37,7 +37,7 @@ def write_rows(path, count=8, **more):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
-    nano.save(tiny_vlm().model, tiny_vlm().processor, folder / "start")
+    nano.save(tiny_vlm().host.model, tiny_vlm().host.processor, folder / "start")
     write_rows(folder / "rows.parquet")
     return folder
 
@@ -81,11 +81,11 @@ def test_the_loss_is_the_weighted_mean_and_the_same_for_every_micro_batch(place,
     for c in order:
         ids = torch.tensor([c.ids])
         with torch.no_grad():
-            logits = trainer.vlm.model(
+            logits = trainer.vlm.host.model(
                 input_ids=ids,
                 pixel_values=torch.cat([v.pixels for v in c.views]),
                 image_grid_thw=torch.tensor([v.grid for v in c.views]),
-                mm_token_type_ids=(ids == trainer.vlm.image_token).int(),
+                mm_token_type_ids=(ids == trainer.vlm.host.image_token).int(),
             ).logits[0]
         for i, w in enumerate(c.weights):
             if w:
@@ -145,28 +145,28 @@ def test_fsdp2_trains_resumes_and_exports_as_one_process(place, tuning):
 def test_the_result_loads_in_evaluation_and_says_what_the_adapters_say(place, embeddings):
     out, more = f"merged-{embeddings}", {"steps": 2, "lr": 0.02, "embeddings": embeddings}
     train(place, out, **more)
-    vlm = VLM.load(str(place / out / "checkpoint"), device="cpu")
+    vlm = LocalModel.load(str(place / out / "checkpoint"), device="cpu")
     from awares_bench.methods.conversation import Sample
-    from awares_bench.training.packing import Features, Scorer, pack
+    from awares_bench.training.packing import Scorer, pack
 
     trainer = sft.build(recipe.check(sft.SFT, settings(place, out, **more)))
     trainer._load_from_checkpoint(str(place / out / "checkpoint-2"))
     c = render(vlm, AwaRes(), Sample((picture(112, 112),), "q?", "k"), REPLIES[1])
-    packed = pack([[c]], vlm)
+    packed = pack([[c]], vlm.host)
     with torch.no_grad():
-        features = Features(vlm)(packed.views)
-        mine = Scorer(vlm.model)(packed, features)[0]
+        features = vlm.encode(packed.images)
+        mine = Scorer(vlm.host)(packed, features)[0]
         adapted = trainer.scorer.eval()(packed, features)[0]
-        start = Scorer(tiny_vlm().model)(packed, features)[0]
+        start = Scorer(tiny_vlm().host)(packed, features)[0]
     moved = (adapted - start).abs().max()
     assert (mine - adapted).abs().max() < 0.1 * moved  # bfloat16 rounding of the merged weights, far below what training moved
     assert "lora_rank: 8" in (place / out / "checkpoint" / "README.md").read_text()
-    alone = VLM.load(str(place / out / "adapter"), device="cpu")  # merged in float32, so nearer than the merged checkpoint
+    alone = LocalModel.load(str(place / out / "adapter"), device="cpu")  # merged in float32, so nearer than the merged checkpoint
     with torch.no_grad():
-        assert (Scorer(alone.model)(packed, features)[0] - adapted).abs().max() < 0.1 * moved
+        assert (Scorer(alone.host)(packed, features)[0] - adapted).abs().max() < 0.1 * moved
     before, tables = (
-        VLM.load(str(place / "start"), device="cpu").model,
-        (alone.model.get_input_embeddings().weight, alone.model.lm_head.weight),
+        LocalModel.load(str(place / "start"), device="cpu").host.model,
+        (alone.host.model.get_input_embeddings().weight, alone.host.model.lm_head.weight),
     )
     assert torch.equal(*tables) == before.config.tie_word_embeddings
     assert torch.equal(tables[0], before.get_input_embeddings().weight) != embeddings

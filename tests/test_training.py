@@ -18,13 +18,13 @@ from awares_bench.training.nano.loop import Group, train
 from awares_bench.training.nano.pixels import half, normalise, patches
 from awares_bench.training.nano.rows import Writer, collate
 
-from .tiny import GEOMETRY, picture, tiny_vlm
+from .tiny import GEOMETRY, chunk_ids, picture, pixels, tiny_vlm
 
 
 def test_pixels_are_the_processors():
     for size in ((224, 224), (112, 56), (280, 140)):
         image = picture(*size)
-        theirs, grid, _ = tiny_vlm().pixels(image)
+        theirs, grid, _ = pixels(tiny_vlm(), image)
         values, mine = patches(image)
         assert mine == grid and (normalise(values) - theirs).abs().max() < 1e-6
 
@@ -36,14 +36,13 @@ def test_tokens_are_the_engines():
     crops = PAPER_GRID.cut(image, ("top-right", "bottom"))
     call = "GET_CROPS: ['1', '6']"
     row = writer.row([([half(image)], "What is it?\nAnswer.", call, 5.0), (crops, "", "42", 1.0)], PAPER_GRID.prompt)
-    one = Turn((half(image),), "What is it?\nAnswer.", system=PAPER_GRID.prompt, last=False)
+    one = Turn((half(image),), "What is it?\nAnswer.", system=PAPER_GRID.prompt, is_final=False)
     two = Turn(tuple(crops))
-    grids = [vlm.pixels(i)[1] for t in (one, two) for i in t.images]
-    engine = vlm.chunk(Session(), one, grids[:1]) + vlm.tokenizer(call)["input_ids"]
-    engine += vlm.chunk(Session(turns=[one], replies=[call]), two, grids[1:]) + vlm.tokenizer("42")["input_ids"]
+    engine = chunk_ids(vlm, Session(), one) + vlm.tokenizer(call)["input_ids"]
+    engine += chunk_ids(vlm, Session(turns=[one], replies=[call]), two) + vlm.tokenizer("42")["input_ids"]
     assert row.ids[:-1] == engine and row.ids[-1] == writer.end
     plain = writer.row([([image], "q", "a", 1.0)])
-    assert plain.ids[:-2] == vlm.chunk(Session(), Turn((image,), "q"), [vlm.pixels(image)[1]])
+    assert plain.ids[:-2] == chunk_ids(vlm, Session(), Turn((image,), "q"))
 
 
 def test_only_what_the_model_writes_is_weighted_and_the_call_five_times():
@@ -62,14 +61,14 @@ def test_the_weighted_loss_is_the_hand_computed_one():
         writer.row([([picture(56, 56)], "q", "GET_CROPS: ['3']", 5.0), ([picture(84, 56)], "", "42", 1.0)]),
         writer.row([([picture(112, 56)], "a longer question", "yes", 1.0)]),
     ]
-    learner = language.Learner(vlm.model)
+    learner = language.Learner(vlm.host.model)
     with torch.no_grad():
         loss, _ = learner.loss(collate(rows, writer))
         total = weight = 0.0
         for row in rows:
             ids = torch.tensor([row.ids])
             logits = (
-                vlm.model(
+                vlm.host.model(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     pixel_values=normalise(torch.cat(row.pixels)),
@@ -126,7 +125,7 @@ def test_hints_name_the_key_of_the_question_where_the_answer_to_a_crop_is_writte
 
 
 def test_a_fresh_bottom_layer_changes_nothing_yet_and_learns():
-    old, writer = tiny_vlm().model, Writer(tiny_vlm().tokenizer)
+    old, writer = tiny_vlm().host.model, Writer(tiny_vlm().tokenizer)
     new = nano.build(tiny_vlm().tokenizer, replace(GEOMETRY, layers=GEOMETRY.layers + 1))
     language.load(new, old)
     batch = stages.make_batch(writer, "fetch", 0, 10, 4)
@@ -172,7 +171,7 @@ def test_grouped_attention_equals_the_windows_one_by_one_with_and_without_gradie
     values = normalise(torch.cat([patches(picture(224, 168))[0], patches(picture(84, 140))[0]]))
     grid = torch.tensor([[1, 12, 16], [1, 10, 6]])
     plain = model.model.visual(values, grid_thw=grid).pooler_output
-    with windowed_attention(model):
+    with windowed_attention(model.model.visual):
         grouped = model.model.visual(values, grid_thw=grid).pooler_output
         with torch.no_grad():
             silent = model.model.visual(values, grid_thw=grid).pooler_output

@@ -4,7 +4,7 @@ import pytest
 
 from awares_bench.baselines.visionthink import SYSTEM
 from awares_bench.inference.engine import Engine, Job
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.conversation import Sample
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.registry import method_class
@@ -17,7 +17,7 @@ DOCUMENTS = 30  # a task: small enough for CI, so the bounds leave room for chan
 
 @pytest.fixture(scope="module")
 def outcomes():
-    vlm = VLM.load(resolve("nano"))
+    vlm = LocalModel.load(resolve("nano"))
     documents = [world.document(f, s) for f in world.FAMILIES for s in suite.suite_seeds(999, DOCUMENTS)]
     jobs = [
         Job(Sample((d.image,), world.prompt(d.family, d.question, d.options), str(i)), 16, ("\n\n",))
@@ -55,7 +55,7 @@ def test_calls_are_well_formed_and_come_where_the_half_size_view_is_not_enough(o
 
 
 def test_adapters_of_the_package_are_the_base_with_something_added():
-    base, sft = (VLM.load(resolve(name)).model.state_dict() for name in ("nano-base", "nano-sft"))
+    base, sft = (LocalModel.load(resolve(name)).host.model.state_dict() for name in ("nano-base", "nano-sft"))
     assert base.keys() == sft.keys()
     moved = {name for name in base if not base[name].equal(sft[name])}
     assert moved == {name for name in base if "language_model.layers" in name and "_proj.weight" in name}
@@ -64,7 +64,7 @@ def test_adapters_of_the_package_are_the_base_with_something_added():
 def test_their_tokenizer_is_the_one_that_training_makes():
     tokenizer = nano_tokenizer()
     for name in ("nano", "nano-base"):
-        assert VLM.load(resolve(name)).tokenizer.get_vocab() == tokenizer.get_vocab()
+        assert LocalModel.load(resolve(name)).tokenizer.get_vocab() == tokenizer.get_vocab()
     ids = tokenizer(SYSTEM)["input_ids"]
     assert len(ids) < 12  # sentences that every VisionThink prompt repeats are whole tokens
 
@@ -80,7 +80,7 @@ def test_stock_transformers_loads_them():
 def test_visionthink_reads_the_original_that_it_calls_for():
     documents = [world.document(f, s) for f in world.FAMILIES for s in suite.suite_seeds(999, DOCUMENTS)]
     jobs = [Job(Sample((d.image,), world.prompt(d.family, d.question, d.options), str(i)), 16) for i, d in enumerate(documents)]
-    run = dict(Engine(VLM.load(resolve("nano-visionthink")), method_class("visionthink")(budget=64), 16).run(jobs))
+    run = dict(Engine(LocalModel.load(resolve("nano-visionthink")), method_class("visionthink")(budget=64), 16).run(jobs))
     right, called = (
         [run[i].answer.strip() == d.answer for i, d in enumerate(documents)],
         [bool(run[i].crops) for i in range(len(jobs))],

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 
 from .packing import Scorer
 from .recipe import Run
 
 
-def finish(scorer: Scorer, vlm: VLM, out: Path, stage: str, recipe: Run) -> Path:
+def finish(scorer: Scorer, vlm: LocalModel, out: Path, stage: str, recipe: Run) -> Path:
     """Merge, write ``out/checkpoint`` in bfloat16 and its card; adapters also alone, as ``out/adapter``. The model is used up."""
     model = scorer.model
     if hasattr(model, "merge_and_unload"):
@@ -31,7 +31,7 @@ def finish(scorer: Scorer, vlm: VLM, out: Path, stage: str, recipe: Run) -> Path
     draft, folder = out / "checkpoint.tmp", out / "checkpoint"
     shutil.rmtree(draft, ignore_errors=True)
     model.save_pretrained(draft)
-    vlm.processor.save_pretrained(draft)
+    vlm.host.processor.save_pretrained(draft)
     (draft / "README.md").write_text(card(out, stage, recipe))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.conversation import Sample
 
 from . import examples, rewards
@@ -27,7 +27,7 @@ from .export import finish
 from .health_checks import Watch
 from .packing import Scorer, pack
 from .recipe import RecipeError, Tuning, claim, key
-from .rollouts import Rollout, banned, rollouts
+from .rollouts import Rollout, banned_tokens, rollouts
 from .trainer import ExactTrainer, arguments, describe, device_of, open_vlm, per_process, policy_of, prepare, whole
 
 
@@ -117,14 +117,14 @@ class Group:
 class GRPOTrainer(ExactTrainer):
     """One rollout, one step. Every number is a function of (recipe, step): a resumed run says what an uncut one says."""
 
-    def __init__(self, scorer: Scorer, vlm: VLM, recipe: GRPO, policy, judge, **more):
+    def __init__(self, scorer: Scorer, vlm: LocalModel, recipe: GRPO, policy, judge, **more):
         super().__init__(scorer, vlm, recipe, **more)
         self.policy, self.judge, self.costs = policy, judge, _costs(recipe)
         self.target = Target(open_vlm(replace(recipe, start=recipe.target)), policy) if recipe.target else None
         self.reference = None
         if recipe.beta and recipe.tuning == "full":
             frozen = copy.deepcopy(scorer.model).requires_grad_(False).eval()
-            self.reference = Scorer(frozen, tuple(scorer.banned), scorer.temperature, scorer.penalty)
+            self.reference = Scorer(vlm.host.on(frozen), tuple(scorer.banned), scorer.temperature, scorer.penalty)
         self.watch = Watch(calls=not recipe.role)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -134,9 +134,7 @@ class GRPOTrainer(ExactTrainer):
         with torch.no_grad(), self.accelerator.autocast(), whole(self.scorer):
             seed = f"{r.seed}/{step}"
             samples = [p.sample for p in prompts]
-            made, sampler = rollouts(
-                self.vlm, self.policy, samples, r.group, self.features, r.max_new_tokens, r.temperature, seed
-            )
+            made, sampler = rollouts(self.vlm, self.policy, samples, r.group, r.max_new_tokens, r.temperature, seed)
             groups = [self._worth(p, g) for p, g in zip(prompts, made, strict=True)]
             for start in range(0, len(groups), r.micro_batch) if r.beta else ():
                 self._refer(groups[start : start + r.micro_batch])
@@ -156,11 +154,11 @@ class GRPOTrainer(ExactTrainer):
 
     def _refer(self, groups: list[Group]) -> None:
         packed = pack(
-            [[r.conversation for r in g.rollouts] for g in groups], self.vlm, self.args.device, self.scorer.penalty != 1
+            [[r.conversation for r in g.rollouts] for g in groups], self.vlm.host, self.args.device, self.scorer.penalty != 1
         )
         without = self.scorer.model.disable_adapter() if self.reference is None else nullcontext()
         with without:
-            scores, _ = (self.reference or self.scorer)(packed, self.features(packed.views))
+            scores, _ = (self.reference or self.scorer)(packed, self.vlm.encode(packed.images))
         sizes = [sum(r.written for r in g.rollouts) for g in groups]
         for group, part in zip(groups, scores.split(sizes), strict=True):
             group.reference = part
@@ -168,12 +166,12 @@ class GRPOTrainer(ExactTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         r, groups = self.recipe, inputs
         packed = pack(
-            [[x.conversation for x in g.rollouts] for g in groups], self.vlm, self.args.device, self.scorer.penalty != 1
+            [[x.conversation for x in g.rollouts] for g in groups], self.vlm.host, self.args.device, self.scorer.penalty != 1
         )
         scores, entropy = self.score(model, packed)
         some, device = [x for g in groups for x in g.rollouts], scores.device
-        advantage = torch.tensor([a for g in groups for a in g.advantages], device=device)[packed.owner]  # (N,)
-        length = torch.tensor([x.written for x in some], device=device, dtype=scores.dtype)[packed.owner]
+        advantage = torch.tensor([a for g in groups for a in g.advantages], device=device)[packed.conversation_index]  # (N,)
+        length = torch.tensor([x.written for x in some], device=device, dtype=scores.dtype)[packed.conversation_index]
         ratio = (scores - scores.detach()).exp()
         gain = torch.min(ratio * advantage, ratio.clamp(1 - r.clip, 1 + r.clip) * advantage)
         divergence = torch.zeros_like(scores)
@@ -181,7 +179,7 @@ class GRPOTrainer(ExactTrainer):
             apart = torch.cat([g.reference for g in groups]) - scores
             divergence = apart.exp() - apart - 1  # k3: unbiased, never negative
         share = 1 / length if r.scaling != "dr_grpo" else 1 / r.max_new_tokens
-        sampled = torch.tensor([x for one in some for x in one.logps], device=device)
+        sampled = torch.tensor([x for one in some for x in one.logprobs], device=device)
         with torch.no_grad():
             apart = (scores - sampled).abs()
             self.note(kl=divergence.mean(), entropy=entropy.mean(), sampler_dlogp=apart.mean(), scored_tokens=packed.tokens)
@@ -266,7 +264,7 @@ def build(recipe: GRPO, dry: bool = False) -> GRPOTrainer:
         claim(recipe, "grpo")
     scorer, vlm = prepare(recipe)
     examples.check_texts(table, vlm.check, recipe.data)
-    scorer.banned, scorer.temperature, scorer.penalty = list(banned(vlm)), recipe.temperature, vlm.repetition_penalty
+    scorer.banned, scorer.temperature, scorer.penalty = list(banned_tokens(vlm.host)), recipe.temperature, vlm.repetition_penalty
     args = arguments(recipe, recipe.micro_batch, accumulate, dataloader_drop_last=True)
     return GRPOTrainer(scorer, vlm, recipe, policy, grader, args=args, train_dataset=Prompts(table, recipe))
 
@@ -287,9 +285,7 @@ def dry_run(recipe: GRPO, say=print) -> None:
     data = trainer.train_dataset
     prompts = [data[i] for i in range(recipe.micro_batch)]
     samples = [p.sample for p in prompts]
-    made, sampler = rollouts(
-        trainer.vlm, trainer.policy, samples, recipe.group, trainer.features, recipe.max_new_tokens, recipe.temperature
-    )
+    made, sampler = rollouts(trainer.vlm, trainer.policy, samples, recipe.group, recipe.max_new_tokens, recipe.temperature)
     for prompt, group in zip(prompts, made, strict=True):
         worth = trainer._worth(prompt, group)
         say(f"--- {prompt.truth.question!r} -> {prompt.truth.answers}, label {prompt.truth.label}")
@@ -298,7 +294,7 @@ def dry_run(recipe: GRPO, say=print) -> None:
             say(f"    {said!r}: " + ", ".join(f"{k} {v:.3g}" for k, v in parts.items()) + f", advantage {advantage:+.2f}")
     some = [r.conversation for g in made for r in g]
     describe(trainer.scorer, some, trainer.vlm, say)
-    packed, alone = pack([[r.conversation for r in g] for g in made], trainer.vlm).tokens, sum(len(c.ids) for c in some)
+    packed, alone = pack([[r.conversation for r in g] for g in made], trainer.vlm.host).tokens, sum(len(c.ids) for c in some)
     say(
         f"packed into {packed} tokens, {alone} one by one; {sampler.prefilled} prefilled, {sampler.shared} shared; no step was taken"
     )

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 
 from . import examples
 from .export import finish
-from .packing import Conversation, pack, render
+from .packing import pack
 from .recipe import Tuning, claim, key
+from .rendering import Conversation, render
 from .trainer import ExactTrainer, arguments, describe, per_process, policy_of, prepare
 
 
@@ -46,7 +47,7 @@ RECIPE = SFT
 class Trajectories(torch.utils.data.Dataset):
     """Rows with ``replies`` as conversations, rendered as they are read."""
 
-    def __init__(self, table, vlm: VLM, policy, recipe: SFT):
+    def __init__(self, table, vlm: LocalModel, policy, recipe: SFT):
         self.table, self.vlm, self.policy, self.recipe = table, vlm, policy, recipe
 
     def __len__(self) -> int:
@@ -72,7 +73,7 @@ class SFTTrainer(ExactTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         n = self.recipe.packed
-        packed = pack([inputs[i : i + n] for i in range(0, len(inputs), n)], self.vlm, self.args.device)
+        packed = pack([inputs[i : i + n] for i in range(0, len(inputs), n)], self.vlm.host, self.args.device)
         scores, _ = self.score(model, packed)
         called = packed.weight != 1
         for name, on in (("nll_call", called), ("nll_answer", ~called)):
@@ -110,16 +111,16 @@ def dry_run(recipe: SFT, say=print) -> None:
     data, vlm = trainer.train_dataset, trainer.vlm
     some = [data[i] for i in range(min(recipe.micro_batch, len(data)))]
     for c in some[:2]:
-        marker = f"<|image_pad|>x{len([i for i in c.ids if i == vlm.image_token])}"
+        marker = f"{vlm.host.placeholder}x{c.ids.count(vlm.host.image_token)}"
         words = [vlm.tokenizer.decode(c.ids[s:e]) for s, e in c.replies]
-        prompt = vlm.tokenizer.decode([i for i in c.ids[: c.prompt] if i != vlm.image_token])
+        prompt = vlm.tokenizer.decode([i for i in c.ids[: c.prompt] if i != vlm.host.image_token])
         say(f"--- {marker}\n{prompt}")
         for (s, _), text in zip(c.replies, words, strict=True):
             say(f"    weight {c.weights[s]:g}: {text!r}")
     describe(trainer.scorer, some, vlm, say)
-    packed = pack([[c] for c in some], vlm, trainer.args.device)
+    packed = pack([[c] for c in some], vlm.host, trainer.args.device)
     with torch.no_grad():
-        scores, _ = trainer.scorer(packed, trainer.features(packed.views))
+        scores, _ = trainer.scorer(packed, vlm.encode(packed.images))
     loss = -(scores * packed.weight).sum() / packed.weight.sum()
     steps = recipe.steps if recipe.steps > 0 else int(len(data) * recipe.epochs / recipe.batch)
     say(f"weighted loss of this batch {loss:.4f}; {len(data)} conversations, {steps} steps of {recipe.batch}; no step was taken")

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.image_features import FeatureStore
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.options import options, unknown_option
 from awares_bench.methods.registry import method_class
 from awares_bench.models.checkpoint import check_told
 from awares_bench.models.packaged import resolve
 
 from .auxiliary.cropper import Part
-from .packing import Conversation, Features, Packed, Scorer
+from .packing import Packed, Scorer
 from .recipe import RecipeError, Tuning
+from .rendering import Conversation
 
-DECODER_LINEAR = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 WHOLE = "whole"  # written last into a checkpoint: a run killed while saving leaves one without it
 
 
@@ -49,9 +50,9 @@ def policy_of(recipe):
     return Part(policy, recipe.role)
 
 
-def open_vlm(recipe, dtype: str = "auto") -> VLM:
+def open_vlm(recipe, dtype: str = "auto") -> LocalModel:
     """The recipe's start with its processor limits. Raises CheckpointError."""
-    return VLM.load(
+    return LocalModel.load(
         resolve(recipe.start),
         dtype=dtype,
         device=device_of(recipe),
@@ -62,16 +63,16 @@ def open_vlm(recipe, dtype: str = "auto") -> VLM:
     )
 
 
-def prepare(recipe: Tuning, dropout: float = 0.0) -> tuple[Scorer, VLM]:
+def prepare(recipe: Tuning, dropout: float = 0.0) -> tuple[Scorer, LocalModel]:
     """Load the start, freeze the tower, add adapters or free the decoder -> (what trains, what answers); one set of weights."""
     dtype = "float32" if recipe.tuning == "full" else recipe.dtype
     vlm = open_vlm(recipe, dtype)
-    model = vlm.model.requires_grad_(False)
+    model = vlm.host.model.requires_grad_(False)
     if recipe.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.tuning == "full":
-        model.model.language_model.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
+        vlm.host.decoder.requires_grad_(True)
+        model.get_output_embeddings().requires_grad_(True)
     else:
         from peft import LoraConfig, get_peft_model
 
@@ -82,9 +83,9 @@ def prepare(recipe: Tuning, dropout: float = 0.0) -> tuple[Scorer, VLM]:
         torch.manual_seed(recipe.seed)
         rank, alpha = recipe.lora_rank, recipe.lora_alpha
         model = get_peft_model(
-            model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=DECODER_LINEAR, **more)
+            model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=vlm.host.lora_targets, **more)
         )
-    return Scorer(model), vlm
+    return Scorer(vlm.host, model=model), vlm
 
 
 def arguments(recipe: Tuning, per_device: int, accumulate: int, **more) -> TrainingArguments:
@@ -119,15 +120,15 @@ def arguments(recipe: Tuning, per_device: int, accumulate: int, **more) -> Train
     )
 
 
-def describe(scorer: Scorer, some: list[Conversation], vlm: VLM, say=print) -> None:
+def describe(scorer: Scorer, some: list[Conversation], vlm: LocalModel, say=print) -> None:
     """Print token counts and an estimate of memory."""
     scored = sum(w > 0 for c in some for w in c.weights)
-    visual = sum(i == vlm.image_token for c in some for i in c.ids)
+    visual = sum(i == vlm.host.image_token for c in some for i in c.ids)
     total = sum(len(c.ids) for c in some)
     say(f"{len(some)} conversations: {total} tokens, {visual} visual, {scored} scored")
     trained = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
     held = sum(p.numel() * p.element_size() for p in scorer.parameters())
-    config = scorer.core.config.text_config
+    config = scorer.host.model.config.text_config
     kept = total * config.num_hidden_layers * (10 * config.hidden_size + 3 * config.intermediate_size) * 2
     say(
         f"{trained:,} trained parameters; about {(held + trained * 12) / 2**30:.2f} GiB for weights, gradients and optimizer, "
@@ -150,7 +151,7 @@ class ExactTrainer(Trainer):
     ``strict=False``; 5.17 and 5.23), so weights are read back with ``from_pretrained``.
     """
 
-    def __init__(self, scorer: Scorer, vlm: VLM, recipe: Tuning, **more):
+    def __init__(self, scorer: Scorer, vlm: LocalModel, recipe: Tuning, **more):
         super().__init__(model=scorer, data_collator=list, callbacks=[_Log(Path(recipe.out).expanduser())], **more)
         if _zero3(self.accelerator):
             raise RecipeError("ZeRO-3 is not supported: launch with DDP, ZeRO-2 or FSDP2 (training/launch)")
@@ -160,14 +161,14 @@ class ExactTrainer(Trainer):
         if self.is_fsdp_enabled:
             _shard_decoder_only(self.accelerator.state.fsdp_plugin, vlm)
         self.scorer, self.vlm, self.recipe = scorer, vlm, recipe
-        self.features = Features(vlm, recipe.feature_mb)
+        vlm.features = FeatureStore(recipe.feature_mb * 2**20) if recipe.feature_mb else None
         self.model_accepts_loss_kwargs = True  # our losses are normalised already: Trainer must not divide once more
         self.figures: dict[str, list[float]] = {}
 
     def score(self, model, packed: Packed) -> tuple[Tensor, Tensor]:
         """Tower and decoder in the precision of training; Accelerate autocasts neither the tower nor a sharded decoder."""
         with self.accelerator.autocast():
-            return model(packed, self.features(packed.views))
+            return model(packed, self.vlm.encode(packed.images))
 
     # ------------------------------------------------------------------ sums over processes
 
@@ -192,7 +193,8 @@ class ExactTrainer(Trainer):
 
     def take(self, iterator, count: int) -> list:
         """The micro-batches of a step, which begins with no features held."""
-        self.features.forget()
+        if self.vlm.features:
+            self.vlm.features.clear()
         out = []
         for _ in range(count):
             try:
@@ -254,7 +256,7 @@ class ExactTrainer(Trainer):
         found = whole_checkpoints(out)
         self.train(resume_from_checkpoint=str(found[-1]) if found else None)
 
-    def result(self) -> tuple[Scorer, VLM]:
+    def result(self) -> tuple[Scorer, LocalModel]:
         """What was trained. Sharded weights are put together on the CPU of the first process; every process must call this."""
         if not self.is_fsdp_enabled:
             return self.scorer, self.vlm
@@ -288,7 +290,7 @@ def whole(scorer: Scorer):
             part.reshard()
 
 
-def _shard_decoder_only(plugin, vlm: VLM) -> None:
+def _shard_decoder_only(plugin, vlm: LocalModel) -> None:
     """Settle what training/launch/fsdp2.yaml leaves open, and refuse what would go wrong silently."""
     known = plugin.fsdp_version == 2 and plugin.reshard_after_forward and "SHARDED" in str(plugin.state_dict_type)
     if not known or plugin.cpu_ram_efficient_loading:
@@ -296,7 +298,7 @@ def _shard_decoder_only(plugin, vlm: VLM) -> None:
             "FSDP is supported with fsdp_version 2, fsdp_reshard_after_forward true, fsdp_state_dict_type SHARDED_STATE_DICT "
             "and fsdp_cpu_ram_efficient_loading false: see training/launch/fsdp2.yaml"
         )
-    plugin.ignored_modules = [vlm.model.model.visual]  # frozen, and used outside of a forward pass of the whole model
+    plugin.ignored_modules = [vlm.host.tower]  # frozen, and used outside of a forward pass of the whole model
     plugin.mixed_precision_policy = None  # autocast, as with DDP: gradients are summed in float32
 
 

@@ -18,13 +18,14 @@ from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from awares_bench.awares import CALL_BUDGET
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Prepared, Request, Session
-from awares_bench.methods.conversation import Turn, messages
+from awares_bench.methods.conversation import Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
 from awares_bench.methods.usage import Usage
-from awares_bench.models.cpu_kernels import product
+from awares_bench.models.cpu_kernels import linear_onednn
+from awares_bench.models.families import host_of
 from awares_bench.models.geometry import decoder_flops, encode_flops, geometry, random_model
 from awares_bench.models.packaged import resolve
 
@@ -68,7 +69,7 @@ class Row:
 class Pages:
     """Documents of about ``tokens`` visual tokens, shape 3:4, and what is asked and forced of each."""
 
-    vlm: VLM
+    vlm: LocalModel
     tokens: int
     documents: int
     call_rate: float
@@ -86,17 +87,17 @@ class Pages:
         self.answer = tuple(some * self.answer_length)[: self.answer_length]
         self.full_turns = [Turn((image,), "What is the total of the second column?") for image in self.images]
         shown = [replace(t, images=(half(i),)) for t, i in zip(self.full_turns, self.images, strict=True)]
-        self.first = [replace(t, system=PAPER_GRID.prompt, last=False, calls=PAPER_GRID) for t in shown]
+        self.first = [replace(t, system=PAPER_GRID.prompt, is_final=False, crop_grammar=PAPER_GRID) for t in shown]
         self.second = [Turn(tuple(PAPER_GRID.cut(image, (CROP,)))) for image in self.images]
 
     def full(self) -> list[list[Usage]]:
         """One turn, the whole page."""
-        return [self._reply([Request(Session(), t, len(self.answer) + 1, forced=self.answer) for t in self.full_turns])]
+        return [self._reply([Request(Session(), t, len(self.answer) + 1, forced_tokens=self.answer) for t in self.full_turns])]
 
     def low_then_crop(self) -> list[list[Usage]]:
         """Two turns on one cache."""
         sessions, turns = self._first()
-        again = [Request(sessions[i], self.second[i], len(self.answer) + 1, forced=self.answer) for i in self._callers()]
+        again = [Request(sessions[i], self.second[i], len(self.answer) + 1, forced_tokens=self.answer) for i in self._callers()]
         return [turns, self._reply(again)]
 
     def low_then_everything(self) -> list[list[Usage]]:
@@ -105,13 +106,11 @@ class Pages:
         again = []
         for i in self._callers():
             start, images = time.perf_counter(), (*self.first[i].images, *self.second[i].images)
-            views = [self.vlm.pixels(image) for image in images]
-            grids = [grid for _, grid, _ in views]
-            ids = [*self.vlm.chunk(Session(), self.first[i], grids[:1]), *self.call]
-            before = Session(turns=[self.first[i]], replies=sessions[i].replies)
-            ids += self.vlm.chunk(before, self.second[i], grids[1:])
-            whole = Prepared(ids, [p for p, _, _ in views], grids, seconds=time.perf_counter() - start)
-            again.append(Request(Session(), self.second[i], len(self.answer) + 1, prepared=whole, forced=self.answer))
+            views = [self.vlm.host.image_input(image) for image in images]
+            ids = [*self.vlm.host.render([self.first[i]], [], views[:1]), *self.call]
+            ids += self.vlm.host.render([self.first[i], self.second[i]], sessions[i].replies, views[1:])
+            whole = Prepared(ids, views, self.vlm.host.context, seconds=time.perf_counter() - start)
+            again.append(Request(Session(), self.second[i], len(self.answer) + 1, prepared=whole, forced_tokens=self.answer))
         return [turns, self._reply(again)]
 
     def _first(self) -> tuple[list[Session], list[Usage]]:
@@ -119,7 +118,7 @@ class Pages:
         forced = [self.call if calls else self.answer for calls in self.calls]
         asked = zip(sessions, self.first, forced, strict=True)
         budget = max(CALL_BUDGET, len(self.answer) + 1)
-        return sessions, self._reply([Request(s, t, budget, forced=f) for s, t, f in asked])
+        return sessions, self._reply([Request(s, t, budget, forced_tokens=f) for s, t, f in asked])
 
     def _callers(self) -> list[int]:
         return [i for i, calls in enumerate(self.calls) if calls]
@@ -132,7 +131,11 @@ class Pages:
     def generate_full(self) -> list[list[Usage]]:
         """One turn, the whole page, through ``model.generate``."""
         return [
-            [self.generate([messages([t], []) for t in self.full_turns], [t.images for t in self.full_turns], self.answer)[0]]
+            [
+                self.generate(
+                    [chat_messages([t], []) for t in self.full_turns], [t.images for t in self.full_turns], self.answer
+                )[0]
+            ]
         ]
 
     def generate_low_then_everything(self) -> list[list[Usage]]:
@@ -140,9 +143,9 @@ class Pages:
         turns: list[list[Usage]] = [[], []]
         for one, two, calls in zip(self.first, self.second, self.calls, strict=True):
             said = self.call if calls else self.answer
-            turns[0].append(self.generate([messages([one], [])], [one.images], said)[0])
+            turns[0].append(self.generate([chat_messages([one], [])], [one.images], said)[0])
             if calls:
-                talk = messages([one, two], [PAPER_GRID.format(CROP)])
+                talk = chat_messages([one, two], [PAPER_GRID.format(CROP)])
                 turns[1].append(self.generate([talk], [(*one.images, *two.images)], self.answer)[0])
         return turns
 
@@ -151,20 +154,20 @@ class Pages:
         """-> what a batch cost, and the scores of every step (steps, B, vocabulary)."""
         vlm, clock = self.vlm, time.perf_counter
         start = clock()
-        text = vlm.processor.apply_chat_template(talks, tokenize=False, add_generation_prompt=True)
+        text = vlm.host.processor.apply_chat_template(talks, tokenize=False, add_generation_prompt=True)
         flat = [image for row in images for image in row]
-        sized = {"size": vlm.limits}
-        inputs = vlm.processor(
+        sized = {"size": vlm.host.limits}
+        inputs = vlm.host.processor(
             text=text, images=flat, padding=True, padding_side="left", return_tensors="pt", images_kwargs=sized
         )
         prepared = clock()
         inputs = inputs.to(vlm.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(vlm.model.dtype)
+        inputs["pixel_values"] = inputs["pixel_values"].to(vlm.host.model.dtype)
         watch = _Watch(vlm, said)
-        tower = vlm.model.model.visual
+        tower = vlm.host.tower
         hooks = [tower.register_forward_pre_hook(watch.enter), tower.register_forward_hook(watch.leave)]
         try:
-            out = vlm.model.generate(
+            out = vlm.host.model.generate(
                 **inputs,
                 max_new_tokens=len(said) + 1,
                 do_sample=False,
@@ -177,7 +180,7 @@ class Pages:
                 hook.remove()
         vlm.synchronise()
         end = clock()
-        visual = int((inputs["input_ids"] == vlm.image_token).sum())
+        visual = int((inputs["input_ids"] == vlm.host.image_token).sum())
         prompt = int(inputs["attention_mask"].sum())
         spans = (prepared - start, watch.encoding, watch.first - prepared - watch.encoding, end - watch.first)
         scores = torch.stack(out.logits).float()
@@ -193,7 +196,9 @@ class Pages:
             ours = torch.stack(self.vlm.trace)
         finally:
             self.vlm.trace = None
-        _, theirs = self.generate([messages([t], []) for t in self.full_turns], [t.images for t in self.full_turns], self.answer)
+        _, theirs = self.generate(
+            [chat_messages([t], []) for t in self.full_turns], [t.images for t in self.full_turns], self.answer
+        )
         steps = min(len(ours), len(theirs))
         return float((ours[:steps] - theirs[:steps]).abs().max())
 
@@ -217,25 +222,26 @@ class Pages:
         return tuple(total)
 
     def _ids(self, images: list, turn: Turn, session: Session) -> list[int]:
-        return self.vlm.chunk(session, turn, [self._grid(image) for image in images])
+        views = [self.vlm.host.image_input(image) for image in images]
+        return self.vlm.host.render([*session.turns, turn], session.replies, views)
 
     def _cost(self, images: list, turn: Turn, session: Session, past: int, said: tuple) -> np.ndarray:
         return self._spent(images, len(self._ids(images, turn, session)), past, said)
 
     def _spent(self, images: list, new: int, past: int, said: tuple) -> np.ndarray:
-        config = self.vlm.model.config
+        config = self.vlm.host.model.config
         steps = sum(decoder_flops(config, 1, past + new + n) for n in range(len(said)))
         return np.array([encode_flops(config, [self._grid(i) for i in images]), decoder_flops(config, new, past), steps])
 
     def _grid(self, image) -> tuple[int, int, int]:
-        return self.vlm.pixels(image)[1]
+        return tuple(self.vlm.host.image_input(image).inputs["image_grid_thw"][0].tolist())
 
 
 class _Watch(LogitsProcessor):
     """Reads the clock around the tower and at the first scores of a ``generate`` call, and forces its tokens."""
 
-    def __init__(self, vlm: VLM, said: tuple[int, ...]):
-        self.vlm, self.said = vlm, (*said, min(vlm.stop))
+    def __init__(self, vlm: LocalModel, said: tuple[int, ...]):
+        self.vlm, self.said = vlm, (*said, min(vlm.host.stop))
         self.encoding = self.entered = self.first = 0.0
         self.steps = 0
 
@@ -259,13 +265,13 @@ class _Watch(LogitsProcessor):
 
 def load(
     pretrained: str | None, size: str | None, layers: int | None, dtype: str, device: str, decoder: int | None = None
-) -> VLM:
+) -> LocalModel:
     """A checkpoint, or random weights of a published size; decoder: build only so many of its decoder's layers."""
     if pretrained:
-        return VLM.load(resolve(pretrained), dtype, device)
+        return LocalModel.load(resolve(pretrained), dtype, device)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
-    return VLM(*random_model(geometry(size or "nano", layers, decoder), getattr(torch, dtype), device))
+    return LocalModel(host_of(*random_model(geometry(size or "nano", layers, decoder), getattr(torch, dtype), device)))
 
 
 def alternate(rows: list[Row], repeats: int, warm_up: int = 1) -> None:
@@ -280,18 +286,18 @@ def alternate(rows: list[Row], repeats: int, warm_up: int = 1) -> None:
                 row.turns.append(turns)
 
 
-def matmul_rates(vlm: VLM, rows: int, batch: int) -> tuple[float, float]:
+def matmul_rates(vlm: LocalModel, rows: int, batch: int) -> tuple[float, float]:
     """Operations per second of the decoder's widest matrix, the best of ten: on ``rows`` tokens, and on ``batch`` as in decoding."""
-    text = vlm.model.config.text_config
-    weight = torch.rand(text.intermediate_size, text.hidden_size, device=vlm.device).to(vlm.model.dtype)
+    text = vlm.host.model.config.text_config
+    weight = torch.rand(text.intermediate_size, text.hidden_size, device=vlm.device).to(vlm.host.model.dtype)
     out = []
     with torch.inference_mode():
         for n in (rows, batch):
-            x = torch.rand(n, text.hidden_size, device=vlm.device).to(vlm.model.dtype)
+            x = torch.rand(n, text.hidden_size, device=vlm.device).to(vlm.host.model.dtype)
             times = []
             for _ in range(10):
                 start = time.perf_counter()
-                product(x, weight)
+                linear_onednn(x, weight)
                 vlm.synchronise()
                 times.append(time.perf_counter() - start)
             out.append(2 * n * weight.numel() / min(times))

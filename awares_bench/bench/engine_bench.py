@@ -17,7 +17,7 @@ from PIL import Image
 
 from awares_bench.evaluation.records import cpu_name, provenance
 from awares_bench.inference.engine import Engine, Job
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.conversation import Sample
 from awares_bench.methods.registry import method_class
 from awares_bench.methods.usage import Usage
@@ -63,14 +63,14 @@ def run(
     tower_only = set(parts) == {"vision"} and not pretrained
     vlm = load(pretrained, size, layers, dtype, device, 1 if tower_only else None)
     rates = matmul_rates(vlm, tokens, batch)
-    text, tower = vlm.model.config.text_config, vlm.model.config.vision_config
+    text, tower = vlm.host.model.config.text_config, vlm.host.model.config.vision_config
     on_gpu = vlm.device.type == "cuda"
     about = {
         "model": pretrained or f"{size or 'nano'} geometry, random weights, nano's tokenizer",
         "decoder_layers": text.num_hidden_layers,
         "vision_layers": tower.depth,
         "layers_cut_to": layers,
-        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "dtype": str(vlm.host.model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(vlm.device)
         if on_gpu
         else f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
@@ -101,12 +101,12 @@ def _ratio(top: Row, bottom: Row, turn: int | None = None, phases: tuple[str, ..
     return median(top.seconds(turn, phases)) / median(bottom.seconds(turn, phases))
 
 
-def _vision(vlm: VLM, repeats: int, rows: list[Row], figures: list[Figure]) -> None:
+def _vision(vlm: LocalModel, repeats: int, rows: list[Row], figures: list[Figure]) -> None:
     """The tower with one attention call per window size, and as transformers runs it."""
     for name, sides in ((f"{BATCH} pictures of 224x224", [224] * BATCH), ("one picture of 1036x1036", [1036])):
-        views = [vlm.pixels(Image.effect_noise((side, side), 64).convert("RGB"))[:2] for side in sides]
-        patches, grids = [p for p, _ in views], [g for _, g in views]
-        visual = sum(r * c for _, r, c in grids) // 4
+        views = [vlm.host.image_input(Image.effect_noise((side, side), 64).convert("RGB")) for side in sides]
+        grids = [tuple(view.inputs["image_grid_thw"][0].tolist()) for view in views]
+        visual = sum(view.tokens for view in views)
 
         def timed(call, visual: int = visual) -> list[list[Usage]]:
             vlm.synchronise()
@@ -116,24 +116,23 @@ def _vision(vlm: VLM, repeats: int, rows: list[Row], figures: list[Figure]) -> N
             return [[Usage(encoded=visual, encode_seconds=time.perf_counter() - start)]]
 
         @torch.inference_mode()
-        def looped(patches: list = patches, grids: list = grids):
-            return vlm.model.model.visual(
-                torch.cat(patches).to(vlm.device, vlm.model.dtype), grid_thw=torch.tensor(grids, device=vlm.device)
-            )
+        def looped(views: list = views):
+            patches, grids = (torch.cat([v.inputs[name] for v in views]) for name in ("pixel_values", "image_grid_thw"))
+            return vlm.host.tower(patches.to(vlm.device, vlm.host.dtype), grid_thw=grids.to(vlm.device))
 
-        flops = (encode_flops(vlm.model.config, grids), 0.0, 0.0)
-        ours = Row(f"ours, {name}", lambda p=patches, g=grids, t=timed: t(lambda: vlm.encode(p, g)), flops)
+        flops = (encode_flops(vlm.host.model.config, grids), 0.0, 0.0)
+        ours = Row(f"ours, {name}", lambda v=views, t=timed: t(lambda: vlm.host.encode(v)), flops)
         stock = Row(f"transformers, {name}", lambda f=looped, t=timed: t(f), flops)
         alternate([ours, stock], repeats)
         rows += [ours, stock]
         ratio = _ratio(stock, ours)
         figures.append(Figure(f"vision encode, {name}: per-window loop over ours", ratio, ">= 1.3", ratio >= 1.3))
-        apart = float((vlm.encode(patches, grids) - looped().pooler_output).abs().max())
+        apart = float((vlm.encode(views) - looped().pooler_output).abs().max())
         figures.append(Figure(f"vision encode, {name}: largest difference of a feature", apart, *_exact(vlm, apart)))
 
 
-def _exact(vlm: VLM, apart: float) -> tuple[str, bool | None]:
-    return ("<= 1e-4", apart <= 1e-4) if vlm.model.dtype == torch.float32 else ("1e-4 holds in float32", None)
+def _exact(vlm: LocalModel, apart: float) -> tuple[str, bool | None]:
+    return ("<= 1e-4", apart <= 1e-4) if vlm.host.model.dtype == torch.float32 else ("1e-4 holds in float32", None)
 
 
 def _turns(pages: Pages, stock: bool, repeats: int, rows: list[Row], figures: list[Figure]) -> None:
@@ -174,7 +173,7 @@ def _turns(pages: Pages, stock: bool, repeats: int, rows: list[Row], figures: li
         figures.append(Figure("largest difference of a score from model.generate", apart, *_exact(pages.vlm, apart)))
 
 
-def _suite(vlm: VLM, pretrained: str, documents: int, repeats: int, rows: list[Row], figures: list[Figure]) -> list[str]:
+def _suite(vlm: LocalModel, pretrained: str, documents: int, repeats: int, rows: list[Row], figures: list[Figure]) -> list[str]:
     """Documents per second on the nano suite at full resolution, beside lmms-eval's own model on the same weights."""
     room, answers = Path(str(files("awares_bench.tasks.nano") / "nano_chart.yaml")).parent, {}
     samples = _nano_samples(room, documents)

@@ -27,12 +27,10 @@ from transformers import TrainerCallback
 
 from awares_bench.awares import CALL_BUDGET
 from awares_bench.evaluation.records import provenance
-from awares_bench.inference.session import Session
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.models.packaged import resolve
 from awares_bench.training import grpo
 from awares_bench.training.curation.pipeline import nano_rows
-from awares_bench.training.packing import View
 from awares_bench.training.recipe import check
 
 from .engine_bench import Figure
@@ -138,7 +136,7 @@ def _job(trainer: grpo.GRPOTrainer, recipe: grpo.GRPO, folder: Path) -> dict:
     """What TRL's side is to do: rows as files, the protocol as text and boxes, the settings of the recipe."""
     rows = []
     for i, prompt in enumerate(trainer.train_dataset):
-        (turn, image) = next(trainer.policy.look(prompt.sample)), prompt.sample.images[0]
+        (turn, image) = next(trainer.policy.turns(prompt.sample)), prompt.sample.images[0]
         view, full = folder / f"{i}-view.png", folder / f"{i}-full.png"
         turn.images[0].save(view)
         image.save(full)
@@ -171,9 +169,9 @@ def _same_prompts(trainer: grpo.GRPOTrainer, theirs: list[list[int]]) -> None:
     """Raises TRLError when TRL's first turns are not ours to the token."""
     ours = set()
     for prompt in trainer.train_dataset:
-        turn = next(trainer.policy.look(prompt.sample))
-        grids = [View.of(trainer.vlm, image).grid for image in turn.images]
-        ours.add(tuple(trainer.vlm.chunk(Session(), turn, grids)))
+        turn = next(trainer.policy.turns(prompt.sample))
+        images = [trainer.vlm.image_input(image) for image in turn.images]
+        ours.add(tuple(trainer.vlm.host.render([turn], [], images)))
     if ours != set(map(tuple, theirs)):
         raise TRLError("TRL's prompts are not ours to the token, so the comparison would be of different work")
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from awares_bench.inference.layerwise_batch import StagedBatch
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.layerwise_batch import LayerwiseBatch
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.memory import peak, process_status, start_peak
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench.methods.pruner import Pruner, VisualTokens
 from awares_bench.models.attention_scores import AttentionRows
-from awares_bench.models.prompt_chunk import Chunk
+from awares_bench.models.prompt_chunk import PromptChunk
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Meter:
     cut: seconds of the cuts among them; within: of the scoring within those.
     """
 
-    vlm: VLM
+    vlm: LocalModel
     memory: bool = False
     seconds: list[float] = field(default_factory=list)
     peak: int | None = 0
@@ -59,7 +59,7 @@ class Meter:
         return sum(self.seconds) - self.cut + self.within
 
 
-def clock(vlm: VLM) -> Callable[[], float]:
+def clock(vlm: LocalModel) -> Callable[[], float]:
     """Gives seconds: of the wall on a GPU, once it has done what it was given; on a CPU of this process, all its threads, so that
     other programs do not count. Chosen before it is read, since a small decision takes no longer than choosing."""
     if vlm.device.type != "cuda":
@@ -72,7 +72,7 @@ def clock(vlm: VLM) -> Callable[[], float]:
     return read
 
 
-def timed(vlm: VLM, call: Callable, *args) -> tuple[float, object]:
+def timed(vlm: LocalModel, call: Callable, *args) -> tuple[float, object]:
     """-> seconds of a call, and what it returned."""
     now = clock(vlm)
     start = now()
@@ -80,7 +80,7 @@ def timed(vlm: VLM, call: Callable, *args) -> tuple[float, object]:
     return now() - start, out
 
 
-def reset_peak(vlm: VLM) -> int | None:
+def reset_peak(vlm: LocalModel) -> int | None:
     """Start a new peak -> bytes in use; on a CPU of the process, where Linux can say."""
     if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # memory that was freed and not returned would hide what is asked for next
@@ -89,31 +89,31 @@ def reset_peak(vlm: VLM) -> int | None:
     return torch.cuda.memory_allocated(vlm.device) if vlm.device.type == "cuda" else process_status("VmRSS")
 
 
-class MeteredBatch(StagedBatch):
+class MeteredBatch(LayerwiseBatch):
     """A prefill whose raters, their queries and cuts are metered."""
 
     def __init__(self, meter: Meter, *args):
         self.meter = meter
         super().__init__(*args)
 
-    def _choose_raters(self) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
-        return self.meter(super()._choose_raters)
+    def choose_raters(self, *args) -> Tensor:
+        return self.meter(super().choose_raters, *args)
 
-    def _ask(self, *args) -> None:
-        self.meter(super()._ask, *args)
+    def observe(self, *args) -> None:
+        self.meter(super().observe, *args)
 
-    def _cut(self, *args) -> Chunk:
-        return self.meter.cutting(super()._cut, *args)
+    def cut(self, *args) -> PromptChunk:
+        return self.meter.cutting(super().cut, *args)
 
-    def _rows(self, *args) -> AttentionRows:
-        return self.meter.scoring(super()._rows, *args)
+    def attention_rows(self, *args) -> AttentionRows:
+        return self.meter.scoring(super().attention_rows, *args)
 
 
 def metered(pruner: Pruner, meter: Meter) -> Pruner:
     """The same pruner, whose ``reduce`` is metered."""
     kind = type(pruner)
 
-    def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
+    def reduce(self, image: VisualTokens, n: int) -> tuple[Tensor, Tensor]:
         return meter.scoring(kind.reduce, self, image, n)
 
     return type(kind.__name__, (kind,), {"reduce": reduce, "__module__": kind.__module__})(**vars(pruner))

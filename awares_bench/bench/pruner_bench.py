@@ -25,16 +25,17 @@ import torch
 from torch import Tensor
 
 from awares_bench.evaluation.records import provenance
-from awares_bench.inference.layerwise_batch import StagedBatch
-from awares_bench.inference.local_model import VLM, mrope_positions
+from awares_bench.inference.local_model import LocalModel
+from awares_bench.inference.padded_batch import PaddedBatch
 from awares_bench.inference.session import Session
-from awares_bench.methods.pruner import Pruner, Visual
-from awares_bench.models.attention_scores import Probe, probed
-from awares_bench.models.cpu_kernels import fast_products
+from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.models.base import HostModel, ImageInput
+from awares_bench.models.cpu_kernels import onednn_linears
+from awares_bench.models.families import host_of
 from awares_bench.models.geometry import geometry, random_model
 from awares_bench.models.packaged import NANO
-from awares_bench.models.prompt_chunk import look
-from awares_bench.models.qwen2_5_vl_vision import windowed_attention
+from awares_bench.models.qwen2_5_vl import runs_of
+from awares_bench.models.qwen2_5_vl_vision import probed, windowed_attention
 
 from .meter import Meter, MeteredBatch, clock, metered
 
@@ -94,25 +95,24 @@ def run(
     chosen = [cls(retention) for cls in pruners()]
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     kind = getattr(torch, ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype)
-    vlm, whole = VLM(*random_model(small(size), kind, device)), geometry(size)
+    vlm, whole = LocalModel(host_of(*random_model(small(size), kind, device), geometry(size)))
     side = max(1, math.isqrt(tokens))
     grid = (1, 2 * side, 2 * max(1, round(tokens / side)))
     visual = grid[1] * grid[2] // 4
     generator = torch.Generator().manual_seed(0)
-    patches = [torch.randn(grid[1] * grid[2], 1176, generator=generator) for _ in range(batch)]
-    marks = vlm.model.config.vision_start_token_id, vlm.model.config.vision_end_token_id
-    ids = [20] * 16 + [marks[0]] + [vlm.image_token] * visual + [marks[1]] + [*range(20, 20 + TEXT)]
-    placed = mrope_positions(ids, [grid], vlm.image_token)
+    pictures = [_picture(torch.randn(grid[1] * grid[2], 1176, generator=generator), grid) for _ in range(batch)]
+    marks = vlm.host.model.config.vision_start_token_id, vlm.host.model.config.vision_end_token_id
+    ids = [20] * 16 + [marks[0]] + [vlm.host.image_token] * visual + [marks[1]] + [*range(20, 20 + TEXT)]
 
     layers, costs = _Layers(vlm), [Cost(type(p).__module__.rsplit(".", 1)[-1]) for p in chosen]
-    with fast_products(vlm.decoder):  # as where it answers
+    with onednn_linears(vlm.host.decoder):  # as where it answers
         for round_ in range(repeats + 1):  # the first warms up, and looks at memory instead of the clock; the others alternate
-            chunks = [vlm.embed(ids, placed, [image]) for image in vlm.see(patches, [grid] * batch)]
-            StagedBatch(vlm, [Session() for _ in chunks], chunks, chosen[0], {}).prefill()
+            chunks = [vlm.host.chunk(ids, pictures[:1], [image], 0) for image in vlm.see(pictures)]
+            PaddedBatch(vlm.host, [Session() for _ in chunks], chunks).prefill()
             layers.close_round(whole)
             for pruner, cost in zip(chosen, costs, strict=True):
                 meter = Meter(vlm, memory=round_ == 0)
-                cost.visual = _decide(meter, pruner, whole, patches, grid, ids, placed)
+                cost.visual = _decide(meter, pruner, whole, pictures, ids)
                 if meter.memory:
                     cost.extra_bytes = meter.peak
                 else:
@@ -148,12 +148,12 @@ def run(
 class _Layers:
     """Seconds of the vision blocks and decoder layers that ran in a round, by hooks, and of a whole model made of them."""
 
-    def __init__(self, vlm: VLM):
+    def __init__(self, vlm: LocalModel):
         self.now, self.hooks, self.rounds = clock(vlm), [], []
         self.forget()
-        tower = vlm.model.model.visual
+        tower = vlm.host.tower
         named = [("patch", tower.patch_embed), ("window", tower.blocks[0]), ("full", tower.blocks[1]), ("merger", tower.merger)]
-        for name, module in [*named, *(("decoder", layer) for layer in vlm.decoder.layers)]:
+        for name, module in [*named, *(("decoder", layer) for layer in vlm.host.decoder.layers)]:
             self.hooks += [module.register_forward_pre_hook(self._start), module.register_forward_hook(self._stop(name))]
 
     def _start(self, *_) -> None:
@@ -181,30 +181,36 @@ class _Layers:
             hook.remove()
 
 
-def _decide(meter: Meter, pruner: Pruner, whole, patches: list[Tensor], grid: tuple, ids: list[int], placed: tuple) -> int:
+def _picture(patches: Tensor, grid: tuple[int, int, int]) -> ImageInput:
+    """Patches of noise as the processor would give them."""
+    return ImageInput({"pixel_values": patches, "image_grid_thw": torch.tensor([grid])}, ((grid[1] // 2, grid[2] // 2),), "")
+
+
+def _decide(meter: Meter, pruner: Pruner, whole, pictures: list[ImageInput], ids: list[int]) -> int:
     """Meter what ``pruner`` adds: the probe and the cut before the decoder, or raters, attention rows and cuts inside it."""
-    vlm, stages, pruner = meter.vlm, pruner.stages(whole.text_config.num_hidden_layers), metered(pruner, meter)
-    chunks = [vlm.embed(ids, placed, [image]) for image in _see(vlm, pruner, patches, grid, meter)]
+    vlm, stages, pruner = meter.vlm, pruner.cut_layers(whole.text_config.num_hidden_layers), metered(pruner, meter)
+    chunks = [vlm.host.chunk(ids, pictures[:1], [image], 0) for image in _see(vlm.host, pruner, pictures, meter)]
     if not stages:
         return [meter.cutting(chunk.cut, pruner, pruner.retention) for chunk in chunks][-1].visual
-    batch = MeteredBatch(meter, vlm, [Session() for _ in chunks], chunks, pruner, dict(enumerate(stages.values())))
+    batch = MeteredBatch(meter, vlm.host, [Session() for _ in chunks], chunks, pruner, dict(enumerate(stages.values())))
     batch.prefill()
     return batch.chunks[-1].visual
 
 
-def _see(vlm: VLM, pruner: Pruner, patches: list[Tensor], grid: tuple, meter: Meter) -> list[Visual]:
-    """As ``VLM.see``, with the probe metered."""
-    wanted = "attention" in pruner.needs, "metric" in pruner.needs
-    with probed(vlm.model, -1, *wanted) as probe:
-        module = vlm.model.model.visual.blocks[-1].attn
-        if any(wanted):
+def _see(host: HostModel, pruner: Pruner, pictures: list[ImageInput], meter: Meter) -> list[VisualTokens]:
+    """As the host encodes, with what the pruner asks of the tower metered."""
+    attention, keys = "attention" in pruner.needs, "vision_keys" in pruner.needs
+    with windowed_attention(host.tower), probed(host.tower, -1, attention, keys) as probe:
+        module = host.tower.blocks[-1].attn
+        if attention or keys:
             module.probe = lambda *args: meter(probe, *args)
-        with windowed_attention(vlm.model):
-            grid_thw = torch.tensor([grid] * len(patches), device=vlm.device)
-            out = vlm.model.model.visual(torch.cat(patches).to(vlm.device, vlm.model.dtype), grid_thw=grid_thw).pooler_output
-    some: Probe | None = probe if any(wanted) else None
-    grids, seeds = [(grid[1] // 2, grid[2] // 2)] * len(patches), patches if "seed" in pruner.needs else None
-    return meter(look, out, grids, some, seeds, 4) if some or seeds else look(out, grids, None, None, 4)
+        patches = torch.cat([p.inputs["pixel_values"] for p in pictures]).to(host.device, host.dtype)
+        features = host.tower(
+            patches, grid_thw=torch.cat([p.inputs["image_grid_thw"] for p in pictures]).to(host.device)
+        ).pooler_output
+    if not (attention or keys or "seed" in pruner.needs):
+        return runs_of(features, pictures, None, (), host.window)
+    return meter(runs_of, features, pictures, probe if attention or keys else None, pruner.needs, host.window)
 
 
 def _print(result: dict) -> None:

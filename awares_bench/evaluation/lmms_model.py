@@ -40,13 +40,14 @@ from awares_bench.inference.generation import Settings, settings
 from awares_bench.inference.image_features import FeatureStore
 from awares_bench.inference.loading import auxiliary_checkpoints, load_vlm
 from awares_bench.inference.loading import whole as _whole
-from awares_bench.inference.local_model import MAX_PIXELS, MIN_PIXELS, VLM, check_text
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods import registry
 from awares_bench.methods.conversation import Failure, Sample
 from awares_bench.methods.crop_grid import Box
 from awares_bench.methods.images import whole_images
 from awares_bench.methods.policy import Policy
 from awares_bench.methods.pruner import Pruner
+from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, check_text
 from awares_bench.models.packaged import NANO, resolve
 
 from . import content, summary
@@ -153,10 +154,10 @@ class MethodModel(lmms):
             "auxiliary": {role: found for role, (_, found) in loaded.items()},
             "engine": chosen["engine"],
             "served": chosen["model"],
-            "dtype": None if served else str(self.vlm.model.dtype).removeprefix("torch."),
+            "dtype": None if served else str(self.vlm.host.model.dtype).removeprefix("torch."),
             "attn_implementation": chosen["attn_implementation"],
-            "min_pixels": self.vlm.limits["shortest_edge"],
-            "max_pixels": self.vlm.limits["longest_edge"],
+            "min_pixels": self.vlm.host.limits["shortest_edge"],
+            "max_pixels": self.vlm.host.limits["longest_edge"],
             "constrained": None if served else self.vlm.constrained,
             "repetition_penalty": self.vlm.repetition_penalty,
             "seed": seed,
@@ -187,7 +188,7 @@ class MethodModel(lmms):
         served = (chosen["base_url"], str(chosen["model"]), str(chosen["pretrained"]), self.batch_size, *limits)
         return Endpoint(*served, repetition_penalty=chosen["repetition_penalty"]), None
 
-    def _load(self, pretrained: object, chosen: dict, penalty: float | None = None) -> tuple[VLM, str | None]:
+    def _load(self, pretrained: object, chosen: dict, penalty: float | None = None) -> tuple[LocalModel, str | None]:
         """A checkpoint under the chosen limits, dtype and device -> the model, and a fingerprint of its folder.
 
         penalty: repetition penalty in place of the checkpoint's own.
@@ -199,7 +200,7 @@ class MethodModel(lmms):
         if self._store and vlm.features is None:
             vlm.features = FeatureStore(self._store)
         # a name of the hub: the commit that its files are of, where it is known
-        return vlm, fingerprint(Path(folder)) if Path(folder).is_dir() else getattr(vlm.model.config, "_commit_hash", None)
+        return vlm, fingerprint(Path(folder)) if Path(folder).is_dir() else getattr(vlm.host.model.config, "_commit_hash", None)
 
     @property
     def device(self) -> torch.device:
@@ -251,7 +252,7 @@ class MethodModel(lmms):
         order, failed = list(todo), {}
         more = {"pruner": self.pruner, "models": self.models, "max_batch_tokens": self.max_batch_tokens}
         engine = Engine(self.vlm, self.policy, self.batch_size, **more)
-        local = [vlm for vlm in (self.vlm, *self.models.values()) if isinstance(vlm, VLM)]
+        local = [vlm for vlm in (self.vlm, *self.models.values()) if isinstance(vlm, LocalModel)]
         for vlm in local if todo else []:
             vlm.warm_up()
         with tqdm(total=len(order), desc=self.label, disable=self._rank != 0) as bar:
@@ -535,7 +536,7 @@ def _result(record: Record) -> GenerationResult:
     return GenerationResult(text=record.answer, token_counts=counts)
 
 
-def stock_answers(pretrained: str, vlm: VLM, batch_size: int):
+def stock_answers(pretrained: str, vlm: LocalModel, batch_size: int):
     """lmms-eval's own ``qwen2_5_vl`` on the same weights, limits and dtype -> (pictures and questions, tokens) -> answers.
 
     For comparison (``awares-bench bench engine``). Raises ImportError when a package it needs is not installed.
@@ -544,10 +545,10 @@ def stock_answers(pretrained: str, vlm: VLM, batch_size: int):
 
     if not _has_qwen_vl:
         raise ImportError("No module named 'qwen_vl_utils'")
-    limits = {"min_pixels": vlm.limits["shortest_edge"], "max_pixels": vlm.limits["longest_edge"]}
+    limits = {"min_pixels": vlm.host.limits["shortest_edge"], "max_pixels": vlm.host.limits["longest_edge"]}
     device = {"device": str(vlm.device), "device_map": str(vlm.device)}
     model = Qwen2_5_VL(resolve(pretrained), batch_size=batch_size, attn_implementation="sdpa", **device, **limits)
-    model._model = model._model.to(vlm.model.dtype)
+    model._model = model._model.to(vlm.host.model.dtype)
 
     def answers(documents: list[tuple], max_new_tokens: int) -> list[str]:
         model.task_dict = {"bench": {"test": documents}}

@@ -1,7 +1,7 @@
 """Steps many policies at once: collects the turns they wait for, answers them in one batch, hands the replies back.
 
 Batching, order, errors and counting live here; a policy sees one sample and its replies. Anything with ``reply``,
-``visual_tokens`` and ``text`` can answer: the ``VLM``, or ``Scripted`` in tests.
+``visual_tokens`` and ``text`` can answer: the ``LocalModel``, or ``Scripted`` in tests.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, Failure, Reply, Sample, Trajectory, Turn
 from awares_bench.methods.crop_grid import CropRequestError
 from awares_bench.methods.images import as_rgb, half_size
-from awares_bench.methods.policy import Look, Policy
+from awares_bench.methods.policy import Policy, TurnGenerator
 from awares_bench.methods.pruner import Pruner
 from awares_bench.methods.usage import Usage
 
-from .scheduler import Budget, choose
+from .scheduler import BatchLimits, next_batch
 from .session import Prepared, Request, Session
 
-AHEAD = 4
+LOOKAHEAD_BATCHES = 4
 """Batches of conversations that are started at a time: their pictures are in memory, and batches are chosen among them."""
 
 LOW_RATIO = 0.35
@@ -43,31 +43,38 @@ class Job:
 
 
 @dataclass(eq=False)
-class _Run:
+class Exchange:
     index: int
     job: Job
-    look: Look
+    generator: TurnGenerator
     turn: Turn
     session: Session = field(default_factory=Session)
-    others: dict[str, Session] = field(default_factory=dict)  # conversations with auxiliary models, by name
+    auxiliary_sessions: dict[str, Session] = field(default_factory=dict)  # conversations with auxiliary models, by name
     turns: list[Turn] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     full_tokens: int = 0
     cost: int = 0  # tokens of the turn it waits for, its cache and its reply, about
-    asked: Request | None = None
-    ahead: Future | None = None
+    request: Request | None = None
+    prepared: Future | None = None
 
-    def request(self) -> Request:
+    def make_request(self) -> Request:
         """What answers the turn it waits for: a turn to another model, and every probe, is in a conversation of its own."""
         turn, session = self.turn, self.session
-        if turn.model or turn.probe is not None:
-            session = self.others.setdefault(turn.model, Session())
-            if turn.last:
-                del self.others[turn.model]
+        if turn.model or turn.hidden_state_depth is not None:
+            session = self.auxiliary_sessions.setdefault(turn.model, Session())
+            if turn.is_final:
+                del self.auxiliary_sessions[turn.model]
         until = self.job.until if turn.until is None else turn.until
         penalty = None if turn.model else self.job.repetition_penalty
-        return Request(session, turn, max(self.job.max_new_tokens, turn.budget or 0), until, penalty=penalty)
+        return Request(
+            session,
+            turn,
+            max(self.job.max_new_tokens, turn.min_reply_tokens or 0),
+            until,
+            penalty=penalty,
+            conversation=self.index,
+        )
 
 
 class Engine:
@@ -91,10 +98,10 @@ class Engine:
     ):
         self.vlm, self.policy, self.batch_size = vlm, policy, batch_size
         self.pruner, self.models = pruner, models or {}
-        if pruner is not None and hasattr(vlm, "stages"):
-            vlm.stages(pruner)  # refuses now what would fail at every document
-        self.budget = Budget(batch_size, max_batch_tokens)
-        self.window = 1 if batch_size == 1 else AHEAD * batch_size
+        if pruner is not None and hasattr(vlm, "cut_layers"):
+            vlm.cut_layers(pruner)  # refuses now what would fail at every document
+        self.limits = BatchLimits(batch_size, max_batch_tokens)
+        self.window = 1 if batch_size == 1 else LOOKAHEAD_BATCHES * batch_size
         if workers is None:  # beside a model on the CPU they would take its cores: a nano suite took 1.4 times as long
             workers = 0 if getattr(getattr(vlm, "device", None), "type", "") == "cpu" else (os.cpu_count() or 2) // 2
         self.workers = 0 if batch_size == 1 else workers
@@ -105,7 +112,7 @@ class Engine:
         Whatever a document's pictures, its question or the policy raise is the Failure of that document, and the others go on;
         only a RunError ends the run.
 
-        Jobs are taken lazily, ``AHEAD`` batches of them, so that a benchmark's pictures are never all in memory and similar
+        Jobs are taken lazily, ``LOOKAHEAD_BATCHES`` batches of them, so that a benchmark's pictures are never all in memory and similar
         lengths find each other. While the model answers one batch, worker threads prepare the next. With one row a batch
         nothing overlaps and nothing is reordered: seconds are then latencies.
         """
@@ -130,66 +137,67 @@ class Engine:
                     else:
                         yield run.index, outcome
 
-    def _fill(self, waiting: list[_Run], todo: Iterator) -> Iterator[tuple[int, Trajectory | Failure]]:
+    def _fill(self, waiting: list[Exchange], todo: Iterator) -> Iterator[tuple[int, Trajectory | Failure]]:
         """Start jobs until enough wait; yield those that end at once."""
         while len(waiting) < self.window and (self.window > 1 or not waiting):
             index, job = next(todo, (0, None))
             if job is None:
                 return
             started = job if isinstance(job, Failure) else self._start(index, job)
-            if isinstance(started, _Run):
+            if isinstance(started, Exchange):
                 waiting.append(started)
             else:
                 yield index, started
 
-    def _next(self, waiting: list[_Run], threads: ThreadPoolExecutor | None) -> list[_Run]:
+    def _next(self, waiting: list[Exchange], threads: ThreadPoolExecutor | None) -> list[Exchange]:
         """Take the next batch out of those that wait, its requests made and being prepared."""
-        kinds = [(run.turn.model, run.turn.probe is not None) for run in waiting]
+        kinds = [(run.turn.model, run.turn.hidden_state_depth is not None) for run in waiting]
         batch = [
-            waiting[i] for i in choose(kinds, [r.cost for r in waiting], [bool(r.session.turns) for r in waiting], self.budget)
+            waiting[i]
+            for i in next_batch(kinds, [r.cost for r in waiting], [bool(r.session.turns) for r in waiting], self.limits)
         ]
         for run in batch:
             waiting.remove(run)
-            run.asked = run.request()
-            if threads and run.turn.probe is None:
-                run.ahead = threads.submit(self.models.get(run.turn.model, self.vlm).prepare, run.asked)
+            run.request = run.make_request()
+            if threads and run.turn.hidden_state_depth is None:
+                run.prepared = threads.submit(self.models.get(run.turn.model, self.vlm).prepare, run.request)
         return batch
 
-    def _answer(self, batch: list[_Run]) -> list[tuple[_Run, Reply | Failure]]:
+    def _answer(self, batch: list[Exchange]) -> list[tuple[Exchange, Reply | Failure]]:
         """The reply to each turn of a batch of one kind. A batch that fails, out of memory or otherwise, goes on in halves."""
-        name, probing = batch[0].turn.model, batch[0].turn.probe is not None
+        name, probing = batch[0].turn.model, batch[0].turn.hidden_state_depth is not None
         vlm, lost = self.models.get(name, self.vlm), []
         for run in batch:
-            if run.ahead is not None:
+            if run.prepared is not None:
                 try:
-                    run.asked, run.ahead = replace(run.asked, prepared=run.ahead.result()), None
+                    run.request, run.prepared = replace(run.request, prepared=run.prepared.result()), None
                 except Exception as error:
                     lost.append((run, _failure(error)))
-        batch = [run for run in batch if run.ahead is None]
+        batch = [run for run in batch if run.prepared is None]
         if not batch:
             return lost
-        requests, costs = [run.asked for run in batch], [run.cost for run in batch]
-        before = [request.session.state() for request in requests]
+        requests, costs = [run.request for run in batch], [run.cost for run in batch]
+        before = [request.session.snapshot() for request in requests]
         try:
-            replies = vlm.probe(requests) if probing else vlm.reply(requests, None if name else self.pruner)
+            replies = vlm.hidden_states(requests) if probing else vlm.reply(requests, None if name else self.pruner)
         except Exception as error:
             short, failure = isinstance(error, MemoryError), _failure(error)
             if short:
                 failure = Failure(f"out of memory with this document alone, about {costs[0]} tokens ({error}); lower max_pixels")
         else:
             for run, request, reply in zip(batch, requests, replies, strict=True):
-                if request.session is not run.session and request.turn.last:
+                if request.session is not run.session and request.turn.is_final:
                     run.events += request.session.events
                 if name in self.models and not isinstance(reply, Failure):
                     reply = replace(reply, usage=reply.usage.as_auxiliary())
                 lost.append((run, reply))
             return lost
-        for request, fields in zip(requests, before, strict=True):
-            vars(request.session).update(fields)
+        for request, snapshot in zip(requests, before, strict=True):
+            request.session.restore(snapshot)
         if len(batch) == 1:
             return [*lost, (batch[0], failure)]
         if short:
-            self.budget.halve(costs)
+            self.limits.halve(costs)
         for run in batch:
             if short:
                 detail = f"{len(batch)} rows of up to {max(costs)} tokens did not fit; went on with half"
@@ -199,7 +207,7 @@ class Engine:
         middle = len(batch) // 2
         return [*lost, *self._answer(batch[:middle]), *self._answer(batch[middle:])]
 
-    def _start(self, index: int, job: Job) -> _Run | Trajectory | Failure:
+    def _start(self, index: int, job: Job) -> Exchange | Trajectory | Failure:
         try:
             self.vlm.check(job.sample.question)
             converted = [as_rgb(image) for image in job.sample.images]
@@ -209,21 +217,21 @@ class Engine:
                     return Failure("the document holds neither a question nor an image; exclude it")
                 events.append(Event("no_question", "the question is empty: answered from the image alone"))
             job = replace(job, sample=replace(job.sample, images=tuple(image for image, _ in converted)))
-            run = _Run(index, job, self.policy.look(job.sample), Turn(), events=events)
+            run = Exchange(index, job, self.policy.turns(job.sample), Turn(), events=events)
             run.full_tokens = sum(self.vlm.visual_tokens(image) for image in job.sample.images)
         except Exception as error:
             return _failure(error)
         outcome = self._advance(run, None)
         return run if outcome is None else outcome
 
-    def _advance(self, run: _Run, reply: Reply | None) -> Trajectory | Failure | None:
+    def _advance(self, run: Exchange, reply: Reply | None) -> Trajectory | Failure | None:
         """Send a reply to the policy; None when it asks for another turn."""
         try:
             try:
-                step = run.look.send(reply)
+                step = run.generator.send(reply)
                 while isinstance(step, Event):
                     run.events.append(step)
-                    step = run.look.send(None)
+                    step = run.generator.send(None)
             except StopIteration as stop:
                 if not isinstance(stop.value, Reply):
                     return Failure(f"{type(self.policy).__name__} ended with {stop.value!r}, which is not a Reply")
@@ -231,22 +239,22 @@ class Engine:
             if not isinstance(step, Turn):
                 return Failure(f"{type(self.policy).__name__} yielded {step!r}, which is neither a Turn nor an Event")
             run.turn = step
-            text = len(step.text) + len(step.system or "") + sum(map(len, step.before))
+            text = len(step.text) + len(step.system or "") + sum(map(len, step.image_prefixes))
             visual = sum(self.vlm.visual_tokens(image) for image in step.images)
-            run.cost = run.session.length + visual + text // 4 + max(run.job.max_new_tokens, step.budget or 0)
+            run.cost = run.session.length + visual + text // 4 + max(run.job.max_new_tokens, step.min_reply_tokens or 0)
             return None
         except CropRequestError as error:
             return Failure(f"malformed crop request and on_malformed='error': {error}")
         except Exception as error:  # the policy is anyone's code
             return _failure(error)
 
-    def _finish(self, run: _Run, answer: Reply) -> Trajectory:
+    def _finish(self, run: Exchange, answer: Reply) -> Trajectory:
         events = run.events + run.session.events
         text, cap = answer.text, run.job.max_new_tokens
         if answer.tokens and answer.usage.output > cap:  # a server's own count; its text may be other tokens when read again
             text = self.vlm.text(answer.tokens[:cap], run.job.until)
             events.append(Event("answer_cut", f"the answer had {answer.usage.output} tokens, the task allows {cap}"))
-        first = next(i for i, turn in enumerate(run.turns) if not turn.model and turn.probe is None)
+        first = next(i for i, turn in enumerate(run.turns) if not turn.model and turn.hidden_state_depth is None)
         images, share = run.turns[first].images, run.replies[first].usage.encoded / max(run.full_tokens, 1)
         halved = [half_size(*image.size) for image in run.job.sample.images]
         if images and [image.size for image in images] == halved and share > LOW_RATIO:
@@ -291,24 +299,24 @@ class Scripted:
         return "".join(tokens)
 
     def prepare(self, request: Request) -> Prepared:
-        return Prepared([], [], [])
+        return Prepared([])
 
     def reply(self, requests: list[Request], pruner: Pruner | None = None) -> list[Reply]:
         out = []
         for r in requests:
             visual = sum(self.visual_tokens(i) for i in r.turn.images)
-            text = r.turn.said
+            text = r.turn.forced_reply
             if text is None:
-                asked = [*(t for t in r.session.turns if t.said is None), r.turn]
+                asked = [*(t for t in r.session.turns if t.forced_reply is None), r.turn]
                 text = self.script[(r.session.turns or asked)[0].text][len(asked) - 1]
-            tokens = tuple(text) if r.turn.said is None else ()
+            tokens = tuple(text) if r.turn.forced_reply is None else ()
             r.session.turns.append(r.turn)
             out.append(Reply(text, tokens, Usage(encoded=visual, prefill=float(visual), output=len(tokens))))
         return out
 
-    def probe(self, requests: list[Request]) -> list[Reply]:
+    def hidden_states(self, requests: list[Request]) -> list[Reply]:
         visual = [sum(self.visual_tokens(i) for i in r.turn.images) for r in requests]
         return [
-            Reply("", usage=Usage(encoded=v, prefill=v * r.turn.probe), hidden=self.hidden)
+            Reply("", usage=Usage(encoded=v, prefill=v * r.turn.hidden_state_depth), hidden=self.hidden)
             for v, r in zip(visual, requests, strict=True)
         ]

@@ -1,42 +1,46 @@
-"""Vision features of pictures that were encoded before: several methods on the same documents share them when asked."""
+"""Vision features of pictures that were encoded before: several methods on the same documents share them, and rollouts share them with scoring."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 
-from torch import Tensor
+from awares_bench.methods.pruner import VisualTokens
 
 
 class FeatureStore:
-    """Merged features by the patches they came from, the least recently used dropped beyond ``capacity`` bytes."""
+    """Visual tokens by the key of their picture (``HostModel.image_key``), the least recently used dropped beyond ``capacity`` bytes."""
 
     def __init__(self, capacity: int):
         if capacity < 1:
             raise ValueError(f"capacity is {capacity} bytes; it must be at least 1")
         self.capacity, self.used = capacity, 0
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._kept: OrderedDict[str, list[VisualTokens]] = OrderedDict()
 
-    @staticmethod
-    def key(patches: Tensor, grid: tuple[int, int, int]) -> bytes:
-        """Of one image: equal for equal pixels in an equal grid."""
-        return hashlib.blake2b(patches.contiguous().numpy().tobytes() + repr(grid).encode(), digest_size=16).digest()
-
-    def __contains__(self, key: bytes) -> bool:
+    def __contains__(self, key: str) -> bool:
         return key in self._kept
 
-    def get(self, key: bytes) -> Tensor | None:
-        found = self._kept.get(key)
-        if found is not None:
+    def get(self, key: str) -> list[VisualTokens] | None:
+        """The runs of a picture, or None."""
+        if key in self._kept:
             self._kept.move_to_end(key)
-        return found
+        return self._kept.get(key)
 
-    def put(self, key: bytes, features: Tensor) -> None:
+    def put(self, key: str, runs: list[VisualTokens]) -> None:
+        """Keep the features of a picture's runs, and nothing that a pruner asked for beside them."""
         if key in self._kept:
             return
-        features = features.clone()  # not a view that keeps a whole batch alive
-        self._kept[key] = features
-        self.used += features.nbytes
+        # clones: not views that keep a whole batch alive
+        self._kept[key] = [VisualTokens(run.features.clone(), run.grid, run.places) for run in runs]
+        self.used += _bytes(runs)
         while self.used > self.capacity:
-            _, dropped = self._kept.popitem(last=False)
-            self.used -= dropped.nbytes
+            self.used -= _bytes(self._kept.popitem(last=False)[1])
+
+    def clear(self) -> None:
+        """Drop everything. Features differ in the last bit with the pictures encoded beside them: a training step that began with what
+        another left could not be repeated by a run that resumes there."""
+        self._kept.clear()
+        self.used = 0
+
+
+def _bytes(runs: list[VisualTokens]) -> int:
+    return sum(run.features.nbytes for run in runs)

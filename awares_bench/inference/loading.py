@@ -5,10 +5,12 @@ from __future__ import annotations
 from awares_bench.methods.policy import UNDER_TEST, Policy
 from awares_bench.models.packaged import resolve
 
-from .local_model import VLM
+from .local_model import LocalModel
 
 
-def load_vlm(pretrained: object, options: dict, loaded: dict[tuple, VLM], penalty: float | None = None) -> tuple[VLM, str]:
+def load_vlm(
+    pretrained: object, options: dict, loaded: dict[tuple, LocalModel], penalty: float | None = None
+) -> tuple[LocalModel, str]:
     """A checkpoint -> (the model, its folder or hub name). One that ``loaded`` holds under the same options is not loaded again.
 
     options: dtype, device, attn_implementation, min_pixels, max_pixels, constrained. penalty: repetition penalty in place of
@@ -19,7 +21,7 @@ def load_vlm(pretrained: object, options: dict, loaded: dict[tuple, VLM], penalt
     device, constrained = str(options["device"] or "auto"), flag("constrained", options["constrained"])
     key = (folder, str(options["dtype"]), device, options["attn_implementation"], *limits, constrained, penalty)
     if key not in loaded:
-        loaded[key] = VLM.load(*key)
+        loaded[key] = LocalModel.load(*key)
     return loaded[key], folder
 
 

@@ -18,14 +18,14 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from awares_bench.errors import RunError
-from awares_bench.methods.conversation import Event, Failure, Reply, Turn, messages
+from awares_bench.methods.conversation import Event, Failure, Reply, Turn, chat_messages
 from awares_bench.methods.images import within_aspect
 from awares_bench.methods.usage import Usage
-from awares_bench.models.checkpoint import open_processor
+from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, check_text
+from awares_bench.models.checkpoint import family_of, open_processor
 from awares_bench.models.packaged import resolve
 
 from .decoding import own_penalty, penalty_of
-from .local_model import MARKS, MAX_PIXELS, MIN_PIXELS, check_text, count_visual_tokens
 from .session import Prepared, Request
 
 RETRIES = 12
@@ -33,7 +33,7 @@ RETRIES = 12
 
 
 class Endpoint:
-    """A served model. It answers what a ``VLM`` answers, except for pruners and probes.
+    """A served model. It answers what a ``LocalModel`` answers, except for pruners and probes.
 
     base_url: such as http://localhost:8000/v1. model: its name there. pretrained: whose processor counts tokens.
     concurrency: requests in flight. retries: after refused connections, time-outs, rate limits (waiting as long as the server
@@ -55,6 +55,7 @@ class Endpoint:
         repetition_penalty: float | None = None,
     ):
         self.processor = open_processor(resolve(pretrained))
+        self.family = family_of(resolve(pretrained))
         self.own_penalty = _own_penalty(resolve(pretrained))
         self.repetition_penalty = self.own_penalty if repetition_penalty is None else penalty_of(repetition_penalty)
         self._takes_penalty = True
@@ -66,11 +67,11 @@ class Endpoint:
 
     def visual_tokens(self, image) -> int:
         """Merged visual tokens of ``image`` under this processor's limits; the server's limits should be the same."""
-        return count_visual_tokens(self.processor, self.limits, image)
+        return self.family.count_tokens(self.processor, self.limits, image)
 
     def check(self, question: str) -> None:
         """Raise ValueError when a question holds the text of an image mark, or no text."""
-        check_text(question, (self.processor.image_token, *MARKS))
+        check_text(question, (self.processor.image_token, *self.family.image_marks))
 
     def text(self, tokens, until: tuple[str, ...] = ()) -> str:
         """Token ids -> text, cut before the first stop string."""
@@ -78,9 +79,9 @@ class Endpoint:
 
     def prepare(self, request: Request) -> Prepared:
         """Nothing: requests are made in the threads that send them."""
-        return Prepared([], [], [])
+        return Prepared([])
 
-    def probe(self, requests: list[Request]):
+    def hidden_states(self, requests: list[Request]):
         raise RunError("this policy reads the inside of a model; give it one of its own, or leave engine=openai out")
 
     def reply(self, requests: list[Request], pruner=None) -> list[Reply | Failure]:
@@ -109,12 +110,12 @@ class Endpoint:
         history = [*session.turns, turn]
         visual, before = self._visual([turn]), self._visual(session.turns)
         text, earlier = self._text(history, session.replies), self._text(session.turns, session.replies)
-        if turn.tight:
+        if turn.omit_newline:
             events.append(Event("template", "the line break before this message is the server's; the checkpoint had none"))
-        if turn.said is not None:
-            answer, output, complete, seconds = turn.said, 0, True, (0.0, 0.0)
+        if turn.forced_reply is not None:
+            answer, output, complete, seconds = turn.forced_reply, 0, True, (0.0, 0.0)
         else:
-            payload = _payload(messages(history, session.replies))
+            payload = _payload(chat_messages(history, session.replies))
             prepared = time.perf_counter()
             try:
                 made = self._create(payload, request, events)
@@ -144,13 +145,13 @@ class Endpoint:
         session.replies.append(answer)
         session.events += events
         usage = Usage(visual, float(visual), max(0, text - earlier), output, seconds[0], 0.0, 0.0, seconds[1])
-        tokens = () if turn.said is not None else tuple(self._ids(answer))
+        tokens = () if turn.forced_reply is not None else tuple(self._ids(answer))
         return Reply(answer, tokens, usage, complete)
 
     def _create(self, payload: list[dict], request: Request, events: list[Event]):
         """The completion of a conversation. Raises what the client raises."""
         penalty = self.repetition_penalty if request.penalty is None else request.penalty
-        asked = {"model": self.model, "messages": payload, "max_tokens": request.budget, "temperature": 0.0, "seed": 0}
+        asked = {"model": self.model, "messages": payload, "max_tokens": request.max_reply_tokens, "temperature": 0.0, "seed": 0}
         create, own = self.client.chat.completions.create, penalty == self.own_penalty
         if penalty == self.own_penalty == 1:
             return create(**asked)
@@ -176,7 +177,7 @@ class Endpoint:
     def _alive(self) -> bool:
         """Whether the server answers a small picture now."""
         try:
-            talk = _payload(messages([Turn((Image.new("RGB", (56, 56)),), "?")], []))
+            talk = _payload(chat_messages([Turn((Image.new("RGB", (56, 56)),), "?")], []))
             once = self.client.with_options(max_retries=0)
             once.chat.completions.create(model=self.model, messages=talk, max_tokens=1, temperature=0.0, seed=0)
         except (APIStatusError, APIConnectionError):
@@ -197,7 +198,7 @@ class Endpoint:
         if not turns:
             return 0
         asks = len(turns) > len(replies)
-        text = self.processor.apply_chat_template(messages(turns, replies), tokenize=False, add_generation_prompt=asks)
+        text = self.processor.apply_chat_template(chat_messages(turns, replies), tokenize=False, add_generation_prompt=asks)
         return len(self._ids(text)) - sum(len(turn.images) for turn in turns)
 
     def _ids(self, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""One reply being written: which token comes next, when it ends, and what is worth feeding ahead."""
+"""One reply being decoded: which token comes next, when it ends, and what is worth feeding ahead."""
 
 from __future__ import annotations
 
@@ -14,93 +14,110 @@ from .session import Request
 
 
 @dataclass
-class Writer:
-    """Greedy choice of the tokens of one reply, held to a grammar once it has begun as a call.
-
-    stop: token ids that end a reply. written: the end token is not part of it. ended: by itself, not by its budget.
-    passes: forward passes after the prefill that it took part in. scores: kept of every choice when ``trace`` is set.
-    fault: why the reply is no reply, such as scores that are not finite.
-    overruled: a phrase for each token that the grammar put in the place of the most probable one.
-    """
+class ReplyDecoder:
+    """The tokens of one reply as a ``TokenChooser`` chooses them, held to a grammar once it has begun as a call."""
 
     request: Request
     tokenizer: PreTrainedTokenizerBase
+
     stop: set[int]
+    """Token ids that end a reply."""
+
     grammar: CallGrammar | None = None
+
     trace: bool = False
-    written: list[int] = field(default_factory=list)
-    live: bool = True
+    """Keep the scores of every choice, for tests."""
+
+    tokens: list[int] = field(default_factory=list)
+    """The reply so far, without the token that ended it."""
+
+    values: list[float] = field(default_factory=list)
+    """What the chooser gave with each token and with the end: scores, or log-probabilities where tokens are sampled."""
+
+    end: int | None = None
+    """The token that ended it."""
+
+    active: bool = True
+
     ended: bool = False
-    passes: int = 0
+    """By itself, not by its budget."""
+
+    forward_passes: int = 0
+    """After the prefill, that it took part in."""
+
     fault: str = ""
+    """Why the reply is no reply, such as scores that are not finite."""
+
     scores: list[Tensor] = field(default_factory=list)
+
     overruled: list[str] = field(default_factory=list)
+    """A phrase for each token that the grammar put in the place of the chosen one."""
 
     def __post_init__(self):
-        if self.said:
-            self.written = list(self.tokenizer(self.request.turn.said, add_special_tokens=False)["input_ids"])
-            self.live, self.ended = False, True
+        if self.forced:
+            self.tokens = list(self.tokenizer(self.request.turn.forced_reply, add_special_tokens=False)["input_ids"])
+            self.active, self.ended = False, True
 
     @property
-    def said(self) -> bool:
+    def forced(self) -> bool:
         """The turn says the reply for the model: it stands as it is, and its tokens open the next chunk."""
-        return self.request.turn.said is not None
+        return self.request.turn.forced_reply is not None
 
     @property
     def events(self) -> list[Event]:
         """``call_overruled``, once, when the reply is not what the model alone would have written."""
-        return (
-            [Event("call_overruled", f"the grammar of calls held the model: {'; '.join(self.overruled)}")]
-            if self.overruled
-            else []
-        )
+        if not self.overruled:
+            return []
+        return [Event("call_overruled", f"the grammar of calls held the model: {'; '.join(self.overruled)}")]
 
-    def feed(self) -> list[int]:
+    def next_input(self) -> list[int]:
         """The last token, not yet in the cache, and a draft of what the grammar makes of it."""
-        room = self.request.budget - len(self.written) - 1  # the last token within the budget is never fed
-        draft = self.grammar.draft(self.written)[:room] if self.grammar else []
-        return [self.written[-1], *draft]
+        room = self.request.max_reply_tokens - len(self.tokens) - 1  # the last token within the budget is never fed
+        draft = self.grammar.draft(self.tokens)[:room] if self.grammar else []
+        return [self.tokens[-1], *draft]
 
-    def take(self, fed: list[int], best: list[int], scores: Tensor) -> int:
-        """Write on while the choices confirm what was fed ahead -> how many of ``fed`` stand.
+    def accept(self, inputs: list[int], chosen: list[int], values: list[float], scores: Tensor) -> int:
+        """Write the tokens chosen after ``inputs``, as long as they equal what was drafted -> how many inputs are accepted.
 
-        best, scores: the most probable token after each token of ``fed``, and the scores (n, vocabulary) behind it.
+        chosen, values: the token chosen after each input, and its value; scores (n, vocabulary): what they were chosen by.
         """
-        for j in range(len(fed)):
+        for j in range(len(inputs)):
             if self.trace:
                 self.scores.append(scores[j].clone())
-            self._write(self._choose(best[j], scores[j]))
-            if not self.live or j + 1 == len(fed) or self.written[-1] != fed[j + 1]:
+            self._write(self._overrule(chosen[j], scores[j]), values[j])
+            if not self.active or j + 1 == len(inputs) or self.tokens[-1] != inputs[j + 1]:
                 return j + 1
         raise ValueError("nothing was fed")
 
     def fail(self, fault: str) -> None:
         """End the reply, which is none."""
-        self.live, self.fault = False, fault
+        self.active, self.fault = False, fault
 
-    def _choose(self, best: int, scores: Tensor) -> int:
-        if self.request.forced is not None:
-            n = len(self.written)
-            return self.request.forced[n] if n < len(self.request.forced) else min(self.stop)
-        allowed = self.grammar.allowed(self.written) if self.grammar else None
-        if not allowed or best in allowed:
-            return best
+    def _overrule(self, token: int, scores: Tensor) -> int:
+        """The chosen token, or the one that is forced, or the most probable one that the grammar allows."""
+        if self.request.forced_tokens is not None:
+            n = len(self.tokens)
+            return self.request.forced_tokens[n] if n < len(self.request.forced_tokens) else min(self.stop)
+        allowed = self.grammar.allowed(self.tokens) if self.grammar else None
+        if not allowed or token in allowed:
+            return token
         ids = sorted(allowed)
-        chosen = ids[int(scores[ids].argmax())]
-        wanted, held, after = (repr(self.tokenizer.decode(t)) for t in ([best], [chosen], self.written))
-        self.overruled.append(f"{wanted} after {after} became {held}")
-        return chosen
+        best = ids[int(scores[ids].argmax())]
+        wanted, held, before = (repr(self.tokenizer.decode(t)) for t in ([token], [best], self.tokens))
+        self.overruled.append(f"{wanted} after {before} became {held}")
+        return best
 
-    def _write(self, token: int) -> None:
+    def _write(self, token: int, value: float) -> None:
+        self.values.append(value)
         if token in self.stop:
-            self.live, self.ended = False, True
+            self.active, self.ended, self.end = False, True, token
             return
-        self.written.append(token)
-        if self.grammar and not self.grammar.may_begin(self.written):
+        self.tokens.append(token)
+        if self.grammar and not self.grammar.may_begin(self.tokens):
             self.grammar = None  # an answer, or a call in other tokens: free from here on
         until = self.request.until
-        whole = self.grammar is not None and self.grammar.allowed(self.written) == set()
-        if whole or (until and any(s in self.tokenizer.decode(self.written, skip_special_tokens=True) for s in until)):
-            self.live, self.ended = False, True
-        elif len(self.written) >= self.request.budget:
-            self.live = False
+        call_complete = self.grammar is not None and self.grammar.allowed(self.tokens) == set()
+        if call_complete or (until and any(s in self.tokenizer.decode(self.tokens, skip_special_tokens=True) for s in until)):
+            self.active, self.ended = False, True
+        elif len(self.tokens) >= self.request.max_reply_tokens:
+            self.active = False

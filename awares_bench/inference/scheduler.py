@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Budget:
+class BatchLimits:
     """What a batch may hold. rows: at most; tokens: rows times the longest, padding counted (None: no limit)."""
 
     rows: int
@@ -29,7 +29,7 @@ class Budget:
         self.tokens = min(self.tokens or len(costs) * max(costs), max(1, len(costs) * max(costs) // 2))
 
 
-def choose(kinds: Sequence[tuple], costs: Sequence[int], cached: Sequence[bool], budget: Budget) -> list[int]:
+def next_batch(kinds: Sequence[tuple], costs: Sequence[int], cached: Sequence[bool], limits: BatchLimits) -> list[int]:
     """Places of the turns to answer next, longest first; never empty unless nothing waits.
 
     Only turns of equal kind go together. Turns that continue a cache wait until they fill a batch, or nothing else is left;
@@ -40,11 +40,11 @@ def choose(kinds: Sequence[tuple], costs: Sequence[int], cached: Sequence[bool],
         return []
     every = range(len(costs))
     held, new = [i for i in every if cached[i]], [i for i in every if not cached[i]]
-    first = held[0] if held and (not new or not budget.holds([costs[i] for i in held] + [min(costs)])) else new[0]
+    first = held[0] if held and (not new or not limits.holds([costs[i] for i in held] + [min(costs)])) else new[0]
     group = [i for i in (held if cached[first] else new) if kinds[i] == kinds[first]]
     taken: list[int] = []
     for i in sorted(group, key=lambda i: (abs(costs[i] - costs[first]), i)):
-        if taken and not budget.holds([costs[j] for j in (*taken, i)]):
+        if taken and not limits.holds([costs[j] for j in (*taken, i)]):
             break
         taken.append(i)
     return sorted(taken, key=lambda i: (-costs[i], i))

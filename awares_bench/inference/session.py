@@ -10,32 +10,46 @@ from awares_bench.methods.conversation import Event, Turn
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from awares_bench.models.base import ImageInput
 
-@dataclass
+
+@dataclass(eq=False)
 class Session:
-    """One conversation and its key-value cache: what turn two continues from.
-
-    keys, values: per layer (H, L, D) without padding, empty before the first turn and after the last.
-    held: what keys and values are views of, where rows have caches of their own (``ragged.py``).
-    shifts: per layer, what to add to positions; empty unless a pruner repacks them.
-    pending: tokens sampled but not yet in the cache; they open the next chunk.
-    seen: token ids shown and written so far, where there is a repetition penalty.
-    """
+    """One conversation and its key-value cache: what turn two continues from."""
 
     turns: list[Turn] = field(default_factory=list)
     replies: list[str] = field(default_factory=list)
+
     keys: list[Tensor] = field(default_factory=list)
+    """Per layer (H, L, D) without padding; empty before the first turn and after the last."""
+
     values: list[Tensor] = field(default_factory=list)
-    held: list[Tensor] = field(default_factory=list)
+
+    storage: list[Tensor] = field(default_factory=list)
+    """The over-allocated buffers that keys and values are views of (``ragged_batch`` only)."""
+
     next_position: int = 0
+
     shifts: list[int] = field(default_factory=list)
-    pending: list[int] = field(default_factory=list)
+    """Per layer, what to add to positions; empty unless a pruner repacks them."""
+
+    unfed_tokens: list[int] = field(default_factory=list)
+    """Tokens of the last reply that are not in the cache yet; they open the next chunk."""
+
     seen: frozenset[int] = frozenset()
+    """Token ids shown and written so far, where there is a repetition penalty."""
+
+    history: tuple = ()
+    """All that was fed and written, where prefixes are shared: sessions with equal histories have equal caches."""
+
     events: list[Event] = field(default_factory=list)
 
-    def state(self) -> dict:
-        """All fields, to set them back with ``vars(session).update`` when a turn fails halfway."""
+    def snapshot(self) -> dict:
+        """All fields, for ``restore`` when a turn fails halfway."""
         return {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
+
+    def restore(self, snapshot: dict) -> None:
+        vars(self).update(snapshot)
 
     @property
     def length(self) -> int:
@@ -45,33 +59,41 @@ class Session:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a turn adds to its session, on the CPU: token ids, the patches and grid of each image, and the seconds it took.
-
-    keys: of the images in a ``FeatureStore``, when there is one.
-    """
+    """What a turn adds to its session, on the CPU."""
 
     ids: list[int]
-    patches: list[Tensor]
-    grids: list[tuple[int, int, int]]
+
+    images: list[ImageInput] = field(default_factory=list)
+
+    room: int = 0
+    """Tokens that fit into the context after it."""
+
     events: list[Event] = field(default_factory=list)
+
     seconds: float = 0.0
-    keys: list[bytes] = field(default_factory=list)
+    """What making it took."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A turn to be answered in a session.
-
-    budget: tokens the reply may have. until: stop strings, cut from the reply.
-    prepared: the turn as the model takes it, when that was made ahead.
-    forced: token ids that the reply is made of instead of the model's own, for measuring speed with random weights.
-    penalty: repetition penalty of this reply; None: the model's.
-    """
+    """A turn to be answered in a session."""
 
     session: Session
     turn: Turn
-    budget: int
+
+    max_reply_tokens: int
+
     until: tuple[str, ...] = ()
+    """Stop strings, cut from the reply."""
+
     prepared: Prepared | None = None
-    forced: tuple[int, ...] | None = None
+    """The turn as the model takes it, when that was made ahead."""
+
+    forced_tokens: tuple[int, ...] | None = None
+    """Token ids that the reply is made of instead of the model's own, for measuring speed with random weights."""
+
     penalty: float | None = None
+    """Repetition penalty of this reply; None: the model's."""
+
+    conversation: int = 0
+    """Number of the conversation among those of an engine's run, which names it where replies are sampled."""

@@ -14,25 +14,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Visual:
-    """The visual tokens of one image as a pruner sees them, in raster order.
-
-    features:  (V, D) what enters the decoder, or at a decoder stage the hidden states there
-    grid:      rows and columns of the whole image in tokens
-    places:    (V,) raster place of each token in the grid: all places before the first cut
-    attention: (V,) attention received in the pruner's vision block, mean over heads, queries and a token's patches; float32
-    metric:    (V, d) key in that block, mean over heads and patches; float32
-    rows:      attention of the raters on these tokens, at a decoder stage (``attention_scores.AttentionRows``)
-    seed:      a number that the picture alone decides
-    """
+class VisualTokens:
+    """The visual tokens of one image as a pruner sees them, in raster order."""
 
     features: Tensor
+    """(V, D) what enters the decoder, or between decoder layers the hidden states there."""
+
     grid: tuple[int, int]
+    """Rows and columns of the whole image in tokens."""
+
     places: Tensor | None = None
+    """(V,) raster place of each token in the grid: all places before the first cut."""
+
     attention: Tensor | None = None
-    metric: Tensor | None = None
-    rows: AttentionRows | None = None
+    """(V,) attention received in the pruner's vision block, mean over heads, queries and a token's patches; float32."""
+
+    vision_keys: Tensor | None = None
+    """(V, d) key in that block, mean over heads and patches; float32."""
+
+    decoder_attention: AttentionRows | None = None
+    """Attention of the raters on these tokens, between decoder layers (``attention_scores.AttentionRows``)."""
+
     seed: int = 0
+    """A number that the picture alone decides."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,10 @@ class Pruner:
     retention: float = 0.5
 
     needs: ClassVar[tuple[str, ...]] = ()
-    """Fields of ``Visual`` to be computed: any of attention, metric, seed. ``rows`` comes with a decoder stage."""
+    """Fields of ``VisualTokens`` to be computed: any of attention, vision_keys, seed. ``decoder_attention`` comes with a cut in the decoder."""
 
     vision_block: ClassVar[int] = -1
-    """The block that attention and metric are taken from."""
+    """The block that attention and vision_keys are taken from."""
 
     repacks: ClassVar[bool] = False
     """Give the tokens after a decoder stage the positions 0, 1, 2, ...; only to reproduce released code."""
@@ -60,24 +64,24 @@ class Pruner:
     offset: ClassVar[int] = 0
     """Tokens by which the cut is moved against the image; only to reproduce released code."""
 
-    def score(self, image: Visual) -> Tensor:
+    def score(self, image: VisualTokens) -> Tensor:
         """-> (V,) scores; the highest are kept, the first of equals."""
         raise NotImplementedError(f"{type(self).__name__} must write score, select or reduce")
 
-    def select(self, image: Visual, n: int) -> Tensor:
+    def select(self, image: VisualTokens, n: int) -> Tensor:
         """-> (n,) ascending places of the kept tokens in ``image.features``."""
         return self.score(image).argsort(descending=True, stable=True)[:n].sort().values
 
-    def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
+    def reduce(self, image: VisualTokens, n: int) -> tuple[Tensor, Tensor]:
         """-> (features (m, D), indices (m,)): what goes on, and whose position each takes; m is n, or close to it when merging."""
         chosen = self.select(image, n)
         return image.features[chosen], chosen
 
-    def budget(self, visual: int, share: float) -> int:
+    def tokens_to_keep(self, visual: int, share: float) -> int:
         """Tokens to keep of an image of ``visual``: the share rounded down, and at least one."""
         return max(1, int(share * visual + 1e-9))
 
-    def stages(self, layers: int) -> dict[int, float]:
+    def cut_layers(self, layers: int) -> dict[int, float]:
         """Decoder layer after which to cut (from 0) -> share of the image's tokens that go on. Empty: cut before the first layer."""
         return {}
 

@@ -106,9 +106,9 @@ def _checked(found: object, place: str) -> type[Policy] | type[Pruner]:
         raise ValueError(f"{place} is not a method; derive the class from awares_bench.Policy or awares_bench.Pruner")
     if not (is_dataclass(found) and found.__dataclass_params__.frozen and "__dataclass_fields__" in vars(found)):
         raise ValueError(f"{place} must be a frozen dataclass; write @dataclass(frozen=True) above the class")
-    if issubclass(found, Policy) and found.look is Policy.look:
+    if issubclass(found, Policy) and found.turns is Policy.turns:
         raise ValueError(
-            f"{place} has no look(self, sample); a policy yields turns there and returns the reply that is the answer"
+            f"{place} has no turns(self, sample); a policy yields turns there and returns the reply that is the answer"
         )
     if issubclass(found, Pruner) and all(getattr(found, rung) is getattr(Pruner, rung) for rung in ("score", "select", "reduce")):
         raise ValueError(f"{place} has no score, select or reduce; a pruner writes one of them (see awares_bench.Pruner)")

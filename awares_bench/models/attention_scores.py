@@ -5,18 +5,13 @@ The q and k are those of the forward pass, so the scores are the same whichever 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from awares_bench.errors import RunError
-
-from .cpu_kernels import products
+from .cpu_kernels import linears_onednn
 
 BLOCK = 2**19
 """Scores held at a time: 2 MiB, and as much again for their softmax; near a core's cache."""
@@ -55,44 +50,9 @@ def column_attention(q: Tensor, k: Tensor, scaling: float, block: int = BLOCK) -
     for a in range(0, heads, together):
         keys = k[a : a + together].float().contiguous()
         for i in range(0, n, step):
-            scores = products(q[a : a + together, i : i + step].float() * scaling, keys)
+            scores = linears_onednn(q[a : a + together, i : i + step].float() * scaling, keys)
             out += softmaxed(scores).sum((0, 1))
     return out.div_(heads * n)
-
-
-@dataclass
-class Probe:
-    """What one vision block leaves behind: ``attention`` (P,) and, when asked for, ``metric`` (P, d), in window order."""
-
-    metric_wanted: bool = False
-    attention_wanted: bool = True
-    attention: Tensor | None = None
-    metric: Tensor | None = None
-
-    def __call__(self, q: Tensor, k: Tensor, scaling: float, boundaries: Tensor) -> None:
-        """q, k: (1, H, P, d) after RoPE; boundaries (segments + 1,): images never attend to one another."""
-        if self.metric_wanted:
-            self.metric = k[0].mean(0, dtype=torch.float32)
-        if not self.attention_wanted:
-            return
-        pieces = pairwise(boundaries.tolist())
-        self.attention = torch.cat([column_attention(q[0, :, a:b], k[0, :, a:b], scaling) for a, b in pieces])
-
-
-@contextmanager
-def probed(model, block: int, attention: bool, metric: bool) -> Iterator[Probe]:
-    """Within the block, vision block ``block`` of ``model`` (and of no other) fills the probe at every forward pass."""
-    visual = model.model.visual
-    number = range(len(visual.blocks))[block]
-    full = visual.config.fullatt_block_indexes
-    if attention and number not in full:
-        raise RunError(f"vision block {block} attends within windows only; blocks that see the whole image: {list(full)}")
-    module = visual.blocks[number].attn
-    module.probe = Probe(metric, attention)
-    try:
-        yield module.probe
-    finally:
-        del module.probe
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Checkpoints from disk or the hub: loaded whole, or refused in a sentence that says what is wrong and what to do."""
+"""Checkpoint folders from disk or the hub: what is in them is checked, or refused in a sentence that says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.utils.quantization_config import QuantizationMethod
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Qwen2_5_VLConfig
 
-from awares_bench.methods.conversation import Turn, messages
+from awares_bench.errors import CheckpointError
+from awares_bench.methods.conversation import Turn, chat_messages
 
+from .base import HostModel
+from .families import families
 from .packaged import resolve
-
-DTYPES = ("float32", "bfloat16", "float16")
-"""What ``dtype`` may name beside ``auto``."""
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -35,34 +33,28 @@ _SUFFIXES = (".json", ".safetensors", ".bin", ".txt", ".jinja")
 _BASE = "the checkpoint that this one was trained from"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used, and what to do about it."""
-
-
-def load(
-    pretrained: str, dtype: str = "auto", device: str = "auto", attn_implementation: str = "sdpa"
-) -> tuple[Qwen2_5_VLForConditionalGeneration, object]:
-    """A checkpoint folder or hub name, or one of LoRA adapters, merged into the base that they name -> model, processor.
-
-    dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. Every tensor of the model comes from the files, every tensor of the
-    files is used, and all are finite. Raises CheckpointError, or ValueError for a dtype or device that cannot be.
-    """
-    where = _device(device)
-    if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
-    if dtype == "auto":
-        dtype = "bfloat16" if where.type == "cuda" else "float32"
-    return _load(pretrained, getattr(torch, dtype), where, attn_implementation)
-
-
 def open_processor(pretrained: str):
     """The processor of a checkpoint, without its weights; that of adapters is their base's unless they bring one. Raises CheckpointError."""
     folder = find(pretrained)
     _check_texts(folder, pretrained)
     if not (folder / "adapter_config.json").exists():
-        return _processor(folder, pretrained)
-    base, revision = _base(folder, pretrained)
-    return _own_processor(folder, pretrained) or _processor(_find_base(base, revision, pretrained), base)
+        return load_processor(folder, pretrained)
+    base, revision = base_of(folder, pretrained)
+    return own_processor(folder, pretrained) or load_processor(_find_base(base, revision, pretrained), base)
+
+
+def family_of(pretrained: str) -> type[HostModel]:
+    """The family of a checkpoint, by its ``config.json`` or that of the base below adapters. Raises CheckpointError."""
+    folder = find(pretrained)
+    if (folder / "adapter_config.json").exists():
+        base, revision = base_of(folder, pretrained)
+        folder = _find_base(base, revision, pretrained)
+    kind = read_json(folder / "config.json", pretrained).get("model_type")
+    if kind not in families():
+        raise CheckpointError(
+            f"{pretrained!r} is a {kind or 'checkpoint without config.json'}; known families: {', '.join(sorted(families()))}"
+        )
+    return families()[kind]
 
 
 def find(pretrained: str, revision: str | None = None) -> Path:
@@ -74,7 +66,7 @@ def find(pretrained: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"{pretrained!r} is a file; pass the folder that holds it")
     if pretrained.startswith((".", "/", "~")):
         raise CheckpointError(f"no checkpoint folder at {pretrained!r}; pass a folder, a hub name, or pretrained=nano")
-    with _saying(f"no folder {pretrained!r} is here, and no checkpoint of that name could be fetched from the hub"):
+    with saying(f"no folder {pretrained!r} is here, and no checkpoint of that name could be fetched from the hub"):
         fetch = {"revision": revision, "ignore_patterns": ["*/*"]}  # of the top folder only
         found = Path(snapshot_download(pretrained, allow_patterns=[f"*{s}" for s in _SUFFIXES if s != ".bin"], **fetch))
         if not any(found.glob("*.safetensors")):
@@ -82,92 +74,25 @@ def find(pretrained: str, revision: str | None = None) -> Path:
     return found
 
 
-# ---------------------------------------------------------------------- whole checkpoints
-
-
-def _load(
-    pretrained: str, dtype: torch.dtype, device: torch.device, attention: str, revision: str | None = None, above: tuple = ()
-):
-    """-> model on ``device``, processor. above: the adapter folders whose base this is."""
-    folder = find(pretrained, revision)
-    _check_files(folder, pretrained)
-    if (folder / "adapter_config.json").exists():
-        if folder.resolve() in above:
-            raise CheckpointError(f"the adapters in {pretrained!r} are their own base; name another in adapter_config.json")
-        base, revision = _base(folder, pretrained)
-        processor = _own_processor(folder, pretrained)
-        try:
-            model, theirs = _load(base, dtype, device, attention, revision, (*above, folder.resolve()))
-        except CheckpointError as error:
-            raise CheckpointError(f"the base of the adapters in {pretrained!r}: {error}") from error
-        model = merge_adapters(model, folder)
-        if processor is not None:
-            _check_match(model, processor, pretrained)
-        return model, processor or theirs
-    config = _config(folder, pretrained)
-    processor = _processor(folder, pretrained)
-    _check_weight_files(folder, pretrained)
-    quantised = _quantised(config)
-    if quantised and quantised not in {method.value for method in QuantizationMethod}:
-        raise CheckpointError(
-            f"{pretrained!r} is quantised by {quantised!r}, which transformers {transformers.__version__} does not know; "
-            "pass the checkpoint that was not quantised"
-        )
-    kind = f", which is quantised ({quantised})" if quantised else ""
-    with _saying(f"cannot load {pretrained!r}{kind}"):
-        model, told = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that all are named; none is ignored
-            **({"device_map": {"": device}} if quantised else {}),
-        )
-    if quantised and not _quantised(model.config):
-        raise CheckpointError(
-            f"{pretrained!r} is quantised ({quantised}), and this device can only run it unpacked to bfloat16, which answers otherwise; "
-            "use a GPU that has this format, or pass the checkpoint that was not quantised"
-        )
-    check_told(model, told, pretrained)
-    _check_match(model, processor, pretrained)
-    if not quantised:
-        model = model.to(device)
-    model.name_or_path = model.config.name_or_path = pretrained
-    _check_finite(dict(model.named_parameters()), pretrained)
-    return model, processor
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:0 and so on") from None
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, and PyTorch finds no CUDA GPU here; pass device=cpu, or leave device out")
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {device!r}, and PyTorch finds {torch.cuda.device_count()} GPUs here, counted from cuda:0")
-    return where
-
-
-def _check_files(folder: Path, shown: str) -> None:
-    """Refuse a folder whose files are not what their names say, or that holds no Qwen2.5-VL and no adapters."""
+def check_files(folder: Path, shown: str) -> None:
+    """Refuse a folder whose files are not what their names say, or that holds no model of a known family and no adapters."""
     names = _check_texts(folder, shown)
     if "adapter_config.json" in names:
         return
     if "config.json" not in names:
         raise CheckpointError(f"cannot read a model config from {shown!r}: it has no config.json{_hint(folder, shown)}")
-    kind = _json(folder / "config.json", shown).get("model_type")
-    if kind != "qwen2_5_vl":
-        raise CheckpointError(f"{shown!r} is a {kind} checkpoint; this release runs qwen2_5_vl (Qwen2.5-VL) only")
+    kind = read_json(folder / "config.json", shown).get("model_type")
+    if kind not in families():
+        raise CheckpointError(
+            f"{shown!r} is a {kind} checkpoint; known families: {', '.join(sorted(families()))}; a family is one file, see docs/models.md"
+        )
     if not names & set(_WEIGHTS):
         raise CheckpointError(f"{shown!r} has a config.json and no weights ({', '.join(_WEIGHTS[:3])}){_hint(folder, shown)}")
 
 
 def _check_texts(folder: Path, shown: str) -> set[str]:
     """-> the names in a folder. Refuses one that is empty, git-LFS pointers, JSON that is none, adapters cut in two."""
-    with _saying(f"cannot read {shown!r}"):
+    with saying(f"cannot read {shown!r}"):
         names = {p.name for p in folder.iterdir()}
         small = [p for p in folder.iterdir() if p.suffix in _SUFFIXES and p.is_file() and p.stat().st_size < 1024]
         pointers = sorted(p.name for p in small if p.read_bytes().startswith(b"version https://git-lfs"))
@@ -175,10 +100,10 @@ def _check_texts(folder: Path, shown: str) -> set[str]:
         raise CheckpointError(f"cannot read a model config from {shown!r}: the folder is empty")
     if pointers:
         raise CheckpointError(
-            f"{shown!r} holds git-LFS pointers in place of {_some(pointers)}; run git lfs pull there, or download the files anew"
+            f"{shown!r} holds git-LFS pointers in place of {some_of(pointers)}; run git lfs pull there, or download the files anew"
         )
     for name in sorted(names & set(_READ)):
-        _json(folder / name, shown)
+        read_json(folder / name, shown)
     if "adapter_config.json" in names:
         _check_adapter_files(names, shown)
     return names
@@ -217,12 +142,12 @@ def _hint(folder: Path, shown: str) -> str:
     return f"; pass the folder that holds config.json and the weights, or copy what is missing from {_BASE}"
 
 
-def _config(folder: Path, shown: str) -> Qwen2_5_VLConfig:
-    with _saying(f"cannot read a model config from {shown!r}"):
+def load_config(folder: Path, shown: str) -> Qwen2_5_VLConfig:
+    with saying(f"cannot read a model config from {shown!r}"):
         return AutoConfig.from_pretrained(str(folder))
 
 
-def _quantised(config: Qwen2_5_VLConfig) -> str | None:
+def quantisation(config: Qwen2_5_VLConfig) -> str | None:
     """The method of a quantised checkpoint."""
     found = getattr(config, "quantization_config", None) or getattr(config.text_config, "quantization_config", None)
     if not found:
@@ -233,13 +158,13 @@ def _quantised(config: Qwen2_5_VLConfig) -> str | None:
     return str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
 
 
-def _check_weight_files(folder: Path, shown: str) -> None:
+def check_weight_files(folder: Path, shown: str) -> None:
     """Refuse shards that are not there or cut short, and two sets of weights. Reads the headers only."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [single] if single.exists() else []
     if index.exists():
-        with _saying(f"cannot read {index.name} of {shown!r}"):
-            where = _json(index, shown)["weight_map"]
+        with saying(f"cannot read {index.name} of {shown!r}"):
+            where = read_json(index, shown)["weight_map"]
             named = sorted(set(where.values()))
         if files and named != [single.name]:
             raise CheckpointError(
@@ -248,7 +173,7 @@ def _check_weight_files(folder: Path, shown: str) -> None:
         lost = [name for name in named if not (folder / name).exists()]
         if lost:
             raise CheckpointError(
-                f"{shown!r} lacks {len(lost)} of the {len(named)} weight files that {index.name} names: {_some(lost)}; copy them there"
+                f"{shown!r} lacks {len(lost)} of the {len(named)} weight files that {index.name} names: {some_of(lost)}; copy them there"
             )
         files = [folder / name for name in named]
     for file in files:
@@ -274,7 +199,7 @@ def check_told(model, told: dict, shown: str) -> None:
     ):
         if some:
             raise CheckpointError(
-                f"{len(some)} tensors of {shown!r} {what}: {_some(some)}; save the whole model again, or pass another checkpoint"
+                f"{len(some)} tensors of {shown!r} {what}: {some_of(some)}; save the whole model again, or pass another checkpoint"
             )
     if model.config.tie_word_embeddings and model.lm_head.weight is not model.get_input_embeddings().weight:
         raise CheckpointError(
@@ -283,7 +208,7 @@ def check_told(model, told: dict, shown: str) -> None:
         )
 
 
-def _check_finite(tensors: dict[str, Tensor], shown: str) -> None:
+def check_finite(tensors: dict[str, Tensor], shown: str) -> None:
     """Refuse NaN and infinity. Smallest and largest show both, at 10 GB/s on one CPU core (1.4 s for 7B in bfloat16)."""
     names = [n for n, t in tensors.items() if t.numel() and t.dtype in (torch.float32, torch.bfloat16, torch.float16)]
     ends = [torch.stack(tensors[n].detach().aminmax()).float() for n in names]
@@ -296,26 +221,26 @@ def _check_finite(tensors: dict[str, Tensor], shown: str) -> None:
             if dtype == torch.float16
             else "; the file is damaged or its training diverged"
         )
-        raise CheckpointError(f"{len(bad)} tensors of {shown!r} hold NaN or infinity: {_some(bad)}{more}")
+        raise CheckpointError(f"{len(bad)} tensors of {shown!r} hold NaN or infinity: {some_of(bad)}{more}")
 
 
 # ---------------------------------------------------------------------- processors
 
 
-def _processor(folder: Path, shown: str):
+def load_processor(folder: Path, shown: str):
     """The tokenizer, picture processor and chat template of a folder, each of which must be there."""
     if not any((folder / name).exists() for name in _TOKENIZER):
         raise CheckpointError(f"{shown!r} has no tokenizer ({' or '.join(_TOKENIZER)}); copy the base model's beside the weights")
-    if not (folder / _PICTURES[0]).exists() and "image_processor" not in _json(folder / _PICTURES[1], shown):
+    if not (folder / _PICTURES[0]).exists() and "image_processor" not in read_json(folder / _PICTURES[1], shown):
         raise CheckpointError(
             f"{shown!r} has a tokenizer and no picture processor (preprocessor_config.json, or processor_config.json with image_processor); "
             f"copy preprocessor_config.json from {_BASE}"
         )
-    with _saying(f"cannot load the processor of {shown!r}"):
+    with saying(f"cannot load the processor of {shown!r}"):
         processor = AutoProcessor.from_pretrained(str(folder))
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise CheckpointError(
-            f"the processor of {shown!r} is a {type(processor).__name__}; copy preprocessor_config.json and tokenizer_config.json of Qwen2.5-VL there"
+            f"the processor of {shown!r} is a {type(processor).__name__}; copy preprocessor_config.json and tokenizer_config.json of the base model there"
         )
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     _check_template(processor, shown)
@@ -328,8 +253,8 @@ def _check_template(processor, shown: str) -> None:
         raise CheckpointError(
             f"{shown!r} has a tokenizer and no chat template (chat_template.jinja, chat_template.json, or in tokenizer_config.json); {copy}"
         )
-    asked = messages([Turn((Image.new("RGB", (56, 56)),), "question")], [])
-    with _saying(f"the chat template of {shown!r} cannot show a picture and a question; {copy}"):
+    asked = chat_messages([Turn((Image.new("RGB", (56, 56)),), "question")], [])
+    with saying(f"the chat template of {shown!r} cannot show a picture and a question; {copy}"):
         text = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     if text.count(processor.image_token) != 1 or "question" not in text:
         raise CheckpointError(
@@ -337,20 +262,20 @@ def _check_template(processor, shown: str) -> None:
         )
 
 
-def _own_processor(folder: Path, shown: str):
+def own_processor(folder: Path, shown: str):
     """The processor that an adapter folder brings, or None. A tokenizer alone must be the base's, for it is not used."""
     has = [any((folder / name).exists() for name in names) for names in (_TOKENIZER, _PICTURES)]
     if all(has):
-        return _processor(folder, shown)
+        return load_processor(folder, shown)
     if has[0]:
-        base, revision = _base(folder, shown)
+        base, revision = base_of(folder, shown)
         theirs = _find_base(base, revision, shown)
-        with _saying(f"cannot compare the tokenizers of {shown!r} and its base"):
+        with saying(f"cannot compare the tokenizers of {shown!r} and its base"):
             mine, other = (AutoTokenizer.from_pretrained(str(f)) for f in (folder, theirs))
         if mine.get_vocab() != other.get_vocab() or mine.chat_template not in (
             None,
             other.chat_template,
-            _processor(theirs, base).chat_template,
+            load_processor(theirs, base).chat_template,
         ):
             raise CheckpointError(
                 f"the adapters in {shown!r} bring a tokenizer or chat template that is not their base's, and no picture processor to use it with; "
@@ -359,7 +284,7 @@ def _own_processor(folder: Path, shown: str):
     return None
 
 
-def _check_match(model, processor, shown: str) -> None:
+def check_match(model, processor, shown: str) -> None:
     """Refuse a processor whose ids or picture sizes are not the model's."""
     config, tokenizer, pictures = model.config, processor.tokenizer, processor.image_processor
     rows, last = len(model.get_input_embeddings().weight), max(tokenizer.get_vocab().values())
@@ -379,16 +304,10 @@ def _check_match(model, processor, shown: str) -> None:
             f"{shown!r} ends a reply with {ends or 'no token at all'} (eos_token_id of generation_config.json and the tokenizer), and the model has "
             f"{rows} embeddings; copy generation_config.json and the tokenizer's files from {_BASE}"
         )
-    vision = config.vision_config
-    sizes = {
-        "patch_size": vision.patch_size,
-        "merge_size": vision.spatial_merge_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-    }
-    for name, size in sizes.items():
-        if getattr(pictures, name, None) != size:
+    for name, (theirs, ours) in families()[config.model_type].processor_sizes(config, pictures).items():
+        if theirs != ours:
             raise CheckpointError(
-                f"{name} of {shown!r} is {getattr(pictures, name, None)} in its picture processor and {size} in the model; "
+                f"{name} of {shown!r} is {theirs} in its picture processor and {ours} in the model; "
                 f"copy preprocessor_config.json from {_BASE}"
             )
 
@@ -396,9 +315,9 @@ def _check_match(model, processor, shown: str) -> None:
 # ---------------------------------------------------------------------- adapters
 
 
-def _base(folder: Path, shown: str) -> tuple[str, str | None]:
+def base_of(folder: Path, shown: str) -> tuple[str, str | None]:
     """The base that adapters name, as a folder or hub name, and its revision. A relative folder counts from here or from theirs."""
-    config = _json(folder / "adapter_config.json", shown)
+    config = read_json(folder / "adapter_config.json", shown)
     named, edit = config.get("base_model_name_or_path"), "base_model_name_or_path in their adapter_config.json"
     if not named:
         raise CheckpointError(f"the adapters in {shown!r} name no base; set {edit} to a folder or hub name")
@@ -406,7 +325,7 @@ def _base(folder: Path, shown: str) -> tuple[str, str | None]:
     found = {p.resolve(): str(p) for p in (Path(named), folder / named) if p.is_dir()}
     if len(found) > 1:
         raise CheckpointError(
-            f"the base {named!r} of the adapters in {shown!r} is found twice, {_some([*map(str, found)])}; write the whole path in {edit}"
+            f"the base {named!r} of the adapters in {shown!r} is found twice, {some_of([*map(str, found)])}; write the whole path in {edit}"
         )
     if not found and named.startswith((".", "/", "~")):
         raise CheckpointError(
@@ -422,125 +341,17 @@ def _find_base(base: str, revision: str | None, shown: str) -> Path:
         _check_texts(folder, base)
         if not (folder / "adapter_config.json").exists():
             return folder
-        base, revision = _base(folder, base)
+        base, revision = base_of(folder, base)
     raise CheckpointError(
         f"the adapters in {shown!r} stand on adapters without end; name a base of whole weights in adapter_config.json"
     )
-
-
-def merge_adapters(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> Qwen2_5_VLForConditionalGeneration:
-    """The model with the LoRA adapters of ``folder`` added into its weights, every one of them.
-
-    Names from before transformers 4.52 are taken for today's. Embeddings that the base ties are no longer tied where the
-    adapters tell them apart. Raises CheckpointError for adapters that do not fit.
-    """
-    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-
-    shown = str(folder)
-    if quantised := _quantised(model.config):
-        raise CheckpointError(
-            f"the adapters in {shown!r} are for a base that is quantised ({quantised}), into which they cannot be merged exactly; name the base that was not quantised in adapter_config.json"
-        )
-    with _saying(f"cannot read the adapters in {shown!r}"):
-        config, saved = PeftConfig.from_pretrained(shown), load_peft_weights(shown, device="cpu")
-    if not isinstance(config, LoraConfig):
-        raise CheckpointError(
-            f"the adapters in {shown!r} are {config.peft_type.value}; this release merges LoRA: merge them with peft, and pass the merged model"
-        )
-    _check_finite(saved, shown)
-    with _saying(f"the adapters in {shown!r} do not fit their base"):
-        state = {_key(name): tensor for name, tensor in saved.items()}
-        if len(state) < len(saved):
-            raise CheckpointError(f"the adapters in {shown!r} name the same part of the model twice")
-        if any("base_model.model." + _bare(name) not in state for name in saved):
-            _modernise(config, model, state)
-        config.inference_mode, tied = True, model.config.tie_word_embeddings  # peft may change the latter
-        adapted = PeftModel(model, config)
-        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        missing = sorted(wanted.keys() - state.keys())
-        _refuse(missing, "are missing", shown)
-        told = set_peft_model_state_dict(adapted, state)
-        _refuse(sorted(told.unexpected_keys), "belong to no part of the base", shown)
-        _untie(adapted)
-        model = adapted.merge_and_unload(safe_merge=True)
-    if tied:
-        table, head, text = model.get_input_embeddings(), model.lm_head, model.config.text_config
-        same = config.ensure_weight_tying or torch.equal(table.weight, head.weight)
-        if same:
-            head.weight = table.weight
-        else:
-            model.all_tied_weights_keys = {}
-        model.config.tie_word_embeddings = text.tie_word_embeddings = same
-    return model.eval()
-
-
-def _refuse(keys: list[str], what: str, shown: str) -> None:
-    if keys:
-        raise CheckpointError(
-            f"{len(keys)} tensors of the adapters in {shown!r} {what}: {_some(keys)}; pass adapters that were saved whole, for this base"
-        )
-
-
-def _untie(adapted) -> None:
-    """Give the head weights of its own where adapters touch it or the table it shares, so that none is added to both."""
-    ends = adapted.get_input_embeddings(), adapted.base_model.model.lm_head
-    table, head = (m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in ends)
-    if (table, head) != ends and table.weight is head.weight:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-
-
-def _bare(key: str) -> str:
-    """An adapter key without what wrappers write before, into and after module names."""
-    key = re.sub(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", key)
-    key = re.sub(r"^(?:base_model\.model\.)+", "", key)
-    return re.sub(r"\.(lora_[A-Za-z_]+)\.default(?=\.|$)", r".\1", key)
-
-
-def _key(key: str) -> str:
-    return "base_model.model." + _today(_bare(key))
-
-
-def _today(name: str) -> str:
-    """A module's name from before transformers 4.52 -> today's; today's -> itself."""
-    name = re.sub(r"^visual(?=\.|$)", "model.visual", name)
-    return re.sub(r"^model\.(?!(?:language_model|visual)(?:\.|$))", "model.language_model.", name)
-
-
-def _before(name: str) -> str:
-    """A module's name today -> its name before transformers 4.52."""
-    return re.sub(r"^model\.visual(?=\.|$)", "visual", re.sub(r"^model\.language_model(?=\.|$)", "model", name))
-
-
-def _modernise(config, model, keys) -> None:
-    """Write an old LoRA config's choice of modules, ranks and alphas out in today's names.
-
-    Its patterns are read against the old names and today's; the reading whose choice the adapters' ``keys`` bear out counts.
-    """
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    if config.target_modules is not None and config.target_modules != "all-linear":
-        held = {re.sub(r"\.lora_.*", "", key.removeprefix("base_model.model.")) for key in keys if ".lora_" in key}
-        names = [name for name, _ in model.named_modules() if name]
-        readings = [{n for n in names if check_target_module_exists(config, said(n))} for said in (_before, str)]
-        chosen = min(readings, key=lambda some: (not some, len(some ^ held)))
-        for field in ("rank_pattern", "alpha_pattern"):
-            patterns = getattr(config, field) or {}
-            fits = {
-                n: [p for p in patterns if any(re.match(rf"(.*\.)?({p})$", said) for said in (_before(n), n))] for n in chosen
-            }
-            setattr(config, field, {re.escape(n): patterns[found[0]] for n, found in fits.items() if found})
-        config.target_modules = chosen
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.modules_to_save = config.modules_to_save and [_today(name) for name in config.modules_to_save]
-    if isinstance(config.trainable_token_indices, dict):
-        config.trainable_token_indices = {_today(name): ids for name, ids in config.trainable_token_indices.items()}
 
 
 # ---------------------------------------------------------------------- words
 
 
 @contextmanager
-def _saying(what: str):
+def saying(what: str):
     """Errors of the libraries become CheckpointErrors; those of memory stay what they are."""
     try:
         yield
@@ -550,7 +361,7 @@ def _saying(what: str):
         raise CheckpointError(f"{what}: {first_line(error)}") from error
 
 
-def _json(path: Path, shown: str) -> dict:
+def read_json(path: Path, shown: str) -> dict:
     """A JSON object, empty where there is no file."""
     if not path.exists():
         return {}
@@ -567,7 +378,7 @@ def _json(path: Path, shown: str) -> dict:
     return found
 
 
-def _some(names: list[str]) -> str:
+def some_of(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -31,7 +31,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 KINDS = {torch.float32, torch.bfloat16} if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``linear``: (..., K), (M, K), (M,) -> (..., M)."""
     fits = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in KINDS and x.numel() >= FEWEST_ROWS * x.shape[-1]
     large = weight.numel() >= FEWEST_WEIGHTS or x.dtype != torch.float32
@@ -40,22 +40,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def products(x: Tensor, weights: Tensor) -> Tensor:
-    """``product`` of every x with a weight of its own: (B, N, K), (B, M, K) -> (B, N, M)."""
+def linears_onednn(x: Tensor, weights: Tensor) -> Tensor:
+    """``linear_onednn`` of every x with a weight of its own: (B, N, K), (B, M, K) -> (B, N, M)."""
     if x.device.type != "cpu":
         return x @ weights.transpose(1, 2)
     # oneDNN wants rows without gaps: 1,000 times slower with them
-    made = [product(a.contiguous(), b.contiguous()) for a, b in zip(x, weights, strict=True)]
+    made = [linear_onednn(a.contiguous(), b.contiguous()) for a, b in zip(x, weights, strict=True)]
     return made[0][None] if len(made) == 1 else torch.stack(made)
 
 
 @contextmanager
-def fast_products(*parts: nn.Module) -> Iterator[None]:
-    """Within the block the linear layers of ``parts`` (and of no other module) on a CPU use ``product``."""
+def onednn_linears(*parts: nn.Module) -> Iterator[None]:
+    """Within the block the linear layers of ``parts`` (and of no other module) on a CPU use ``linear_onednn``."""
     every = [m for part in parts for m in part.modules() if type(m) is nn.Linear]
     changed = [m for m in every if m.weight.device.type == "cpu" and m.weight.dtype in KINDS]
     for module in changed:
-        module.forward = lambda x, m=module: product(x, m.weight, m.bias)
+        module.forward = lambda x, m=module: linear_onednn(x, m.weight, m.bias)
     try:
         yield
     finally:

@@ -1,26 +1,29 @@
-"""Where pruners are applied: a conversation's new tokens, the images among them, and the cut."""
+"""A conversation's new tokens, the images among them, and the cut that a pruner makes."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench.methods.pruner import Pruner, VisualTokens
 
-from .attention_scores import AttentionRows, Probe, raster_order
+from .attention_scores import AttentionRows
 
 
 @dataclass(frozen=True)
-class Span:
-    """An image among a chunk's tokens. visual: what pruners may see of it, kept in step with the cuts; full: tokens before them."""
+class ImageSpan:
+    """A run of visual tokens among a chunk's tokens."""
 
     start: int
-    visual: Visual
+
+    visual: VisualTokens
+    """What pruners may see of it, kept in step with the cuts."""
+
     full: int
+    """Tokens before any cut."""
 
     @property
     def stop(self) -> int:
@@ -28,70 +31,49 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """The tokens that a turn adds to a conversation, ready for the decoder.
-
-    embeds: (L, D); positions: (3, L) M-RoPE; after: the position that follows the unpruned chunk; spans: its images in order.
-    """
+class PromptChunk:
+    """The tokens that a turn adds to a conversation, ready for the decoder."""
 
     embeds: Tensor
+    """(L, D)"""
+
     positions: Tensor
-    after: int
-    spans: tuple[Span, ...] = ()
+    """(axes, L)"""
+
+    next_position: int
+    """The position that follows the unpruned chunk."""
+
+    spans: tuple[ImageSpan, ...] = ()
+    """Its runs of visual tokens, in order."""
 
     @property
     def visual(self) -> int:
         """Visual tokens in the chunk."""
         return sum(len(s.visual.features) for s in self.spans)
 
-    def cut(self, pruner: Pruner, share: float, rows: Callable[[Span], AttentionRows | None] | None = None) -> Chunk:
-        """The chunk with every image reduced to its share; ``rows`` gives the attention on an image at a decoder stage."""
+    def cut(
+        self, pruner: Pruner, share: float, attention: Callable[[ImageSpan], AttentionRows | None] | None = None
+    ) -> PromptChunk:
+        """The chunk with every image reduced to its share; ``attention`` gives the attention on an image between decoder layers."""
         embeds, positions, spans, at, length = [], [], [], 0, 0
         for span in self.spans:
             start, stop = span.start + pruner.offset, span.stop + pruner.offset
-            seen = span.visual
-            attention = seen.rows if rows is None else rows(span)
-            image = Visual(self.embeds[start:stop], seen.grid, seen.places, seen.attention, seen.metric, attention, seen.seed)
-            n = min(pruner.budget(span.full, share), stop - start)
+            rows = attention(span) if attention else span.visual.decoder_attention
+            image = replace(span.visual, features=self.embeds[start:stop], decoder_attention=rows)
+            n = min(pruner.tokens_to_keep(span.full, share), stop - start)
             features, chosen = pruner.reduce(image, n)
+            # the text before the image stays as it is; each token that goes on takes the position of one that was chosen
             embeds += [self.embeds[at:start], features.to(self.embeds.dtype)]
             positions += [self.positions[:, at:start], self.positions[:, start:stop][:, chosen]]
             length += start - at
-            spans.append(Span(length - pruner.offset, _kept(image, features, chosen), span.full))
+            spans.append(ImageSpan(length - pruner.offset, _kept(image, features, chosen), span.full))
             length, at = length + len(features), stop
         embeds, positions = torch.cat([*embeds, self.embeds[at:]]), torch.cat([*positions, self.positions[:, at:]], 1)
-        return Chunk(embeds, positions, self.after, tuple(spans))
+        return PromptChunk(embeds, positions, self.next_position, tuple(spans))
 
 
-def _kept(image: Visual, features: Tensor, chosen: Tensor) -> Visual:
+def _kept(image: VisualTokens, features: Tensor, chosen: Tensor) -> VisualTokens:
     """What is left to be seen of an image after a cut."""
-    one_each = (None if t is None else t[chosen] for t in (image.places, image.attention, image.metric))
-    return Visual(features, image.grid, *one_each, None, image.seed)
-
-
-def look(
-    features: Tensor, grids: list[tuple[int, int]], probe: Probe | None, patches: list[Tensor] | None, window: int
-) -> list[Visual]:
-    """Merged features (V, D) of several images and what the probe holds -> one Visual an image, all in raster order.
-
-    grids: rows and columns in tokens. patches: the pixels, when a seed is wanted. window: side of an attention window in tokens.
-    """
-    out, start = [], 0
-    for i, (rows, columns) in enumerate(grids):
-        n = rows * columns
-        attention = metric = None
-        if probe is not None:
-            back = raster_order(rows, columns, window, features.device)
-
-            def raster(t: Tensor | None, start: int = start, n: int = n, back: Tensor = back) -> Tensor | None:
-                if t is None:
-                    return None
-                group = len(t) // len(features)  # patches of a merged token
-                return t[start * group : (start + n) * group].view(n, group, *t.shape[1:]).mean(1)[back]
-
-            attention, metric = raster(probe.attention), raster(probe.metric)
-        seed = zlib.crc32(patches[i].contiguous().numpy()) if patches is not None else 0
-        places = torch.arange(n, device=features.device)
-        out.append(Visual(features[start : start + n], (rows, columns), places, attention, metric, None, seed))
-        start += n
-    return out
+    seen = {name: getattr(image, name) for name in ("places", "attention", "vision_keys")}
+    seen = {name: None if values is None else values[chosen] for name, values in seen.items()}
+    return replace(image, features=features, decoder_attention=None, **seen)

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .cpu_kernels import ONEDNN, WIDE, fast_products, product
+from awares_bench.errors import RunError
+
+from .attention_scores import column_attention
+from .cpu_kernels import ONEDNN, WIDE, linear_onednn, onednn_linears
 
 try:  # in PyTorch since 2.10; older ones group
     from torch.nn.attention.varlen import varlen_attn
@@ -36,12 +41,12 @@ FEW = 2**19
 LONG = 512
 """Tokens of a segment that attends by products on a CPU."""
 
-BY_PRODUCTS = ONEDNN and WIDE and not getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+USE_MATMUL_ATTENTION = ONEDNN and WIDE and not getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
 """With AVX-512 and without AMX (PyTorch before 2.6 does not say), PyTorch's fused attention is MKL's products, which take twice as long on
 AMD's processors (see products). Without AVX-512 it takes half as long as single products (1,369 tokens, 4 heads: 20 against 40 ms)."""
 
 
-def by_rows(layer, x: Tensor) -> Tensor:
+def in_row_blocks(layer, x: Tensor) -> Tensor:
     """``layer(x)`` of a layer that treats every row alone, on a CPU ``ROWS`` at a time: (N, D) -> (N, E)."""
     if x.device.type != "cpu" or x.requires_grad or x.numel() <= FEW:
         return layer(x)
@@ -50,16 +55,16 @@ def by_rows(layer, x: Tensor) -> Tensor:
 
 def attend(attn, hidden: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], max_seqlen: int, **_) -> Tensor:
     """The forward pass of a vision block's attention, segments between ``cu_seqlens``: (N, D) -> (N, D)."""
-    qkv = by_rows(attn.qkv, hidden).view(len(hidden), 3, attn.num_heads, -1)
+    qkv = in_row_blocks(attn.qkv, hidden).view(len(hidden), 3, attn.num_heads, -1)
     q, k = rotated(qkv[:, :2], *position_embeddings).permute(1, 2, 0, 3)[:, None]  # (1, H, N, d)
     v = qkv[:, 2].transpose(0, 1)[None]
-    if (probe := getattr(attn, "probe", None)) is not None:  # see attention_scores.probed
+    if (probe := getattr(attn, "probe", None)) is not None:  # see ``probed``
         probe(q, k, attn.scaling, cu_seqlens)
     if fits_varlen(q):
         out = varlen_windows(varlen_attn, q, k, v, cu_seqlens, max_seqlen)
     else:
         out = grouped_windows(q, k, v, cu_seqlens)
-    return by_rows(attn.proj, out.reshape(len(hidden), -1))
+    return in_row_blocks(attn.proj, out.reshape(len(hidden), -1))
 
 
 def rotated(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -96,9 +101,9 @@ def grouped_windows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tens
         if q.requires_grad and q.device.type == "cpu":  # in training on CPU, the fused backward is 2 to 6 times slower
             weights = ((cut(q) * width**-0.5) @ cut(k).transpose(-1, -2)).softmax(-1, dtype=torch.float32)
             out = weights.to(v.dtype) @ cut(v)
-        elif n >= LONG and BY_PRODUCTS and q.device.type == "cpu" and not torch.is_grad_enabled():
+        elif n >= LONG and USE_MATMUL_ATTENTION and q.device.type == "cpu" and not torch.is_grad_enabled():
             heads_of = (t.flatten(0, 1) for t in (cut(q), cut(k), cut(v)))
-            out = torch.stack([by_products(*head) for head in zip(*heads_of, strict=True)]).view(-1, heads, n, width)
+            out = torch.stack([matmul_attention(*head) for head in zip(*heads_of, strict=True)]).view(-1, heads, n, width)
         else:
             out = scaled_dot_product_attention(cut(q), cut(k), cut(v))
         parts.append(out.transpose(1, 2).reshape(-1, heads, width))
@@ -110,13 +115,13 @@ def grouped_windows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tens
     return merged[None]
 
 
-def by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of one head within one segment, in float32, ``ROWS`` queries at a time: three times (n, d) -> (n, d)."""
     scaled, keys, values = q.float() * q.shape[1] ** -0.5, k.float().contiguous(), v.float().T.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype)
     for rows, queries in zip(out.split(ROWS), scaled.split(ROWS), strict=True):
-        weights = product(queries, keys)
-        rows.copy_(product(weights.softmax(-1), values))
+        weights = linear_onednn(queries, keys)
+        rows.copy_(linear_onednn(weights.softmax(-1), values))
     return out
 
 
@@ -132,20 +137,55 @@ def varlen_windows(kernel, q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor,
     return kernel(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest)[None]
 
 
+@dataclass
+class VisionProbe:
+    """What one vision block leaves behind, per patch in the tower's window order."""
+
+    wants_attention: bool
+    wants_keys: bool
+
+    attention: Tensor | None = None
+    """(P,) attention that each patch receives, mean over heads and queries."""
+
+    keys: Tensor | None = None
+    """(P, d) key of each patch, mean over heads."""
+
+    def __call__(self, q: Tensor, k: Tensor, scaling: float, boundaries: Tensor) -> None:
+        """q, k: (1, H, P, d) after RoPE; boundaries (segments + 1,): images never attend to one another."""
+        if self.wants_keys:
+            self.keys = k[0].mean(0, dtype=torch.float32)
+        if self.wants_attention:
+            pieces = pairwise(boundaries.tolist())
+            self.attention = torch.cat([column_attention(q[0, :, a:b], k[0, :, a:b], scaling) for a, b in pieces])
+
+
 @contextmanager
-def windowed_attention(model) -> Iterator[None]:
-    """Within the block, ``model``'s vision tower (and no other) attends with ``attend`` and embeds patches by a product."""
-    tower = model.model.visual
+def probed(tower, block: int, attention: bool, keys: bool) -> Iterator[VisionProbe]:
+    """Within the block, vision block ``block`` of ``tower`` (and of no other) fills the probe at every forward pass."""
+    number, full = range(len(tower.blocks))[block], tower.config.fullatt_block_indexes
+    if attention and number not in full:
+        raise RunError(f"vision block {block} attends within windows only; blocks that see the whole image: {list(full)}")
+    module = tower.blocks[number].attn
+    module.probe = VisionProbe(attention, keys)
+    try:
+        yield module.probe
+    finally:
+        del module.probe
+
+
+@contextmanager
+def windowed_attention(tower) -> Iterator[None]:
+    """Within the block, this vision tower (and no other) attends with ``attend`` and embeds patches by a product."""
     before, tower.config._attn_implementation = tower.config._attn_implementation, NAME
     weight = tower.patch_embed.proj.weight
-    tower.patch_embed.forward = lambda patches: product(patches.to(weight.dtype), weight.flatten(1))  # (P, 1176) -> (P, D)
+    tower.patch_embed.forward = lambda patches: linear_onednn(patches.to(weight.dtype), weight.flatten(1))  # (P, 1176) -> (P, D)
     alone = [tower.merger.mlp, *(block.mlp for block in tower.blocks)]
     for module in alone:
-        module.forward = partial(by_rows, module.forward)
+        module.forward = partial(in_row_blocks, module.forward)
     for block in tower.blocks:
         block.attn.forward = partial(attend, block.attn)
     try:
-        with fast_products(tower):
+        with onednn_linears(tower):
             yield
     finally:
         tower.config._attn_implementation = before

@@ -26,11 +26,11 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from awares_bench.inference.engine import Engine, Job
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Failure, Sample, Turn
 from awares_bench.methods.images import within
-from awares_bench.methods.policy import Look, Policy
+from awares_bench.methods.policy import Policy, TurnGenerator
 from awares_bench.methods.resolution_gate import Gate
 from awares_bench.models.packaged import resolve
 from awares_bench.tasks.nano import world
@@ -45,7 +45,7 @@ class AtSize(Policy):
 
     longest: int = 0
 
-    def look(self, sample: Sample) -> Look:
+    def turns(self, sample: Sample) -> TurnGenerator:
         return (yield sample.ask(tuple(within(image, self.longest) for image in sample.images)))
 
 
@@ -99,7 +99,7 @@ def fit(
 
 
 def utilities(
-    vlm: VLM, samples: Sequence[tuple[Sample, list[str]]], sizes: Sequence[int], batch_size: int, tokens: int
+    vlm: LocalModel, samples: Sequence[tuple[Sample, list[str]]], sizes: Sequence[int], batch_size: int, tokens: int
 ) -> Iterator[tuple[int, list[float]]]:
     """Samples with their answers -> (index, ANLS of the target's answer at each size); those that cannot be answered are left out."""
     found: dict[int, list[float]] = {}
@@ -113,12 +113,12 @@ def utilities(
     yield from ((n, scores) for n, scores in sorted(found.items()) if None not in scores)
 
 
-def hidden_states(vlm: VLM, samples: Sequence[Sample], view: int, depth: float) -> np.ndarray:
+def hidden_states(vlm: LocalModel, samples: Sequence[Sample], view: int, depth: float) -> np.ndarray:
     """(N, D): what the policy's probe will find for each sample's first image."""
     out = []
     for sample in tqdm(samples, desc="proxy"):
-        turn = Turn((within(sample.images[0], view),), sample.question, model="proxy", probe=depth)
-        out.append(vlm.probe([Request(Session(), turn, 1)])[0].hidden)
+        turn = Turn((within(sample.images[0], view),), sample.question, model="proxy", hidden_state_depth=depth)
+        out.append(vlm.hidden_states([Request(Session(), turn, 1)])[0].hidden)
     return np.array(out)
 
 
@@ -150,8 +150,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--batch-size", type=int, default=16)
     args = p.parse_args(argv)
 
-    target = VLM.load(resolve(args.pretrained))
-    proxy = VLM.load(resolve(args.proxy)) if args.proxy else target
+    target = LocalModel.load(resolve(args.pretrained))
+    proxy = LocalModel.load(resolve(args.proxy)) if args.proxy else target
     samples = documents(args.data, args.documents)
     kept = args.out.with_suffix(".labels.jsonl")
     of = {"pretrained": args.pretrained, "data": str(args.data), "sizes": args.sizes}

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from awares_bench.inference.local_model import VLM
-from awares_bench.inference.session import Session
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.conversation import Event, Reply, Sample, Turn
-from awares_bench.methods.policy import Look, Policy
+from awares_bench.methods.policy import Policy, TurnGenerator
 
-from ..packing import Conversation, Features, Scorer, View, pack
+from ..packing import Scorer, pack
+from ..rendering import Conversation
 from ..rollouts import Rollout
 
 NOT_NEEDED = "Not needed."
@@ -37,8 +37,8 @@ class Part(Policy):
     whole: Policy
     role: str
 
-    def look(self, sample: Sample) -> Look:
-        look = self.whole.look(sample)
+    def turns(self, sample: Sample) -> TurnGenerator:
+        look = self.whole.turns(sample)
         turn = next(look)
         if not isinstance(turn, Turn) or turn.model != self.role:
             raise ValueError(f"sample {sample.key!r}: the first turn of {type(self.whole).__name__} is not the {self.role}'s")
@@ -47,7 +47,7 @@ class Part(Policy):
         return reply
 
 
-def _after(look: Look, reply: Reply) -> tuple[list[Event], Turn]:
+def _after(look: TurnGenerator, reply: Reply) -> tuple[list[Event], Turn]:
     """The events a reply leads to, and the turn that follows."""
     events, step = [], look.send(reply)
     while isinstance(step, Event):
@@ -59,13 +59,14 @@ def _after(look: Look, reply: Reply) -> tuple[list[Event], Turn]:
 class Target:
     """A frozen model that scores answers to what a policy shows it after a cropper's reply."""
 
-    def __init__(self, vlm: VLM, part: Part):
+    def __init__(self, vlm: LocalModel, part: Part):
         self.vlm, self.part = vlm, part
-        self.scorer = Scorer(vlm.model.requires_grad_(False).eval())
+        self.scorer = Scorer(vlm.host)
+        self.scorer.requires_grad_(False)
 
     def shown(self, sample: Sample, text: str) -> Turn:
         """What the target is shown after the cropper said ``text``."""
-        look = self.part.whole.look(sample)
+        look = self.part.whole.turns(sample)
         next(look)
         return _after(look, Reply(text))[1]
 
@@ -77,15 +78,15 @@ class Target:
             kinds = {e.kind for e in rollout.trajectory.events}
             form = next((worth for kind, worth in VALID.items() if kind in kinds), 0.25)
             turn = self.shown(sample, rollout.trajectory.replies[0].text if form else NOT_NEEDED)
-            views = [View.of(vlm, image, known) for image in turn.images]
+            images = [vlm.image_input(image, known) for image in turn.images]
             conversation = Conversation()
-            conversation.shown(vlm.chunk(Session(), turn, [v.grid for v in views]), views)
-            conversation.wrote([*vlm.tokenizer(answer, add_special_tokens=False)["input_ids"], vlm.tokenizer.eos_token_id])
+            conversation.add_context(vlm.host.render([turn], [], images), images)
+            conversation.add_reply([*vlm.tokenizer(answer, add_special_tokens=False)["input_ids"], vlm.host.end_of_turn])
             conversations.append(conversation)
             out.append({"form": form})
-        packed = pack([[c] for c in conversations], vlm, vlm.device)
-        scores, _ = self.scorer(packed, Features(vlm)(packed.views))
-        likelihood = torch.zeros(len(group), device=scores.device).index_add(0, packed.owner, scores).tolist()
+        packed = pack([[c] for c in conversations], vlm.host, vlm.device)
+        scores, _ = self.scorer(packed, vlm.encode(packed.images))
+        likelihood = torch.zeros(len(group), device=scores.device).index_add(0, packed.conversation_index, scores).tolist()
         for parts, value in zip(out, likelihood, strict=True):
             parts |= {"answer": math.exp(value), "likelihood": value, "reward": value + parts["form"]}
         return out

@@ -5,18 +5,18 @@ from __future__ import annotations
 import ast
 import base64
 import io
+from dataclasses import replace
 from itertools import combinations
 
 from PIL import Image
 
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Reply, Sample, Turn
 from awares_bench.methods.crop_grid import ALL, PAPER_GRID, Box
 from awares_bench.methods.policy import Policy
 
-from ..packing import Features
-from ..rollouts import Sampler
+from ..rollouts import SamplingModel
 from .judges import Endpoint, Judge
 
 
@@ -77,14 +77,15 @@ def candidates(pairs: bool = True) -> list[tuple[str, ...]]:
 
 
 def answers_with(
-    vlm: VLM, policy: Policy, sample: Sample, tried: list[tuple[str, ...]], features: Features, max_new_tokens: int
+    vlm: LocalModel, policy: Policy, sample: Sample, tried: list[tuple[str, ...]], max_new_tokens: int
 ) -> list[Reply]:
     """The greedy answer after each forced call; the first turn is prefilled once for all of them."""
-    sampler, sessions = Sampler(vlm, features, 0.0), [Session() for _ in tried]
-    looks = [policy.look(sample) for _ in tried]
+    sampler, sessions = SamplingModel(vlm, 0.0), [Session() for _ in tried]
+    looks = [policy.turns(sample) for _ in tried]
     turns = [_next_turn(look, None) for look in looks]
     calls = [PAPER_GRID.format(names) for names in tried]
-    said = sampler.reply([Request(s, t, 1) for s, t in zip(sessions, turns, strict=True)], forced=calls)
+    forced = [replace(turn, forced_reply=call) for turn, call in zip(turns, calls, strict=True)]
+    said = sampler.reply([Request(s, t, 1) for s, t in zip(sessions, forced, strict=True)])
     turns = [_next_turn(look, reply) for look, reply in zip(looks, said, strict=True)]
     return sampler.reply([Request(s, t, max_new_tokens) for s, t in zip(sessions, turns, strict=True)])
 
@@ -97,13 +98,13 @@ def _next_turn(look, reply: Reply | None) -> Turn:
 
 
 def search(
-    vlm: VLM, policy: Policy, sample: Sample, answers: tuple[str, ...], judge: Judge, features: Features, max_new_tokens: int
+    vlm: LocalModel, policy: Policy, sample: Sample, answers: tuple[str, ...], judge: Judge, max_new_tokens: int
 ) -> tuple[str, ...]:
     """The cheapest crops after which the model answers right, the surest among equals; none when no crops do."""
     tried = candidates()
-    replies = answers_with(vlm, policy, sample, tried, features, max_new_tokens)
+    replies = answers_with(vlm, policy, sample, tried, max_new_tokens)
     right = [
-        (PAPER_GRID.area(names), -sum(reply.logps), names)
+        (PAPER_GRID.area(names), -sum(reply.logprobs), names)
         for names, reply in zip(tried, replies, strict=True)
         if judge(sample.question, answers, reply.text) >= 0.5
     ]

@@ -16,14 +16,14 @@ from tqdm import tqdm
 from awares_bench.awares import AwaRes
 from awares_bench.evaluation.records import read_records
 from awares_bench.inference.engine import Engine, Job
-from awares_bench.inference.local_model import VLM
+from awares_bench.inference.image_features import FeatureStore
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.conversation import Failure, Sample, Trajectory
 from awares_bench.methods.crop_grid import PAPER_GRID
 
 from .. import examples
-from ..packing import Features
 from ..rewards import union_area
-from ..rollouts import InStep, Sampler
+from ..rollouts import SamplingModel
 from .crop_oracles import answers_with, hull, iou
 from .judges import judge
 
@@ -107,7 +107,9 @@ def from_records(run: Path, suite: Path) -> dict[str, dict]:
     return {t: figures(d) for t, d in decisions.items()} | {"all": figures([x for d in decisions.values() for x in d])}
 
 
-def probe(vlm: VLM, labels: str, limit: int | None = None, rule: str = "anls", max_new_tokens: int = 32, batch: int = 16) -> dict:
+def probe(
+    vlm: LocalModel, labels: str, limit: int | None = None, rule: str = "anls", max_new_tokens: int = 32, batch: int = 16
+) -> dict:
     """A checkpoint on labelled rows -> figures, and its scores as it likes, without calls, and with the oracle's call.
 
     The scores of the two forced ways are over the questions whose label is HR and whose oracle names crops, where looking
@@ -117,7 +119,7 @@ def probe(vlm: VLM, labels: str, limit: int | None = None, rule: str = "anls", m
     rows = [table[i] for i in range(min(limit or len(table), len(table)))]
     samples = [examples.sample(r, i, 2000) for i, r in enumerate(rows)]
     free: dict[int, Trajectory | Failure] = dict(Engine(vlm, policy, batch).run(Job(s, max_new_tokens) for s in samples))
-    features = Features(vlm, 256)
+    vlm.features = vlm.features or FeatureStore(256 * 2**20)
     scores: dict[str, list[float]] = {k: [] for k in ("free", "free_HR", "direct_HR", "oracle_HR", "free_LR", "direct_LR")}
     decisions = []
     for i, (row, sample) in enumerate(tqdm(list(zip(rows, samples, strict=True)), desc="probes", disable=None)):
@@ -131,22 +133,19 @@ def probe(vlm: VLM, labels: str, limit: int | None = None, rule: str = "anls", m
         scores["free"].append(right)
         if row["label"] in ("LR", "HR"):
             scores[f"free_{row['label']}"].append(right)
-            scores[f"direct_{row['label']}"].append(
-                score(sample.question, accepted, direct(vlm, sample, features, max_new_tokens))
-            )
+            scores[f"direct_{row['label']}"].append(score(sample.question, accepted, direct(vlm, sample, max_new_tokens)))
         if row["label"] == "HR" and oracle:
-            (reply,) = answers_with(vlm, policy, sample, [oracle], features, max_new_tokens)
+            (reply,) = answers_with(vlm, policy, sample, [oracle], max_new_tokens)
             scores["oracle_HR"].append(score(sample.question, accepted, reply.text))
     means = {k: sum(v) / len(v) if v else None for k, v in scores.items()}
     return figures(decisions) | {"score": means}
 
 
-def direct(vlm: VLM, sample: Sample, features: Features, max_new_tokens: int) -> str:
+def direct(vlm: LocalModel, sample: Sample, max_new_tokens: int) -> str:
     """The greedy answer to the first turn when it may not begin as a call."""
-    sampler = Sampler(vlm, features, 0.0)
     starts = {vlm.tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in ("GET_CROPS:", " GET_CROPS:")}
-    sampler.never_first = sorted(starts)
-    ((_, outcome),) = InStep(sampler, AwaRes(on_malformed="answer")).run([Job(sample, max_new_tokens)])
+    sampling = SamplingModel(vlm, 0.0, banned_first=tuple(sorted(starts)))
+    ((_, outcome),) = Engine(sampling, AwaRes(on_malformed="answer")).run([Job(sample, max_new_tokens)])
     return outcome.answer
 
 

@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +24,15 @@ from tqdm import tqdm
 
 from awares_bench.awares import AwaRes
 from awares_bench.inference.engine import Engine, Job
-from awares_bench.inference.local_model import VLM
-from awares_bench.methods.conversation import Failure, Trajectory
+from awares_bench.inference.local_model import LocalModel
+from awares_bench.methods.conversation import Failure
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.registry import method_class
 from awares_bench.tasks.nano import world
 
 from .. import examples
-from ..packing import Features
 from ..recipe import RecipeError, Run, claim, key
-from ..rollouts import InStep, Sampler
+from ..rollouts import SamplingModel
 from ..trainer import device_of, open_vlm
 from . import crop_oracles, judges
 
@@ -148,9 +147,9 @@ def run(recipe: Curate, say: Callable[[str], None] = print) -> dict:
     if recipe.oracle == "endpoint" and not (recipe.oracle_model and recipe.oracle_url):
         raise RecipeError("oracle: endpoint needs oracle_model and oracle_url")
     out = claim(recipe, "curate")
-    vlm: list[VLM] = []  # loaded when a stage first needs it
+    vlm: list[LocalModel] = []  # loaded when a stage first needs it
 
-    def model() -> VLM:
+    def model() -> LocalModel:
         if not vlm:
             vlm.append(open_vlm(recipe))
         return vlm[0]
@@ -171,28 +170,20 @@ def _question(recipe: Curate, row: dict) -> str:
     return row["question"] + recipe.suffix
 
 
-def answer(recipe: Curate, table, some: list[dict], vlm: VLM) -> list[dict]:
+def answer(recipe: Curate, table, some: list[dict], vlm: LocalModel) -> list[dict]:
     """Stage a: the base model's greedy answers at half and at full size, and how likely it found the one at half size."""
     found = [dict(r, sure=None) for r in some]
     for name in ("low", "full"):
         samples = [examples.sample(table[r["index"]], r["index"], recipe.largest_side) for r in some]
         jobs = [Job(type(s)(s.images, s.question + recipe.suffix, s.key), recipe.max_new_tokens) for s in samples]
         policy, likely = method_class(name)(), name == "low" and recipe.sure
-        for i, outcome in _likely(vlm, policy, jobs, recipe.batch) if likely else Engine(vlm, policy, recipe.batch).run(jobs):
+        for i, outcome in Engine(SamplingModel(vlm, 0.0) if likely else vlm, policy, recipe.batch).run(jobs):
             failed = isinstance(outcome, Failure)
             found[i][name] = None if failed else outcome.answer
             found[i]["error"] = outcome.error if failed else found[i].get("error")
             if likely and not failed:
-                found[i]["sure"] = math.exp(sum(outcome.replies[-1].logps))
+                found[i]["sure"] = math.exp(sum(outcome.replies[-1].logprobs))
     return found
-
-
-def _likely(vlm: VLM, policy, jobs: list[Job], batch: int) -> Iterator[tuple[int, Trajectory | Failure]]:
-    """As the engine's run, with the log-probabilities of the greedy replies."""
-    features = Features(vlm, 0)
-    for start in range(0, len(jobs), batch):
-        for i, outcome in InStep(Sampler(vlm, features, 0.0), policy).run(jobs[start : start + batch]):
-            yield start + i, outcome
 
 
 def label(recipe: Curate, table, some: list[dict], grader) -> list[dict]:
@@ -235,7 +226,7 @@ def _label(verdict: int | None, any_right: bool, ties: str) -> str | None:
     return "LR" if any_right or ties == "paper" else None
 
 
-def crop(recipe: Curate, table, some: list[dict], model: Callable[[], VLM]) -> list[dict]:
+def crop(recipe: Curate, table, some: list[dict], model: Callable[[], LocalModel]) -> list[dict]:
     """Stages d and e: crops of the questions that need them; empty where the oracle finds none."""
     out, policy = [], AwaRes()
     rule = judges.judge(recipe.judge) if recipe.judge in judges.RULES else judges.anls
@@ -246,9 +237,7 @@ def crop(recipe: Curate, table, some: list[dict], model: Callable[[], VLM]) -> l
             vlm = model()
             sample = examples.sample(row, r["index"], recipe.largest_side)
             sample = type(sample)(sample.images, _question(recipe, row), sample.key)
-            names = crop_oracles.search(
-                vlm, policy, sample, examples.answers(row), rule, Features(vlm, 64), recipe.max_new_tokens
-            )
+            names = crop_oracles.search(vlm, policy, sample, examples.answers(row), rule, recipe.max_new_tokens)
         else:
             image = examples.pictures(row, 10**9)[0]
             if recipe.oracle == "boxes":

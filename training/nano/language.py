@@ -97,7 +97,7 @@ class Learner:
 def load(model, start) -> None:
     """The weights of a checkpoint, under a fresh bottom layer if it has one layer less; that layer passes on what it is given."""
     state = start.state_dict()
-    if len(model.model.language_model.layers) == len(start.model.language_model.layers) + 1:
+    if len(model.model.language_model.layers) == len(start.host.model.language_model.layers) + 1:
         bottom = model.model.language_model.layers[0]
         for last in (bottom.self_attn.o_proj, bottom.mlp.down_proj):
             torch.nn.init.zeros_(last.weight)
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
             found[mode]["mean"] = round(sum(found[mode].values()) / len(w.FAMILIES), 3)
         return found
 
-    with windowed_attention(model):
+    with windowed_attention(model.model.visual):
         train(
             {"model": model},
             [Group(language, a.lr), Group(tower, a.tower_lr, frozen), *([Group(fresh, a.fresh_lr)] if fresh else [])],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from awares_bench.inference.local_model import mrope_positions
+from awares_bench.models.qwen2_5_vl import mrope_positions
 
 from .pixels import patches
 
@@ -74,7 +74,9 @@ def collate(rows: list[Row], writer: Writer) -> dict:
     for b, r in enumerate(rows):
         n = len(r.ids)
         ids[b, :n], weights[b, :n], mask[b, :n] = torch.tensor(r.ids), torch.tensor(r.weights), 1
-        positions[:, b, :n] = mrope_positions(r.ids, r.grids, writer.image_token)[0]
+        positions[:, b, :n] = mrope_positions(
+            r.ids, [(rows // 2, columns // 2) for _, rows, columns in r.grids], writer.image_token
+        )[0]
     pixels = torch.cat([p for r in rows for p in r.pixels])
     grids = torch.tensor([g for r in rows for g in r.grids])
     hints = torch.tensor([(b, at, token) for b, r in enumerate(rows) for at, token in r.hints], dtype=torch.long).reshape(-1, 3)

@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
                 }
         return found
 
-    with windowed_attention(model):
+    with windowed_attention(model.model.visual):
         train(
             {"tower": tower, "heads": heads},
             [Group([*tower.parameters()], a.lr, 50 if a.start else 0), Group([*heads.parameters()], a.lr)],

@@ -1,0 +1,58 @@
+"""The attention function of the decoder while this package runs it: one for rows without padding, and one that lets rankings of tokens look on.
+
+An attention function sees queries and keys after projection, query and key norms, and RoPE, whatever the family; a hook on a projection
+does not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+if TYPE_CHECKING:
+    from .ragged_batch import RaggedBatch
+
+NAME = "awares"
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args,
+    rows: RaggedBatch | None = None,
+    observer: Callable[[Tensor, Tensor], None] | None = None,
+    implementation: str = "",
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls in place of its own attention.
+
+    rows: the batch that attends for itself. observer: is shown queries (B, H, n, d) and keys (B, G, L, d); ``implementation`` then attends.
+    """
+    if rows is not None:
+        return rows.attend(module.layer_idx, query, key, value), None
+    observer(query, key)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    module.config._attn_implementation = implementation  # which some functions read
+    try:
+        function = AttentionInterface().get_interface(implementation, eager)
+        return function(module, query, key, value, *args, **kwargs)
+    finally:
+        module.config._attn_implementation = NAME
+
+
+@contextmanager
+def own_attention(config) -> Iterator[None]:
+    """Within the block the layers of the decoder with this config (and of no other) attend with ``attend``."""
+    AttentionInterface.register(NAME, attend)
+    before, config._attn_implementation = config._attn_implementation, NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,29 @@
+"""Which host runs which ``config.model_type``: the families of this package, and those that other packages register.
+
+A family is a file beside this one, or a class that a package names in the entry-point group ``awares_bench.models``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .base import HostModel
+
+GROUP = "awares_bench.models"
+
+
+@cache
+def families() -> dict[str, type[HostModel]]:
+    """``config.model_type`` -> the family that runs it. Those of this package win."""
+    from .qwen2_5_vl import Qwen2_5_VL
+
+    hosts = [*(entry.load() for entry in entry_points(group=GROUP)), Qwen2_5_VL]
+    return {model_type: host for host in hosts for model_type in host.model_types}
+
+
+def host_of(model, processor, *limits: int) -> HostModel:
+    """A model and its processor as the host of its family. limits: fewest and most pixels of a picture."""
+    return families()[model.config.model_type](model, processor, *limits)

@@ -1,0 +1,126 @@
+"""Checkpoints to models: loaded whole, on the device and in the precision asked for, or refused in a sentence."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.utils.quantization_config import QuantizationMethod
+
+from awares_bench.errors import CheckpointError
+
+from .adapters import merge_adapters
+from .base import MAX_PIXELS, MIN_PIXELS, HostModel
+from .checkpoint import (
+    base_of,
+    check_files,
+    check_finite,
+    check_match,
+    check_told,
+    check_weight_files,
+    find,
+    load_config,
+    load_processor,
+    own_processor,
+    quantisation,
+    saying,
+)
+from .families import families, host_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""What ``dtype`` may name beside ``auto``."""
+
+
+def load_host(
+    pretrained: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn_implementation: str = "sdpa",
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
+) -> HostModel:
+    """A checkpoint as the host of its family (see ``load``), with limits of a picture in pixels."""
+    model, processor = load(pretrained, dtype, device, attn_implementation)
+    return host_of(model, processor, min_pixels, max_pixels)
+
+
+def load(
+    pretrained: str, dtype: str = "auto", device: str = "auto", attn_implementation: str = "sdpa"
+) -> tuple[PreTrainedModel, object]:
+    """A checkpoint folder or hub name, or one of LoRA adapters, merged into the base that they name -> model, processor.
+
+    dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. Every tensor of the model comes from the files, every tensor of the
+    files is used, and all are finite. Raises CheckpointError, or ValueError for a dtype or device that cannot be.
+    """
+    where = _device(device)
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    if dtype == "auto":
+        dtype = "bfloat16" if where.type == "cuda" else "float32"
+    return _load(pretrained, getattr(torch, dtype), where, attn_implementation)
+
+
+def _load(
+    pretrained: str, dtype: torch.dtype, device: torch.device, attention: str, revision: str | None = None, above: tuple = ()
+):
+    """-> model on ``device``, processor. above: the adapter folders whose base this is."""
+    folder = find(pretrained, revision)
+    check_files(folder, pretrained)
+    if (folder / "adapter_config.json").exists():
+        if folder.resolve() in above:
+            raise CheckpointError(f"the adapters in {pretrained!r} are their own base; name another in adapter_config.json")
+        base, revision = base_of(folder, pretrained)
+        processor = own_processor(folder, pretrained)
+        try:
+            model, theirs = _load(base, dtype, device, attention, revision, (*above, folder.resolve()))
+        except CheckpointError as error:
+            raise CheckpointError(f"the base of the adapters in {pretrained!r}: {error}") from error
+        model = merge_adapters(model, folder)
+        if processor is not None:
+            check_match(model, processor, pretrained)
+        return model, processor or theirs
+    config = load_config(folder, pretrained)
+    processor = load_processor(folder, pretrained)
+    check_weight_files(folder, pretrained)
+    quantised = quantisation(config)
+    if quantised and quantised not in {method.value for method in QuantizationMethod}:
+        raise CheckpointError(
+            f"{pretrained!r} is quantised by {quantised!r}, which transformers {transformers.__version__} does not know; "
+            "pass the checkpoint that was not quantised"
+        )
+    kind = f", which is quantised ({quantised})" if quantised else ""
+    with saying(f"cannot load {pretrained!r}{kind}"):
+        model, told = families()[config.model_type].model_class.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that all are named; none is ignored
+            **({"device_map": {"": device}} if quantised else {}),
+        )
+    if quantised and not quantisation(model.config):
+        raise CheckpointError(
+            f"{pretrained!r} is quantised ({quantised}), and this device can only run it unpacked to bfloat16, which answers otherwise; "
+            "use a GPU that has this format, or pass the checkpoint that was not quantised"
+        )
+    check_told(model, told, pretrained)
+    check_match(model, processor, pretrained)
+    if not quantised:
+        model = model.to(device)
+    model.name_or_path = model.config.name_or_path = pretrained
+    check_finite(dict(model.named_parameters()), pretrained)
+    return model, processor
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:0 and so on") from None
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, and PyTorch finds no CUDA GPU here; pass device=cpu, or leave device out")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device!r}, and PyTorch finds {torch.cuda.device_count()} GPUs here, counted from cuda:0")
+    return where

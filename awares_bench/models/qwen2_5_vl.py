@@ -1,0 +1,132 @@
+"""Qwen2.5-VL: native resolution, M-RoPE, a vision tower with windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from awares_bench.methods.images import within_aspect
+from awares_bench.methods.pruner import VisualTokens
+
+from .attention_scores import raster_order
+from .base import HostModel, ImageInput
+from .qwen2_5_vl_vision import VisionProbe, probed, windowed_attention
+
+
+class Qwen2_5_VL(HostModel):
+    model_types = ("qwen2_5_vl",)
+    model_class = Qwen2_5_VLForConditionalGeneration
+    provides = frozenset({"attention", "vision_keys", "decoder_attention", "seed"})
+    position_axes = 3
+    image_marks = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
+    lora_targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    decoder_layer = "Qwen2_5_VLDecoderLayer"
+
+    @classmethod
+    def count_tokens(cls, processor, limits: dict[str, int], image: Image.Image) -> int:
+        image, _ = within_aspect(image)
+        ip = processor.image_processor
+        given = {"min_pixels": limits["shortest_edge"], "max_pixels": limits["longest_edge"]}  # it does not read ``size``
+        return ip.get_number_of_image_patches(image.height, image.width, given) // ip.merge_size**2
+
+    @classmethod
+    def processor_sizes(cls, config, image_processor) -> dict[str, tuple[int | None, int]]:
+        vision = config.vision_config
+        sizes = {
+            "patch_size": vision.patch_size,
+            "merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+        }
+        return {name: (getattr(image_processor, name, None), size) for name, size in sizes.items()}
+
+    def image_input(self, image: Image.Image, key: str = "") -> ImageInput:
+        """inputs: pixel_values (P, 1176) and image_grid_thw (1, 3), the rows and columns in patches."""
+        image, events = within_aspect(image)
+        ip = self.processor.image_processor
+        out = ip(images=[image], size=self.limits, return_tensors="pt")
+        _, rows, columns = out["image_grid_thw"][0].tolist()
+        run = (rows // ip.merge_size, columns // ip.merge_size)
+        inputs = {name: out[name] for name in ("pixel_values", "image_grid_thw")}
+        return ImageInput(inputs, (run,), self.placeholder * (run[0] * run[1]), tuple(events), key)
+
+    def positions(self, ids: list[int], images: list[ImageInput], start: int = 0) -> tuple[Tensor, int]:
+        return mrope_positions(ids, [image.runs[0] for image in images], self.image_token, start)
+
+    def fast_tower(self) -> AbstractContextManager:
+        return windowed_attention(self.tower)
+
+    @torch.inference_mode()
+    def encode(self, images: list[ImageInput], needs: Iterable[str] = (), block: int = -1) -> list[VisualTokens]:
+        if not images:
+            return []
+        attention, keys = "attention" in needs, "vision_keys" in needs
+        # one call for all pictures: pixels concatenated, pictures told apart by their grids
+        pixels = torch.cat([i.inputs["pixel_values"].to(self.device, non_blocking=True) for i in images]).to(self.dtype)
+        grids = torch.cat([i.inputs["image_grid_thw"] for i in images]).to(self.device)
+        with self.fast_tower(), probed(self.tower, block, attention, keys) if attention or keys else nullcontext() as probe:
+            features = self.tower(pixels, grid_thw=grids).pooler_output
+        return runs_of(features, images, probe, needs, self.window)
+
+    @property
+    def window(self) -> int:
+        """Side of an attention window of the tower in visual tokens."""
+        vision = self.model.config.vision_config
+        return vision.window_size // vision.spatial_merge_size // vision.patch_size
+
+
+def runs_of(
+    features: Tensor, images: list[ImageInput], probe: VisionProbe | None, needs: Iterable[str], window: int
+) -> list[VisualTokens]:
+    """Features (V, D) of several pictures and what the probe holds -> the visual tokens of each, in raster order."""
+    out, start = [], 0
+    for image in images:
+        ((rows, columns),) = image.runs
+        run = slice(start, start + rows * columns)
+        seen = {}
+        if probe is not None:
+            order = raster_order(rows, columns, window, features.device)
+            seen = {
+                "attention": _per_token(probe.attention, len(features), run, order),
+                "vision_keys": _per_token(probe.keys, len(features), run, order),
+            }
+        places = torch.arange(rows * columns, device=features.device)
+        seed = image.seed if "seed" in needs else 0
+        out.append(VisualTokens(features[run], (rows, columns), places, seed=seed, **seen))
+        start = run.stop
+    return out
+
+
+def _per_token(values: Tensor | None, total: int, run: slice, order: Tensor) -> Tensor | None:
+    """Values of all patches in the tower's order -> the mean over the patches of each token of ``run``, in raster order.
+
+    total: tokens of all pictures. order: the place in the tower's order of each token in raster order.
+    """
+    if values is None:
+        return None
+    return values.unflatten(0, (total, len(values) // total))[run].mean(1)[order]
+
+
+def mrope_positions(ids: list[int], runs: list[tuple[int, int]], image_token: int, start: int = 0) -> tuple[Tensor, int]:
+    """M-RoPE positions (3, L) of a chunk that begins at position ``start``, and the position after it.
+
+    Text advances all three axes by one. An image's tokens share their time, count rows and columns from where the text
+    stopped, and the text goes on after the larger of the two. Equal to Qwen2.5-VL's ``get_rope_index`` (tested), which
+    cannot start in mid-conversation. runs: rows and columns of each image in tokens.
+    """
+    out, at, i, runs = [], start, 0, list(runs)
+    while i < len(ids):
+        if ids[i] == image_token:
+            rows, columns = runs.pop(0)
+            r, c = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+            out.append(torch.stack([torch.zeros_like(r), r, c]) + at)
+            i, at = i + rows * columns, at + max(rows, columns)
+        else:
+            n = next((j for j in range(i, len(ids)) if ids[j] == image_token), len(ids)) - i
+            out.append((torch.arange(n) + at).expand(3, -1))
+            i, at = i + n, at + n
+    return torch.cat(out, 1), at
