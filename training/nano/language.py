@@ -97,7 +97,7 @@ class Learner:
 def load(model, start) -> None:
     """The weights of a checkpoint, under a fresh bottom layer if it has one layer less; that layer passes on what it is given."""
     state = start.state_dict()
-    if len(model.model.language_model.layers) == len(start.host.model.language_model.layers) + 1:
+    if len(model.model.language_model.layers) == len(start.model.language_model.layers) + 1:
         bottom = model.model.language_model.layers[0]
         for last in (bottom.self_attn.o_proj, bottom.mlp.down_proj):
             torch.nn.init.zeros_(last.weight)
