@@ -15,7 +15,7 @@ import torch
 import transformers
 from PIL import Image
 
-from awares_bench.evaluation.records import cpu_name, provenance
+from awares_bench.evaluation.provenance import cpu_name, provenance
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import VLM
 from awares_bench.methods.conversation import Sample

@@ -26,7 +26,7 @@ import torch
 from transformers import TrainerCallback
 
 from awares_bench.awares import CALL_BUDGET
-from awares_bench.evaluation.records import provenance
+from awares_bench.evaluation.provenance import provenance
 from awares_bench.inference.session import Session
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.models.packaged import resolve

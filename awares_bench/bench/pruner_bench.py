@@ -24,7 +24,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from awares_bench.evaluation.records import provenance
+from awares_bench.evaluation.provenance import provenance
 from awares_bench.inference.layerwise_batch import StagedBatch
 from awares_bench.inference.local_model import VLM, mrope_positions
 from awares_bench.inference.session import Session

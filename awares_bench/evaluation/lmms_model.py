@@ -51,7 +51,8 @@ from awares_bench.models.packaged import NANO, resolve
 
 from . import content, summary
 from .lmms_manifest import COMPOSED
-from .records import Record, RunFolder, fingerprint
+from .provenance import fingerprint
+from .records import Record, RunFolder
 
 if TYPE_CHECKING:
     from awares_bench.inference.openai_server import Endpoint

@@ -26,7 +26,7 @@ import yaml
 from awares_bench.methods import registry
 from awares_bench.methods.options import unknown_option
 
-from .records import fingerprint
+from .provenance import fingerprint
 
 RECIPE_KEYS = ("tasks", "include_path", "limit", "batch_size", "options", "methods")
 """What a recipe may hold; ``options`` are model arguments of every cell, ``methods`` a list of names or of options with ``method``."""
