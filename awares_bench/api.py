@@ -18,22 +18,20 @@ from dataclasses import dataclass, field
 import yaml
 from PIL import Image
 
+from awares_bench.evaluation.run_options import RunOptions
 from awares_bench.evaluation.summary import aligned
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.generation import MAX_NEW_TOKENS, settings
-from awares_bench.inference.loading import auxiliary_checkpoints, load_vlm, whole
-from awares_bench.inference.local_model import MAX_PIXELS, MIN_PIXELS, VLM
+from awares_bench.inference.loading import auxiliary_checkpoints, load_vlm
+from awares_bench.inference.local_model import VLM
 from awares_bench.methods import registry
 from awares_bench.methods.conversation import Event, Failure, Reply, Sample, Trajectory, Turn
 from awares_bench.methods.images import PictureError, as_rgb
+from awares_bench.methods.options import parse_int
 from awares_bench.methods.registry import Method
-from awares_bench.models.packaged import NANO
 
 from .card import card, cards
 from .errors import AnswerError, OptionError
-
-LOAD_OPTIONS = ("dtype", "device", "attn_implementation", "min_pixels", "max_pixels", "constrained", "repetition_penalty")
-"""Options of ``load`` beside the checkpoint."""
 
 GENERATION = ("max_new_tokens", "until")
 """Options of a question that are not the method's."""
@@ -161,7 +159,7 @@ class Model:
         with _refusing():
             made = registry.build(str(method), options)
             asked = settings({"max_new_tokens": max_new_tokens, "until": list((until,) if isinstance(until, str) else until)})
-            engine = self._engine(made, whole("batch_size", batch_size))
+            engine = self._engine(made, parse_int("batch_size", batch_size))
         pairs = list(questions)
         shown: dict[int, Image.Image] = {}
         events: dict[int, list[Event]] = {}
@@ -191,15 +189,15 @@ class Model:
 
 
 def load(
-    pretrained: str = NANO,
+    pretrained: str = RunOptions.pretrained,
     *,
-    dtype: str = "auto",
-    device: str | None = None,
-    attn_implementation: str = "sdpa",
-    min_pixels: int = MIN_PIXELS,
-    max_pixels: int = MAX_PIXELS,
-    constrained: bool = True,
-    repetition_penalty: float | None = None,
+    dtype: str = RunOptions.dtype,
+    device: str | None = RunOptions.device,
+    attn_implementation: str = RunOptions.attn_implementation,
+    min_pixels: int = RunOptions.min_pixels,
+    max_pixels: int = RunOptions.max_pixels,
+    constrained: bool = RunOptions.constrained,
+    repetition_penalty: float | None = RunOptions.repetition_penalty,
 ) -> Model:
     """A checkpoint, ready to be asked.
 

@@ -173,7 +173,7 @@ def _ask(args) -> int:
     from .errors import AnswerError
 
     given = dict(api.read_option(one) for one in args.option)
-    of_checkpoint = {k: given.pop(k) for k in api.LOAD_OPTIONS if k in given}
+    of_checkpoint = {k: given.pop(k) for k in api.OF_CHECKPOINT if k in given}
     others = [] if args.compare is None else [api.read_method(text) for text in args.compare.split(",")]
     asked = [(args.method, given), *others]
     for name, options in asked:  # before a checkpoint is loaded

@@ -71,9 +71,10 @@ def test_an_answer_holds_what_the_model_saw_said_and_cost(nano, document):
 
 def test_it_is_the_answer_that_lmms_eval_records(nano, document, tmp_path):
     from awares_bench.evaluation import lmms_model as lmms
+    from awares_bench.evaluation import lmms_run
 
     model = lmms.awares(output_dir=str(tmp_path / "run"), batch_size=1)
-    lmms.evaluate(model, ("nano_doc",), 1, lmms.task_index(), tmp_path / "lmms")
+    lmms_run.evaluate(model, ("nano_doc",), 1, lmms_run.task_index(), tmp_path / "lmms")
     (record,) = awares_bench.evaluation.records.read_records(tmp_path / "run")
     answer = nano.ask(document[0], record.question, max_new_tokens=record.generation["max_new_tokens"])
     assert (answer.text, list(answer.crops), answer.rtr) == (record.answer, record.crops, record.rtr)
@@ -82,8 +83,9 @@ def test_it_is_the_answer_that_lmms_eval_records(nano, document, tmp_path):
 
 def test_a_run_ends_with_a_table(tmp_path, capsys):
     from awares_bench.evaluation import lmms_model as lmms
+    from awares_bench.evaluation import lmms_run
 
-    lmms.evaluate(lmms.low(output_dir=str(tmp_path / "run")), ("nano_doc",), 2, lmms.task_index(), tmp_path / "lmms")
+    lmms_run.evaluate(lmms.low(output_dir=str(tmp_path / "run")), ("nano_doc",), 2, lmms_run.task_index(), tmp_path / "lmms")
     said = capsys.readouterr().err
     assert f"records: {tmp_path / 'run'}" in said
     row = next(line.split() for line in said.splitlines() if line.startswith("nano_doc"))

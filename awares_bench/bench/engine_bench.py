@@ -193,7 +193,7 @@ def _suite(vlm: VLM, pretrained: str, documents: int, repeats: int, rows: list[R
 
     row = Row(f"nano suite: ours, batch {BATCH}", ours)
     try:
-        from awares_bench.evaluation.lmms_model import stock_answers
+        from awares_bench.evaluation.lmms_run import stock_answers
 
         stock = stock_answers(pretrained, vlm, BATCH)
     except ImportError as error:  # optional packages of lmms-eval
