@@ -10,15 +10,17 @@ A method is what it is in lmms-eval: the same names, options, engine and countin
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import yaml
 from PIL import Image
 
-from awares_bench.evaluation.run_options import RunOptions
+from awares_bench.evaluation.run_options import OF_CHECKPOINT, RunOptions
 from awares_bench.evaluation.summary import aligned
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.generation import MAX_NEW_TOKENS, settings
@@ -30,7 +32,7 @@ from awares_bench.methods.images import PictureError, as_rgb
 from awares_bench.methods.options import parse_int
 from awares_bench.methods.registry import Method
 
-from .card import card, cards
+from .card import card, cards, page
 from .errors import AnswerError, OptionError
 
 GENERATION = ("max_new_tokens", "until")
@@ -342,3 +344,50 @@ def _line(text: str) -> str:
 def printable(text: str) -> str:
     """A text on one line of a terminal: white space folded, what cannot be printed by its number."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of ``awares-bench ask``."""
+    parser.add_argument("image", metavar="IMAGE", help="path of the picture")
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("--method", default="awares", help="name of a method, or FILE.py:Class (default: awares)")
+    parser.add_argument(
+        "--pretrained", default="nano", help="checkpoint folder, LoRA adapters, hub name, or a name of the package"
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the method (retention=0.25, pruner=visionzip, max_new_tokens=64) or of the checkpoint "
+        f"({', '.join(OF_CHECKPOINT)}); may be repeated",
+    )
+    parser.add_argument(
+        "--compare", metavar="METHODS", help='further methods beside it, with commas between: full,low,"visionzip retention=0.25"'
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the views, the crops and the turns")
+
+
+def main(args: argparse.Namespace) -> int:
+    """``awares-bench ask``."""
+    # everything that can be refused is, before a checkpoint is loaded
+    options = dict(read_option(text) for text in args.option)
+    of_checkpoint = {k: options.pop(k) for k in OF_CHECKPOINT if k in options}
+    others = [] if args.compare is None else [read_method(text) for text in args.compare.split(",")]
+    methods = [(args.method, options), *others]
+    for name, given in methods:
+        check(name, given)
+    as_rgb(args.image)
+
+    answers = each(load(args.pretrained, **of_checkpoint), args.image, args.question, methods)
+    failed = [a for a in answers if a.error is not None]
+    if others or not failed:
+        print(answers if others else told(answers[0]))
+    if args.html:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        body = (answers if others else answers[0])._repr_html_()
+        args.html.write_text(page(body, args.question), encoding="utf-8", errors="backslashreplace")
+        print(args.html)
+    if failed:
+        raise AnswerError(f"{failed[0].method}: {failed[0].error}")
+    return 0

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from awares_bench.bench.contestants import Pages
-from awares_bench.bench.engine_bench import run
+from awares_bench.bench.engine_bench import Settings, constrained, run
+from awares_bench.cli import main
 from awares_bench.inference.local_model import VLM
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Turn
@@ -99,7 +100,7 @@ def test_everything_again_feeds_the_conversation_that_one_cache_holds(vlm):
 
 def test_a_run_prints_rows_and_figures_and_writes_them(tmp_path, capsys):
     path = tmp_path / "bench.json"
-    run(size="nano", layers=2, tokens=64, answer=3, repeats=2, parts=("turns", "stock"), json_file=path)
+    run(Settings(geometry="nano", layers=2, tokens=64, answer=3, repeats=2, parts=("turns", "stock"), json_file=path))
     result, printed = json.loads(path.read_text()), capsys.readouterr().out
     assert result["about"]["layers_cut_to"] == 2 and "layers_cut_to" in printed
     rows, figures = {r["name"]: r for r in result["rows"]}, {f["name"]: f for f in result["figures"]}
@@ -120,4 +121,25 @@ def test_a_run_prints_rows_and_figures_and_writes_them(tmp_path, capsys):
     assert figures["decode passes of the first turn, grammar (2) over none (6)"]["met"]
     assert figures["largest difference of a score from model.generate"]["met"]
     with pytest.raises(ValueError, match="call rate is 2"):
-        run(call_rate=2)
+        Settings(call_rate=2)
+    with pytest.raises(ValueError, match=r"--parts holds 'towers'; known: vision, turns, stock, suite"):
+        Settings(parts=("towers",))
+
+
+def test_a_part_of_the_bench_refuses_the_flags_that_it_does_not_read(capsys):
+    for words in (
+        ["pruners", "--call-rate", "0.5"],
+        ["pruners", "--pretrained", "nano"],
+        ["grpo", "--tokens", "64"],
+        ["engine", "--group", "2"],
+    ):
+        with pytest.raises(SystemExit):
+            main(["bench", *words])
+        assert f"unrecognized arguments: {words[1]}" in capsys.readouterr().err
+
+
+def test_a_model_is_left_as_it_was_after_its_grammar_was_switched(vlm):
+    with pytest.raises(KeyError), constrained(vlm, False):
+        assert not vlm.constrained
+        raise KeyError
+    assert vlm.constrained

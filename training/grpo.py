@@ -6,6 +6,7 @@ the loss for the gradient's sake and guards against a future that takes several 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import sys
@@ -26,7 +27,7 @@ from .curation.judges import judge
 from .export import finish
 from .health_checks import Watch
 from .packing import Scorer, pack
-from .recipe import RecipeError, Tuning, claim, key
+from .recipe import RecipeError, Tuning, add_recipe_arguments, claim, key, load
 from .rollouts import Rollout, banned, rollouts
 from .trainer import ExactTrainer, arguments, describe, device_of, open_vlm, per_process, policy_of, prepare, whole
 
@@ -78,9 +79,6 @@ class GRPO(Tuning):
             raise RecipeError(
                 "scheme: likelihood, a role and a target go together: a frozen target scores what the role shows it"
             )
-
-
-RECIPE = GRPO
 
 
 @dataclass(frozen=True)
@@ -302,3 +300,14 @@ def dry_run(recipe: GRPO, say=print) -> None:
     say(
         f"packed into {packed} tokens, {alone} one by one; {sampler.prefilled} prefilled, {sampler.shared} shared; no step was taken"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser, "nano_grpo")
+    parser.add_argument("--dry-run", action="store_true", help="render and score one batch, print masks and counts, take no step")
+
+
+def main(args: argparse.Namespace) -> int:
+    """``awares-bench train grpo``."""
+    (dry_run if args.dry_run else run)(load(GRPO, args.recipe, args.set))
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from contextlib import suppress
@@ -131,6 +132,12 @@ def load(cls: type[R], path: Path | str, overrides: list[str] = ()) -> R:
             raise RecipeError(f"{text!r} is not key=value")
         said[name.strip()] = yaml.safe_load(value)
     return check(cls, said, str(path))
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+    """A recipe and what wins over it; ``example`` is one that ships."""
+    parser.add_argument("recipe", type=Path, help=f"YAML file, or the name of one that ships, such as {example}")
+    parser.add_argument("set", nargs="*", metavar="KEY=VALUE", help="keys that win over the recipe's")
 
 
 def check(cls: type[R], said: dict, where: str = "recipe") -> R:

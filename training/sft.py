@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from awares_bench.inference.local_model import VLM
 from . import examples
 from .export import finish
 from .packing import Conversation, pack, render
-from .recipe import Tuning, claim, key
+from .recipe import Tuning, add_recipe_arguments, claim, key, load
 from .trainer import ExactTrainer, arguments, describe, per_process, policy_of, prepare
 
 
@@ -38,9 +39,6 @@ class SFT(Tuning):
     call_weight: float = key(5.0, above=0)
     normalise: str = key("weight", one_of=("weight", "tokens"))
     max_length: int = key(8192, low=16)
-
-
-RECIPE = SFT
 
 
 class Trajectories(torch.utils.data.Dataset):
@@ -123,3 +121,14 @@ def dry_run(recipe: SFT, say=print) -> None:
     loss = -(scores * packed.weight).sum() / packed.weight.sum()
     steps = recipe.steps if recipe.steps > 0 else int(len(data) * recipe.epochs / recipe.batch)
     say(f"weighted loss of this batch {loss:.4f}; {len(data)} conversations, {steps} steps of {recipe.batch}; no step was taken")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser, "nano_sft")
+    parser.add_argument("--dry-run", action="store_true", help="render and score one batch, print masks and counts, take no step")
+
+
+def main(args: argparse.Namespace) -> int:
+    """``awares-bench train sft``."""
+    (dry_run if args.dry_run else run)(load(SFT, args.recipe, args.set))
+    return 0

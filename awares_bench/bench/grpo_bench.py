@@ -12,6 +12,7 @@ reference, the loss, and the loss once more for the backward pass, which works a
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from awares_bench.training.curation.pipeline import nano_rows
 from awares_bench.training.packing import View
 from awares_bench.training.recipe import check
 
-from .engine_bench import Figure
+from .engine_bench import Ratio
 from .trl_worker import Tokens
 
 PUSHED = ("prefill", "decode", "reference", "loss", "backward")
@@ -98,6 +99,21 @@ class Alternate(TrainerCallback):
         if self.other:
             self.theirs.append(self.other.step())
         self.began = time.perf_counter()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pretrained", default="nano", help="checkpoint folder, hub name, nano or nano-base (default: nano)")
+    parser.add_argument("--trl-python", metavar="PYTHON", help="interpreter of an environment that has trl")
+    parser.add_argument("--prompts", type=int, default=8, help="of a step")
+    parser.add_argument("--group", type=int, default=8, help="rollouts of a prompt")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, help="write the result there")
+
+
+def main(args: argparse.Namespace) -> int:
+    run(args.pretrained, args.trl_python, args.prompts, args.group, args.repeats, args.device, args.json)
+    return 0
 
 
 def run(
@@ -189,16 +205,16 @@ def _result(turns: Alternate, recipe: grpo.GRPO, trainer: grpo.GRPOTrainer, vers
         "steps": recipe.steps - 1,
         "trl": version,
     }
-    figures = []
+    ratios = []
     if version:
         ours, theirs = rows["ours"], rows["TRL"]
         clock, pushed = theirs["seconds"] / ours["seconds"], theirs["pushed"] / ours["pushed"]
-        figures.append(Figure("a GRPO step, TRL over ours, seconds", clock, ">= 2", clock >= 2))
-        figures.append(Figure("tokens pushed through the decoder, TRL over ours", pushed, ">= 3", pushed >= 3))
+        ratios.append(Ratio("a GRPO step, TRL over ours, seconds", clock, ">= 2", clock >= 2))
+        ratios.append(Ratio("tokens pushed through the decoder, TRL over ours", pushed, ">= 3", pushed >= 3))
         for name in ("encoded", *PUSHED):
             share = theirs["tokens"][name] / max(1, ours["tokens"][name])
-            figures.append(Figure(f"the same, {name}" if name in PUSHED else "tokens out of the tower", share, "", None))
-    return {"about": about, "rows": rows, "figures": [asdict(f) for f in figures], "notes": _notes(version)}
+            ratios.append(Ratio(f"the same, {name}" if name in PUSHED else "tokens out of the tower", share, "", None))
+    return {"about": about, "rows": rows, "figures": [asdict(f) for f in ratios], "notes": _notes(version)}
 
 
 def _row(steps: list[dict]) -> dict:

@@ -12,6 +12,7 @@ that a 7B fits a laptop; a pruner's own work is done in full: every cut at its r
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable
@@ -46,22 +47,24 @@ LIMIT_SHARE, LIMIT_BYTES = 0.05, 100 * 2**20
 
 @dataclass
 class Cost:
-    """A pruner's own work on one batch of pictures.
-
-    visual: tokens after the last cut, of one picture. seconds: with the cut, median over the rounds. share: of the prefill of the same
-    round, median. scoring_seconds, scoring_share: without the cut. extra_bytes: the most held at a time beside its inputs.
-    rounds, scoring_rounds: seconds of each.
-    """
+    """A pruner's own work on one batch of pictures."""
 
     pruner: str
     visual: int = 0
+    """Tokens after the last cut, of one picture."""
     seconds: float = 0.0
+    """With the cut, median over the rounds."""
     share: float = 0.0
+    """Of the prefill of the same round, median."""
     scoring_seconds: float = 0.0
+    """Without the cut."""
     scoring_share: float = 0.0
     extra_bytes: int | None = None
+    """The most held at a time beside its inputs; None where the system does not say."""
     rounds: list[float] = field(default_factory=list)
+    """Seconds of each round, with the cut."""
     scoring_rounds: list[float] = field(default_factory=list)
+    """Without the cut."""
 
 
 def pruners() -> list[type[Pruner]]:
@@ -81,6 +84,24 @@ def small(size: str):
     text.vocab_size = min(text.vocab_size, 1024)
     config.vocab_size = text.vocab_size
     return config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--geometry", default=NANO, choices=["nano", "3b", "7b"], help="published sizes with random weights (default: nano)"
+    )
+    parser.add_argument("--tokens", type=int, default=1200, help="visual tokens of a picture")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
+    parser.add_argument("--retention", type=float, default=0.5, help="of the pruners")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, help="write the result there")
+
+
+def main(args: argparse.Namespace) -> int:
+    run(args.geometry, args.tokens, args.batch, args.retention, args.repeats, args.device, args.dtype, args.json)
+    return 0
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -15,6 +16,20 @@ from awares_bench.methods.options import unknown_option
 from . import doctor
 
 MODELS = ("awares_full", "awares_low", "awares")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", type=Path, help="a suite made by nano-data (default: the one in the package)")
+    parser.add_argument("--methods", default=",".join(MODELS), help="comma-separated lmms-eval model names of this package")
+    parser.add_argument("--limit", type=int, help="documents per task (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("awares-demo"), help="output folder; a second call resumes there")
+    parser.add_argument("--pretrained", default="nano", help="checkpoint (default: the nano weights in the package)")
+    parser.add_argument("--batch-size", type=int, default=8)
+
+
+def main(args: argparse.Namespace) -> int:
+    run(args.out, args.methods.split(","), args.suite, args.limit, args.pretrained, args.batch_size)
+    return 0
 
 
 def run(

@@ -10,6 +10,7 @@ all its cells, and an exception names what failed (the command exits 0 on failur
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -238,3 +239,22 @@ def _clock(seconds: float) -> str:
     return (
         f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe in the package: nano, paper_table1")
+    parser.add_argument("--out", type=Path, help="output folder (default: awares-runs/RECIPE); a second call resumes there")
+    parser.add_argument("--limit", type=int, help="documents per task, for a trial (default: the recipe's)")
+    parser.add_argument("--pretrained", help="checkpoint of every cell, in place of the recipe's")
+    parser.add_argument("--batch-size", type=int, help="conversations in flight, in place of the recipe's")
+
+
+def main(args: argparse.Namespace) -> int:
+    recipe = read(args.recipe, args.limit, pretrained=args.pretrained, batch_size=args.batch_size)
+    out = args.out or Path("awares-runs") / Path(args.recipe).stem
+    cells = run(recipe, out)
+    failed = [c for c in cells if c["status"] == "failed"]
+    for cell in failed:
+        print(f"failed: {cell['label']}: {cell['error']} (more in {out / 'lmms' / cell['cell'] / 'error.txt'})", file=sys.stderr)
+    print(f"{len(cells) - len(failed)} of {len(cells)} cells are done in {out}; awares-bench report {out}", file=sys.stderr)
+    return 1 if failed else 0

@@ -7,8 +7,11 @@ and with the oracle's call put in its mouth. Definitions: paper Fig. 4-5, supple
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections import Counter
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,6 +22,7 @@ from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import VLM
 from awares_bench.methods.conversation import Failure, Sample, Trajectory
 from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.models.packaged import resolve
 
 from .. import examples
 from ..packing import Features
@@ -161,3 +165,25 @@ def show(found: dict, indent: str = "") -> str:
                 f"{indent}{name:<18}{'null' if value is None else f'{value:.3f}' if isinstance(value, float) else value}"
             )
     return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a run folder of an evaluation on a nano suite, or a checkpoint (with --labels)")
+    parser.add_argument("--labels", help="labels.parquet of a curation: the checkpoint answers its rows, probes included")
+    parser.add_argument("--suite", type=Path, help="folder of the nano suite the run was on (default: the one in the package)")
+    parser.add_argument("--limit", type=int, help="rows of the labels (default: all)")
+    parser.add_argument("--judge", default="anls", choices=("exact", "relaxed", "anls"))
+    parser.add_argument("--out", type=Path, help="also write the figures there as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """``awares-bench diagnose``."""
+    if args.labels:
+        metrics = probe(VLM.load(resolve(args.run)), args.labels, args.limit, args.judge)
+    else:
+        suite = args.suite or Path(str(files("awares_bench.tasks.nano") / "awares_nano.yaml")).parent
+        metrics = from_records(Path(args.run), suite)
+    print(show(metrics))
+    if args.out:
+        args.out.write_text(json.dumps(metrics, indent=1))
+    return 0

@@ -10,6 +10,7 @@ chunks; a chunk that is there is not made again. Paper Sec. 3.2 and 4.2.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
@@ -32,7 +33,7 @@ from awares_bench.tasks.nano import world
 
 from .. import examples
 from ..packing import Features
-from ..recipe import RecipeError, Run, claim, key
+from ..recipe import RecipeError, Run, add_recipe_arguments, claim, key, load
 from ..rollouts import InStep, Sampler
 from ..trainer import device_of, open_vlm
 from . import crop_oracles, judges
@@ -75,9 +76,6 @@ class Curate(Run):
     mapping: str = key("coverage", one_of=("coverage", "iou_argmax", "iou_literal"))
     chunk: int = key(256, low=1)
     parallel: int = key(8, low=1, high=256, log_only=True)
-
-
-RECIPE = Curate
 
 
 def staged(out: Path, name: str, rows: list[dict], chunk: int, work: Callable[[list[dict]], list[dict]]) -> list[dict]:
@@ -328,3 +326,13 @@ def summarise(recipe: Curate, labelled: list[dict], cropped: list[dict]) -> dict
 def _share(rows: list[dict], name: str) -> float | None:
     known = [r[name] for r in rows if r[name] is not None]
     return round(sum(map(bool, known)) / len(known), 4) if known else None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser, "nano_curate")
+
+
+def main(args: argparse.Namespace) -> int:
+    """``awares-bench curate``."""
+    run(load(Curate, args.recipe, args.set))
+    return 0
