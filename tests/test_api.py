@@ -14,6 +14,7 @@ import awares_bench
 from awares_bench import api, cli
 from awares_bench.card import page
 from awares_bench.errors import AnswerError, AwaresError, OptionError
+from awares_bench.methods.conversation import Event, Reply
 from awares_bench.tasks import nano as nano_suite
 
 from .tiny import picture, tiny_vlm
@@ -198,13 +199,13 @@ def test_a_card_shows_views_crops_turns_and_costs(nano, document):
 def test_nothing_of_a_user_or_a_model_is_markup(tiny):
     evil = "<script>alert('1')</script>&\x1b[2J"
     answer = tiny.ask(picture(112, 84), evil, max_new_tokens=2)
-    reply = api.Reply(evil)
-    event = api.Event(evil, evil)
+    reply = Reply(evil)
+    event = Event(evil, evil)
     answer = api.Answer(evil, evil, answer.image, evil, evil, (evil,), 0.5, 1, 2, 0.1, answer.turns, (reply,), (event,))
     compared = api.Comparison([answer])
     for shown in (answer._repr_html_(), compared._repr_html_(), page("", evil)):
         assert "<script" not in shown and "&lt;script&gt;" in shown
-    assert "\x1b" not in str(compared) + api.told(answer)
+    assert "\x1b" not in str(compared) + api.summary(answer)
     api.Answer("low", "half \ud800", error="half \ud800")._repr_html_().encode()
 
 

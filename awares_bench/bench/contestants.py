@@ -145,8 +145,8 @@ class Pages:
         """Two calls of ``model.generate``, as the released adapter makes them (batch 1: it knows no other)."""
         turns: list[list[Usage]] = [[], []]
         for one, two, calls in zip(self.first, self.second, self.calls, strict=True):
-            forced = self.call if calls else self.answer
-            turns[0].append(self.generate([messages([one], [])], [one.images], forced)[0])
+            said = self.call if calls else self.answer
+            turns[0].append(self.generate([messages([one], [])], [one.images], said)[0])
             if calls:
                 talk = messages([one, two], [PAPER_GRID.format(CROP)])
                 turns[1].append(self.generate([talk], [(*one.images, *two.images)], self.answer)[0])

@@ -197,37 +197,40 @@ def _vision(vlm: VLM, repeats: int, contestants: list[Contestant], ratios: list[
         contestants += [ours, stock]
         ratio = _ratio(stock, ours)
         ratios.append(Ratio(f"vision encode, {name}: per-window loop over ours", ratio, ">= 1.3", ratio >= 1.3))
-        apart = float((vlm.encode(patches, grids) - looped().pooler_output).abs().max())
-        ratios.append(Ratio(f"vision encode, {name}: largest difference of a feature", apart, *_exact(vlm, apart)))
+        difference = float((vlm.encode(patches, grids) - looped().pooler_output).abs().max())
+        ratios.append(Ratio(f"vision encode, {name}: largest difference of a feature", difference, *_exact(vlm, difference)))
 
 
-def _exact(vlm: VLM, apart: float) -> tuple[str, bool | None]:
-    return ("<= 1e-4", apart <= 1e-4) if vlm.model.dtype == torch.float32 else ("1e-4 holds in float32", None)
+def _exact(vlm: VLM, difference: float) -> tuple[str, bool | None]:
+    """Aim and whether it is met, of a difference that is rounding alone."""
+    return ("<= 1e-4", difference <= 1e-4) if vlm.model.dtype == torch.float32 else ("1e-4 holds in float32", None)
 
 
 def _turns(pages: Pages, stock: bool, repeats: int, contestants: list[Contestant], ratios: list[Ratio]) -> None:
+    """One turn at full resolution and two of AwaRes: by the engine, and with ``stock`` by ``model.generate``."""
     full = Contestant("full: ours", pages.full, pages.flops("full"))
     kept = Contestant("AwaRes: ours, one cache", pages.low_then_crop, pages.flops("kept"))
     again = Contestant("AwaRes: ours, everything again", pages.low_then_everything, pages.flops("again"))
-    entries = [full, kept, again]
-    if stock:
-        entries.append(Contestant("full: model.generate", pages.generate_full, pages.flops("full")))
-        entries.append(Contestant("AwaRes: model.generate twice", pages.generate_low_then_everything, pages.flops("again")))
-    alternate(entries, repeats)
-    contestants += entries
+    stock_full = Contestant("full: model.generate", pages.generate_full, pages.flops("full"))
+    stock_twice = Contestant("AwaRes: model.generate twice", pages.generate_low_then_everything, pages.flops("again"))
+    runners = [full, kept, again, *([stock_full, stock_twice] if stock else [])]
+    alternate(runners, repeats)
+    contestants += runners
 
+    # is the clock proportional to the tokens?
     rtr = sum(kept.turns[0], Usage()).prefill / sum(full.turns[0], Usage()).prefill
     clock = _ratio(kept, full)
     ratios.append(Ratio("AwaRes over full resolution, tokens (RTR)", rtr, "", None))
     ratios.append(Ratio("AwaRes over full resolution, seconds", clock, f"<= RTR + 0.15 = {rtr + 0.15:.3f}", clock <= rtr + 0.15))
     if any(pages.calls):
-        ready = ("preprocess", "encode", "prefill")
-        ratio, fed, refed = _ratio(kept, again, 1, ready), kept.turns[0][1], again.turns[0][1]
+        # what the second turn saves by going on with the cache of the first
+        ratio, fed, refed = _ratio(kept, again, 1, PHASES[:3]), kept.turns[0][1], again.turns[0][1]
         share = (fed.prefill + fed.text) / (refed.prefill + refed.text)
-        ratios.append(Ratio("second turn to its first token, kept cache over everything again", ratio, "<= 0.7", ratio <= 0.7))
         bound = 1.25 * share
+        ratios.append(Ratio("second turn to its first token, kept cache over everything again", ratio, "<= 0.7", ratio <= 0.7))
         ratios.append(Ratio("the same against its share of the tokens", ratio, f"<= 1.25 x {share:.3f}", ratio <= bound))
         ratios.append(Ratio("second turn with its answer, the same", _ratio(kept, again, 1), "", None))
+        # what the grammar saves: tokens of a call that have no alternative share a pass
         passes = {}
         for by_grammar in (False, True):
             with constrained(pages.vlm, by_grammar):
@@ -236,10 +239,10 @@ def _turns(pages: Pages, stock: bool, repeats: int, contestants: list[Contestant
         name = f"decode passes of the first turn, grammar ({passes[True]}) over none ({passes[False]})"
         ratios.append(Ratio(name, ratio, "<= 0.5", ratio <= 0.5))
     if stock:
-        ratios.append(Ratio("full resolution, model.generate over ours, seconds", _ratio(entries[3], full), "", None))
-        ratios.append(Ratio("AwaRes, model.generate twice over ours, seconds", _ratio(entries[4], kept), "", None))
-        apart = pages.difference()
-        ratios.append(Ratio("largest difference of a score from model.generate", apart, *_exact(pages.vlm, apart)))
+        ratios.append(Ratio("full resolution, model.generate over ours, seconds", _ratio(stock_full, full), "", None))
+        ratios.append(Ratio("AwaRes, model.generate twice over ours, seconds", _ratio(stock_twice, kept), "", None))
+        difference = pages.difference()
+        ratios.append(Ratio("largest difference of a score from model.generate", difference, *_exact(pages.vlm, difference)))
 
 
 @contextmanager
@@ -305,6 +308,7 @@ def _suite(
 
 
 def _alike(ours: list[str], theirs: list[str]) -> float:
+    """Share of equal answers."""
     return sum(a.strip() == b.strip() for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 

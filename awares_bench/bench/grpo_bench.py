@@ -131,10 +131,16 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         nano_rows(prompts, labelled=True).to_parquet(folder / "rows.parquet")
-        said = {"start": pretrained, "data": str(folder / "rows.parquet"), "out": str(folder / "ours"), "device": device}
-        said |= {"prompts": prompts, "group": group, "micro_batch": prompts, "tuning": "full", "lr": 5e-5, "beta": 0.05}
-        said |= {"steps": repeats + 1, "max_new_tokens": CALL_BUDGET, "answer": "exact", "log_every": 10**6, "save_every": 10**6}
-        recipe = check(grpo.GRPO, said)
+        values = {"start": pretrained, "data": str(folder / "rows.parquet"), "out": str(folder / "ours"), "device": device}
+        values |= {"prompts": prompts, "group": group, "micro_batch": prompts, "tuning": "full", "lr": 5e-5, "beta": 0.05}
+        values |= {
+            "steps": repeats + 1,
+            "max_new_tokens": CALL_BUDGET,
+            "answer": "exact",
+            "log_every": 10**6,
+            "save_every": 10**6,
+        }
+        recipe = check(grpo.GRPO, values)
         trainer = grpo.build(recipe)
         worker = Worker(trl_python, _job(trainer, recipe, folder), folder) if trl_python else None
         turns = Alternate(trainer, worker)

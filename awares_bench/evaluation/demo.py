@@ -68,8 +68,8 @@ def run(
 
 def _same_suite(out: Path, suite: Path) -> None:
     """Raise ValueError when ``out`` holds a demo on another suite: its runs would stand beside the new ones."""
-    told = out / "demo.json"
-    before = json.loads(told.read_text())["suite"] if told.is_file() else str(suite.resolve())
+    path = out / "demo.json"
+    before = json.loads(path.read_text())["suite"] if path.is_file() else str(suite.resolve())
     if before != str(suite.resolve()):
         raise ValueError(
             f"{out} holds a demo on the suite {before}, not {suite.resolve()}; pass another --out, or delete the folder"

@@ -218,37 +218,37 @@ class MethodModel(lmms):
         """
         self.left_out = {}
         own = [r for r in requests if not _is_padding(r)]
-        asked = self._settings(own)
+        generation = self._settings(own)
         # several requests for one document (repeats, doubles) get one answer
         keys = [ChatArguments(*r.args).key for r in own]
         documents = {arguments.key: arguments for arguments in (ChatArguments(*r.args) for r in own)}
-        todo = self._unanswered(documents, asked)
-        failed = self._answer(todo, asked)
+        todo = self._unanswered(documents, generation)
+        failed = self._answer(todo, generation)
 
         # the run is whole when every process is done, and fails on all when one fails
         counts = self._gathered(len(failed))
         if any(counts) and self.options.on_error == "skip":
             self._skip([(r, failed[key]) for key, r in zip(keys, own, strict=True) if key in failed], own)
         elif failed:
-            some = "; ".join(f"{task} document {doc_id}: {error}" for (task, doc_id, _), error in list(failed.items())[:3])
+            examples = "; ".join(f"{task} document {doc_id}: {error}" for (task, doc_id, _), error in list(failed.items())[:3])
             raise RuntimeError(
-                f"{len(failed)} of {len(keys)} documents could not be answered: {some}. The other answers are kept in {self.run.folder}; "
+                f"{len(failed)} of {len(keys)} documents could not be answered: {examples}. The other answers are kept in {self.run.folder}; "
                 "repair or exclude these documents and run the same command with the same output_dir, or add on_error=skip to "
                 "leave them out of the scores"
             )
         elif any(counts):
             raise RuntimeError(f"{sum(counts)} documents of other processes could not be answered; see their messages")
         if self._rank == 0:
-            self._finish(asked, set(keys))
+            self._finish(generation, set(keys))
         results = iter([_result(self.run.done[key]) if key in self.run.done else GenerationResult(text="") for key in keys])
         return [GenerationResult(text="") if _is_padding(r) else next(results) for r in requests]
 
-    def _unanswered(self, documents: dict[Key, ChatArguments], asked: dict[str, Settings]) -> dict[Key, ChatArguments]:
+    def _unanswered(self, documents: dict[Key, ChatArguments], generation: dict[str, Settings]) -> dict[Key, ChatArguments]:
         """Those whose answer the run folder does not hold; the user is told how many it holds, and which of them do not fit."""
         todo = {
             key: arguments
             for key, arguments in documents.items()
-            if not self.run.holds(key, asked[arguments.task].decisive, lambda arguments=arguments: self._content(arguments))
+            if not self.run.holds(key, generation[arguments.task].decisive, lambda arguments=arguments: self._content(arguments))
         }
         if self._rank == 0 and len(todo) < len(documents):
             print(
@@ -263,36 +263,42 @@ class MethodModel(lmms):
             )
         return todo
 
-    def _answer(self, todo: dict[Key, ChatArguments], asked: dict[str, Settings]) -> dict[Key, str]:
+    def _answer(self, todo: dict[Key, ChatArguments], generation: dict[str, Settings]) -> dict[Key, str]:
         """Run the method over the documents and record each outcome as it comes -> the errors of those that have no answer."""
         failed: dict[Key, str] = {}
-        limits = {"max_batch_tokens": self.options.max_batch_tokens}
-        engine = Engine(self.vlm, self.policy, self.batch_size, pruner=self.pruner, models=self.models, **limits)
+        engine = Engine(
+            self.vlm,
+            self.policy,
+            self.batch_size,
+            pruner=self.pruner,
+            models=self.models,
+            max_batch_tokens=self.options.max_batch_tokens,
+        )
         for vlm in self._local_models() if todo else []:
             vlm.warm_up()
         order = list(todo.values())
         with tqdm(total=len(order), desc=self.label, disable=self._rank != 0) as bar:
             for i, outcome in engine.run(self._job(arguments) for arguments in order):
                 arguments = order[i]
-                place = arguments.task, arguments.doc_id, arguments.split, arguments.key[2]
+                place = arguments.task, arguments.doc_id, arguments.split, str(arguments.prompt)
                 if isinstance(outcome, Failure):
                     failed[arguments.key] = outcome.error
                     record = Record(*place, None, error=outcome.error, batch_size=self.batch_size)
                 else:
                     record = Record.of(outcome, *place, self.batch_size)
-                decisive = asked[arguments.task].decisive
+                decisive = generation[arguments.task].decisive
                 self.run.add(replace(record, content=self._content(arguments), generation=decisive))
                 bar.update()
         return failed
 
-    def _finish(self, asked: dict[str, Settings], keys: set[Key]) -> None:
+    def _finish(self, generation: dict[str, Settings], keys: set[Key]) -> None:
         """Mark the run whole and print its table."""
         mode = "latency" if self.batch_size == 1 else "throughput"  # what the seconds of the records are
         left_out = {"left_out": self.left_out} if self.left_out else {}
         peak = max((vlm.peak_memory() for vlm in self._local_models()), default=None)
         self.run.finish(mode=mode, peak_memory_bytes=peak, **left_out)
         # the documents of other processes are known by their records
-        table = summary.of_run(self.run.folder, asked, None if self._world_size > 1 else keys)
+        table = summary.of_run(self.run.folder, generation, None if self._world_size > 1 else keys)
         print(f"{self.label}:\n{table}", file=sys.stderr)
 
     def _local_models(self) -> list[VLM]:
@@ -361,14 +367,14 @@ class MethodModel(lmms):
         Raises ValueError with the task's name for an argument that cannot be acted on, or when the folder holds another task.
         """
         first = {arguments.task: (r, arguments) for r in requests for arguments in [ChatArguments(*r.args)]}
-        asked: dict[str, Settings] = {}
+        generation: dict[str, Settings] = {}
         notes: list[tuple[str, str]] = []
         for task, (request, arguments) in first.items():
             try:
-                asked[task] = settings(dict(arguments.gen_kwargs))
+                generation[task] = settings(dict(arguments.gen_kwargs))
             except ValueError as error:
                 raise ValueError(f"task {task}: {error}") from error
-            notes += [(task, sentence) for sentence in asked[task].said]
+            notes += [(task, sentence) for sentence in generation[task].said]
             lost = content.unshown(arguments.to_messages, str(arguments.prompt), arguments.doc_id)
             notes += [(task, lost)] if lost else []
             if (request.repeats or 1) > 1:
@@ -379,7 +385,7 @@ class MethodModel(lmms):
         for sentence in dict.fromkeys(s for _, s in notes) if self._rank == 0 else ():
             tasks = sorted(task for task, s in notes if s == sentence)
             print(f"{self.label}: {sentence} ({', '.join(tasks)})", file=sys.stderr)
-        return asked
+        return generation
 
     def _content(self, arguments: ChatArguments) -> str:
         """A digest of a request's document."""
@@ -422,11 +428,11 @@ def job_of(messages: list[dict], gen_kwargs: dict, key: str) -> Job:
         else:
             parts[-1] += piece.text
     text = reduce(_joined, parts)
-    asked = settings(gen_kwargs)
+    limits = settings(gen_kwargs)
     until = gen_kwargs.get("until") or ()
     until = tuple(s for s in ((until,) if isinstance(until, str) else until) if s and s not in NOT_A_STOP)
     sample = Sample(tuple(images), text, key, parts=tuple(parts) if any(parts[:-1]) else ())
-    return Job(sample, asked.max_new_tokens, until, asked.repetition_penalty)
+    return Job(sample, limits.max_new_tokens, until, limits.repetition_penalty)
 
 
 def _joined(before: str, after: str) -> str:

@@ -30,7 +30,7 @@ def table(records: Iterable[Record]) -> str:
     by_task: dict[str, list[Record]] = {}
     for record in records:
         by_task.setdefault(record.task, []).append(record)
-    failed = any(r.error is not None for some in by_task.values() for r in some)
+    failed = any(r.error is not None for group in by_task.values() for r in group)
     rows = [[*COLUMNS, *(["failed"] if failed else [])]]
     for task in sorted(by_task):
         answered = [r for r in by_task[task] if r.error is None]
