@@ -17,8 +17,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +28,7 @@ from awares_bench.inference.layerwise_batch import StagedBatch
 from awares_bench.inference.local_model import VLM, mrope_positions
 from awares_bench.inference.session import Session
 from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench.methods.registry import method_class, own_names
 from awares_bench.models.attention_scores import Probe, probed
 from awares_bench.models.cpu_kernels import fast_products
 from awares_bench.models.geometry import geometry, random_model
@@ -68,11 +67,8 @@ class Cost:
 
 
 def pruners() -> list[type[Pruner]]:
-    """The pruner class of every file of ``baselines`` that has one, by file name."""
-    names = sorted(p.name[:-3] for p in files("awares_bench.baselines").iterdir() if p.name.endswith(".py") and p.name[0] != "_")
-    modules = [import_module(f"awares_bench.baselines.{name}") for name in names]
-    own = [c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
-    return [c for c in own if issubclass(c, Pruner)]
+    """The pruners of this package, by name."""
+    return [cls for cls in map(method_class, own_names()) if issubclass(cls, Pruner)]
 
 
 def small(size: str):
@@ -112,10 +108,12 @@ def run(
     """Measure every pruner on ``batch`` pictures of about ``tokens`` visual tokens -> what is printed, as a dictionary."""
     if min(tokens, batch, repeats) < 1:
         raise ValueError(f"tokens is {tokens}, batch is {batch} and repeats is {repeats}; each must be at least 1")
-    chosen = [cls(retention) for cls in pruners()]
+    contestants = [cls(retention) for cls in pruners()]
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     kind = getattr(torch, ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype)
-    vlm, whole = VLM(*random_model(small(size), kind, device)), geometry(size)
+    vlm, config = VLM(*random_model(small(size), kind, device)), geometry(size)
+
+    # one conversation a picture: a system message, the picture, a question
     side = max(1, math.isqrt(tokens))
     grid = (1, 2 * side, 2 * max(1, round(tokens / side)))
     visual = grid[1] * grid[2] // 4
@@ -125,15 +123,16 @@ def run(
     ids = [20] * 16 + [marks[0]] + [vlm.image_token] * visual + [marks[1]] + [*range(20, 20 + TEXT)]
     placed = mrope_positions(ids, [grid], vlm.image_token)
 
-    layers, costs = _Layers(vlm), [Cost(type(p).__module__.rsplit(".", 1)[-1]) for p in chosen]
+    # every round: a prefill without a pruner, then the work of each pruner
+    layers, costs = _Layers(vlm), [Cost(type(p).__module__.rsplit(".", 1)[-1]) for p in contestants]
     with fast_products(vlm.decoder):  # as where it answers
         for round_ in range(repeats + 1):  # the first warms up, and looks at memory instead of the clock; the others alternate
             chunks = [vlm.embed(ids, placed, [image]) for image in vlm.see(patches, [grid] * batch)]
-            StagedBatch(vlm, [Session() for _ in chunks], chunks, chosen[0], {}).prefill()
-            layers.close_round(whole)
-            for pruner, cost in zip(chosen, costs, strict=True):
+            StagedBatch(vlm, [Session() for _ in chunks], chunks, contestants[0], {}).prefill()
+            layers.close_round(config)
+            for pruner, cost in zip(contestants, costs, strict=True):
                 meter = Meter(vlm, memory=round_ == 0)
-                cost.visual = _decide(meter, pruner, whole, patches, grid, ids, placed)
+                cost.visual = _decide(meter, pruner, config, patches, grid, ids, placed)
                 if meter.memory:
                     cost.extra_bytes = meter.peak
                 else:
@@ -141,6 +140,8 @@ def run(
                     cost.scoring_rounds.append(meter.scored)
                 layers.forget()
     layers.remove()
+
+    # shares are of the prefill of the same round
     prefills = layers.rounds[1:]
     for cost in costs:
         cost.seconds, cost.scoring_seconds = median(cost.rounds), median(cost.scoring_rounds)
