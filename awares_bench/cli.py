@@ -107,6 +107,41 @@ def _train_grpo(parser):
     return grpo.main
 
 
+def _train_gate(parser):
+    from awares_bench.training.auxiliary import cares_gate
+
+    cares_gate.add_arguments(parser)
+    return cares_gate.main
+
+
+def _nano_tower(parser):
+    from awares_bench.training.nano import tower
+
+    tower.add_arguments(parser)
+    return tower.main
+
+
+def _nano_language(parser):
+    from awares_bench.training.nano import language
+
+    language.add_arguments(parser)
+    return language.main
+
+
+def _nano_rival_data(parser):
+    from awares_bench.training.nano import rival_data
+
+    rival_data.add_arguments(parser)
+    return rival_data.main
+
+
+def _nano_ablations(parser):
+    from awares_bench.training.nano import ablations
+
+    ablations.add_arguments(parser)
+    return ablations.main
+
+
 def _curate(parser):
     from awares_bench.training.curation import pipeline
 
@@ -165,7 +200,20 @@ COMMANDS = {
     ),
     "train": (
         "train an AwaRes checkpoint: sft, then grpo",
-        {"sft": ("supervised, on trajectories", _train_sft), "grpo": ("by reward, on its own rollouts", _train_grpo)},
+        {
+            "sft": ("supervised, on trajectories", _train_sft),
+            "grpo": ("by reward, on its own rollouts", _train_grpo),
+            "gate": ("CARES' gate, on a proxy's hidden state", _train_gate),
+        },
+    ),
+    "nano": (
+        "train the nano checkpoints of the package from nothing",
+        {
+            "tower": ("the vision tower, from dense targets", _nano_tower),
+            "language": ("the language stages: answers, places, calls", _nano_language),
+            "rival-data": ("rows for the protocols of VisionThink and CropVLM", _nano_rival_data),
+            "ablations": ("the checkpoints of the recipe nano_ablations", _nano_ablations),
+        },
     ),
     "curate": ("questions and images -> labelled trajectories, in stages that resume", _curate),
     "diagnose": ("when and where a model asks for crops, against labels and the oracle", _diagnose),
