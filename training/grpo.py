@@ -21,13 +21,13 @@ from torch import Tensor
 from awares_bench.inference.local_model import VLM
 from awares_bench.methods.conversation import Sample
 
-from . import examples, rewards
+from . import examples, recipe, rewards
 from .auxiliary.cropper import Target
 from .curation.judges import judge
 from .export import finish
 from .health_checks import Watch
 from .packing import Scorer, pack
-from .recipe import RecipeError, Tuning, add_recipe_arguments, claim, key, load
+from .recipe import RecipeError, Tuning, claim, key
 from .rollouts import Rollout, banned, rollouts
 from .trainer import ExactTrainer, arguments, describe, device_of, open_vlm, per_process, policy_of, prepare, whole
 
@@ -79,6 +79,9 @@ class GRPO(Tuning):
             raise RecipeError(
                 "scheme: likelihood, a role and a target go together: a frozen target scores what the role shows it"
             )
+
+
+RECIPE = GRPO
 
 
 @dataclass(frozen=True)
@@ -303,11 +306,11 @@ def dry_run(recipe: GRPO, say=print) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_arguments(parser, "nano_grpo")
+    recipe.add_arguments(parser, "nano_grpo")
     parser.add_argument("--dry-run", action="store_true", help="render and score one batch, print masks and counts, take no step")
 
 
 def main(args: argparse.Namespace) -> int:
     """``awares-bench train grpo``."""
-    (dry_run if args.dry_run else run)(load(GRPO, args.recipe, args.set))
+    (dry_run if args.dry_run else run)(recipe.load(RECIPE, args.recipe, args.set))
     return 0

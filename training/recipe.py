@@ -134,12 +134,6 @@ def load(cls: type[R], path: Path | str, overrides: list[str] = ()) -> R:
     return check(cls, said, str(path))
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, example: str) -> None:
-    """A recipe and what wins over it; ``example`` is one that ships."""
-    parser.add_argument("recipe", type=Path, help=f"YAML file, or the name of one that ships, such as {example}")
-    parser.add_argument("set", nargs="*", metavar="KEY=VALUE", help="keys that win over the recipe's")
-
-
 def check(cls: type[R], said: dict, where: str = "recipe") -> R:
     """A mapping -> a recipe, with the checks of ``load``."""
     known, hints, clean = {f.name: f for f in fields(cls)}, get_type_hints(cls), {}
@@ -154,6 +148,12 @@ def check(cls: type[R], said: dict, where: str = "recipe") -> R:
         return cls(**clean)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+    """A recipe and what wins over it; ``example`` is one that ships."""
+    parser.add_argument("recipe", type=Path, help=f"YAML file, or the name of one that ships, such as {example}")
+    parser.add_argument("set", nargs="*", metavar="KEY=VALUE", help="keys that win over the recipe's")
 
 
 def _checked(f: Field, hint: Any, value: Any, where: str) -> Any:

@@ -11,10 +11,10 @@ import torch
 
 from awares_bench.inference.local_model import VLM
 
-from . import examples
+from . import examples, recipe
 from .export import finish
 from .packing import Conversation, pack, render
-from .recipe import Tuning, add_recipe_arguments, claim, key, load
+from .recipe import Tuning, claim, key
 from .trainer import ExactTrainer, arguments, describe, per_process, policy_of, prepare
 
 
@@ -39,6 +39,9 @@ class SFT(Tuning):
     call_weight: float = key(5.0, above=0)
     normalise: str = key("weight", one_of=("weight", "tokens"))
     max_length: int = key(8192, low=16)
+
+
+RECIPE = SFT
 
 
 class Trajectories(torch.utils.data.Dataset):
@@ -124,11 +127,11 @@ def dry_run(recipe: SFT, say=print) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_arguments(parser, "nano_sft")
+    recipe.add_arguments(parser, "nano_sft")
     parser.add_argument("--dry-run", action="store_true", help="render and score one batch, print masks and counts, take no step")
 
 
 def main(args: argparse.Namespace) -> int:
     """``awares-bench train sft``."""
-    (dry_run if args.dry_run else run)(load(SFT, args.recipe, args.set))
+    (dry_run if args.dry_run else run)(recipe.load(RECIPE, args.recipe, args.set))
     return 0

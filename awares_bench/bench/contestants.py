@@ -228,18 +228,18 @@ class Pages:
                     total += self._cost(crop, self.second[i], first, one, self.answer)
                 else:
                     new = one + len(self._ids(crop, self.second[i], first))
-                    total += self._operations([*low, *crop], new, 0, self.answer)
+                    total += self._spent([*low, *crop], new, 0, self.answer)
         return tuple(total)
 
     def _ids(self, images: list, turn: Turn, session: Session) -> list[int]:
         return self.vlm.chunk(session, turn, [self._grid(image) for image in images])
 
-    def _cost(self, images: list, turn: Turn, session: Session, past: int, reply: tuple) -> np.ndarray:
-        return self._operations(images, len(self._ids(images, turn, session)), past, reply)
+    def _cost(self, images: list, turn: Turn, session: Session, past: int, said: tuple) -> np.ndarray:
+        return self._spent(images, len(self._ids(images, turn, session)), past, said)
 
-    def _operations(self, images: list, new: int, past: int, reply: tuple) -> np.ndarray:
+    def _spent(self, images: list, new: int, past: int, said: tuple) -> np.ndarray:
         config = self.vlm.model.config
-        steps = sum(decoder_flops(config, 1, past + new + n) for n in range(len(reply)))
+        steps = sum(decoder_flops(config, 1, past + new + n) for n in range(len(said)))
         return np.array([encode_flops(config, [self._grid(i) for i in images]), decoder_flops(config, new, past), steps])
 
     def _grid(self, image) -> tuple[int, int, int]:

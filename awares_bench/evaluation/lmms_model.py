@@ -490,23 +490,23 @@ def _evidence(column: object) -> tuple[Box, ...] | None:
 
 def _result(record: Record) -> GenerationResult:
     """What lmms-eval gets for a record: the answer, and what it cost."""
-    usage = record.usage
+    spent = record.usage
     extra = {
         "rtr": record.rtr,
         "full_tokens": record.full_tokens,
-        "visual_tokens": sum(u["prefill"] for u in usage),
-        "encoded_tokens": sum(u["encoded"] for u in usage),
-        "aux_encoded_tokens": sum(u.get("aux_encoded", 0) for u in usage),
-        "aux_decoder_tokens": sum(u.get("aux_decoder", 0) for u in usage),
+        "visual_tokens": sum(u["prefill"] for u in spent),
+        "encoded_tokens": sum(u["encoded"] for u in spent),
+        "aux_encoded_tokens": sum(u.get("aux_encoded", 0) for u in spent),
+        "aux_decoder_tokens": sum(u.get("aux_decoder", 0) for u in spent),
         "crops": record.crops,
-        "turns": len(usage),
+        "turns": len(spent),
         "replies": record.replies,
-        "usage": usage,
+        "usage": spent,
         "events": record.events,
     }
     counts = Telemetry(
-        input_tokens=int(sum(u["text"] + u["prefill"] for u in usage)),
-        output_tokens=sum(u["output"] for u in usage),
+        input_tokens=int(sum(u["text"] + u["prefill"] for u in spent)),
+        output_tokens=sum(u["output"] for u in spent),
         reasoning_tokens=None,
         extra=extra,
     )

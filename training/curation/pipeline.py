@@ -31,9 +31,9 @@ from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.registry import method_class
 from awares_bench.tasks.nano import world
 
-from .. import examples
+from .. import examples, recipe
 from ..packing import Features
-from ..recipe import RecipeError, Run, add_recipe_arguments, claim, key, load
+from ..recipe import RecipeError, Run, claim, key
 from ..rollouts import InStep, Sampler
 from ..trainer import device_of, open_vlm
 from . import crop_oracles, judges
@@ -76,6 +76,9 @@ class Curate(Run):
     mapping: str = key("coverage", one_of=("coverage", "iou_argmax", "iou_literal"))
     chunk: int = key(256, low=1)
     parallel: int = key(8, low=1, high=256, log_only=True)
+
+
+RECIPE = Curate
 
 
 def staged(out: Path, name: str, rows: list[dict], chunk: int, work: Callable[[list[dict]], list[dict]]) -> list[dict]:
@@ -329,10 +332,10 @@ def _share(rows: list[dict], name: str) -> float | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_arguments(parser, "nano_curate")
+    recipe.add_arguments(parser, "nano_curate")
 
 
 def main(args: argparse.Namespace) -> int:
     """``awares-bench curate``."""
-    run(load(Curate, args.recipe, args.set))
+    run(recipe.load(RECIPE, args.recipe, args.set))
     return 0
