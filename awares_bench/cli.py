@@ -52,10 +52,10 @@ def _run(parser):
 
 
 def _report(parser):
-    from awares_bench.reports import report
+    from awares_bench.reports import command
 
-    report.add_arguments(parser)
-    return report.main
+    command.add_arguments(parser)
+    return command.main
 
 
 def _show(parser):

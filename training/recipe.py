@@ -112,6 +112,12 @@ class Tuning(Run):
             )
 
 
+def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+    """A recipe and what wins over it; ``example`` is one that ships."""
+    parser.add_argument("recipe", type=Path, help=f"YAML file, or the name of one that ships, such as {example}")
+    parser.add_argument("set", nargs="*", metavar="KEY=VALUE", help="keys that win over the recipe's")
+
+
 def load(cls: type[R], path: Path | str, overrides: list[str] = ()) -> R:
     """Read a recipe, a file or the name of one that ships; ``overrides`` are ``key=value`` strings in YAML syntax that win over the file.
 
@@ -148,12 +154,6 @@ def check(cls: type[R], said: dict, where: str = "recipe") -> R:
         return cls(**clean)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
-
-
-def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
-    """A recipe and what wins over it; ``example`` is one that ships."""
-    parser.add_argument("recipe", type=Path, help=f"YAML file, or the name of one that ships, such as {example}")
-    parser.add_argument("set", nargs="*", metavar="KEY=VALUE", help="keys that win over the recipe's")
 
 
 def _checked(f: Field, hint: Any, value: Any, where: str) -> Any:
