@@ -30,142 +30,142 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def _demo(parser):
+def _demo(parser: argparse.ArgumentParser) -> Main:
     from .evaluation import demo
 
     demo.add_arguments(parser)
     return demo.main
 
 
-def _ask(parser):
+def _ask(parser: argparse.ArgumentParser) -> Main:
     from . import api
 
     api.add_arguments(parser)
     return api.main
 
 
-def _run(parser):
+def _run(parser: argparse.ArgumentParser) -> Main:
     from .evaluation import sweep
 
     sweep.add_arguments(parser)
     return sweep.main
 
 
-def _report(parser):
+def _report(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.reports import command
 
     command.add_arguments(parser)
     return command.main
 
 
-def _show(parser):
+def _show(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.reports.gallery import select
 
     select.add_arguments(parser)
     return select.main
 
 
-def _nano_data(parser):
+def _nano_data(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.tasks.nano import suite
 
     suite.add_arguments(parser)
     return suite.main
 
 
-def _bench_engine(parser):
+def _bench_engine(parser: argparse.ArgumentParser) -> Main:
     from .bench import engine_bench
 
     engine_bench.add_arguments(parser)
     return engine_bench.main
 
 
-def _bench_pruners(parser):
+def _bench_pruners(parser: argparse.ArgumentParser) -> Main:
     from .bench import pruner_bench
 
     pruner_bench.add_arguments(parser)
     return pruner_bench.main
 
 
-def _bench_grpo(parser):
+def _bench_grpo(parser: argparse.ArgumentParser) -> Main:
     from .bench import grpo_bench
 
     grpo_bench.add_arguments(parser)
     return grpo_bench.main
 
 
-def _train_sft(parser):
+def _train_sft(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.training import sft
 
     sft.add_arguments(parser)
     return sft.main
 
 
-def _train_grpo(parser):
+def _train_grpo(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.training import grpo
 
     grpo.add_arguments(parser)
     return grpo.main
 
 
-def _train_gate(parser):
+def _train_gate(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.training.auxiliary import cares_gate
 
     cares_gate.add_arguments(parser)
     return cares_gate.main
 
 
-def _nano_tower(parser):
+def _nano_tower(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.training.nano import tower
 
     tower.add_arguments(parser)
     return tower.main
 
 
-def _nano_language(parser):
+def _nano_language(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.training.nano import language
 
     language.add_arguments(parser)
     return language.main
 
 
-def _nano_rival_data(parser):
+def _nano_rival_data(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.training.nano import rival_data
 
     rival_data.add_arguments(parser)
     return rival_data.main
 
 
-def _nano_ablations(parser):
+def _nano_ablations(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.training.nano import ablations
 
     ablations.add_arguments(parser)
     return ablations.main
 
 
-def _curate(parser):
+def _curate(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.training.curation import pipeline
 
     pipeline.add_arguments(parser)
     return pipeline.main
 
 
-def _diagnose(parser):
+def _diagnose(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.training.curation import diagnose
 
     diagnose.add_arguments(parser)
     return diagnose.main
 
 
-def _doctor(parser):
+def _doctor(parser: argparse.ArgumentParser) -> Main:
     from .evaluation import doctor
 
     return lambda args: doctor.run()
 
 
-def _methods(parser):
+def _methods(parser: argparse.ArgumentParser) -> Main:
     from .methods import registry
 
-    def main(args) -> int:
+    def main(args: argparse.Namespace) -> int:
         for name in registry.names():
             block = registry.describe(name)
             print(f"{name:<14}{block['Title']}")
@@ -175,8 +175,8 @@ def _methods(parser):
     return main
 
 
-def _tasks(parser):
-    def main(args) -> int:
+def _tasks(parser: argparse.ArgumentParser) -> Main:
+    def main(args: argparse.Namespace) -> int:
         print(Path(str(files("awares_bench.tasks") / "paper.yaml")).parent)
         return 0
 

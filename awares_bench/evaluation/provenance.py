@@ -8,23 +8,18 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from .doctor import installed
 
 
 def provenance() -> dict:
     """When, with what and on what: time, command, package versions, commit of a checkout, hardware."""
     packages = ("awares-bench", "lmms-eval", "torch", "transformers", "datasets", "pillow", "numpy")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": versions,
+        "versions": installed(packages),
         "python": platform.python_version(),
         "commit": _commit(),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()},
