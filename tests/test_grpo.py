@@ -224,12 +224,12 @@ def test_a_dry_run_shows_rollouts_and_rewards(place, capsys):
 
 
 def test_warnings_come_once_and_early():
-    watch = grpo.Watch()
+    watch = grpo.HealthChecks()
     fine = {"reward": 0.5, "answer_score": 0.5, "call_rate": 0.4, "frac_zero_std": 0.2, "reply_tokens": 8}
     assert not any(watch(fine) for _ in range(6))
     said = [watch(fine | {"call_rate": 0.0, "frac_zero_std": 1.0}) for _ in range(6)]
     assert sum(len(x) for x in said) == 2 and "stopped calling" in said[4][-1] + said[4][0]
-    watch = grpo.Watch()
+    watch = grpo.HealthChecks()
     for i in range(12):
         hacked = watch(fine | {"reward": 0.5 + 0.1 * i, "answer_score": 0.5 - 0.01 * i})
         if hacked:

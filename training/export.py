@@ -16,10 +16,10 @@ import yaml
 from awares_bench.inference.local_model import VLM
 
 from .packing import Scorer
-from .recipe import Run
+from .recipe import Recipe
 
 
-def finish(scorer: Scorer, vlm: VLM, out: Path, stage: str, recipe: Run) -> Path:
+def finish(scorer: Scorer, vlm: VLM, out: Path, stage: str, recipe: Recipe) -> Path:
     """Merge, write ``out/checkpoint`` in bfloat16 and its card; adapters also alone, as ``out/adapter``. The model is used up."""
     model = scorer.model
     if hasattr(model, "merge_and_unload"):
@@ -38,7 +38,7 @@ def finish(scorer: Scorer, vlm: VLM, out: Path, stage: str, recipe: Run) -> Path
     return folder
 
 
-def card(out: Path, stage: str, recipe: Run) -> str:
+def card(out: Path, stage: str, recipe: Recipe) -> str:
     """The model card: what it is, how to run it, its recipe, how the run ended."""
     log = out / "log.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []

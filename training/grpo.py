@@ -24,15 +24,25 @@ from . import examples, rewards
 from .auxiliary.cropper import Target
 from .curation.judges import judge
 from .export import finish
-from .health_checks import Watch
+from .health_checks import HealthChecks
 from .packing import Scorer, pack
-from .recipe import RecipeError, Tuning, claim, key
+from .recipe import RecipeError, TrainingRecipe, acquire_run_folder, option
 from .rollouts import Rollout, banned, rollouts
-from .trainer import ExactTrainer, arguments, describe, device_of, open_vlm, per_process, policy_of, prepare, whole
+from .trainer import (
+    ResumableTrainer,
+    describe,
+    device_of,
+    open_vlm,
+    per_process,
+    policy_of,
+    prepare,
+    training_arguments,
+    unsharded,
+)
 
 
 @dataclass(frozen=True)
-class GRPO(Tuning):
+class GRPO(TrainingRecipe):
     """A recipe of GRPO. Defaults: paper Sec. 4.3 and supplement Table 7, where they print a value.
 
     prompts, group: questions a step over all processes, and rollouts of each (64 completions a step, 8 a question)
@@ -48,29 +58,29 @@ class GRPO(Tuning):
     repetition_penalty: of rollouts and their scores; null: the one of the start's ``generation_config.json``, with which it is evaluated
     """
 
-    lr: float = key(1e-5, above=0, high=1)
-    schedule: str = key("linear", one_of=("cosine", "linear", "constant", "constant_with_warmup"))
-    warmup: float = key(0.0, low=0, high=1)
-    prompts: int = key(8, low=1)
-    group: int = key(8, low=2)
-    micro_batch: int = key(1, low=1)
-    temperature: float = key(1.0, above=0, high=10)
-    repetition_penalty: float | None = key(None, above=0)
-    max_new_tokens: int = key(512, low=1)
-    scaling: str = key("group_std", one_of=("group_std", "dr_grpo", "none"))
-    clip: float = key(0.2, above=0, high=1)
-    beta: float = key(0.05, low=0)
-    answer: str = key("embedding", one_of=("embedding", "anls", "exact", "relaxed", "local", "endpoint"))
-    judge_model: str = key("")
-    judge_url: str = key("")
-    scheme: str = key("awares", one_of=(*rewards.SCHEMES, "likelihood"))
-    target: str = key("")
-    w_ans: float = key(1.0, low=0)
-    miss: float = key(2.0, low=0)
-    use: float = key(0.25, low=0)
-    area: float = key(0.01, low=0)
-    area_of: str = key("union", one_of=("union", "sum"))
-    missed: str = key("label", one_of=("label", "wrong"))
+    lr: float = option(1e-5, above=0, high=1)
+    schedule: str = option("linear", one_of=("cosine", "linear", "constant", "constant_with_warmup"))
+    warmup: float = option(0.0, low=0, high=1)
+    prompts: int = option(8, low=1)
+    group: int = option(8, low=2)
+    micro_batch: int = option(1, low=1)
+    temperature: float = option(1.0, above=0, high=10)
+    repetition_penalty: float | None = option(None, above=0)
+    max_new_tokens: int = option(512, low=1)
+    scaling: str = option("group_std", one_of=("group_std", "dr_grpo", "none"))
+    clip: float = option(0.2, above=0, high=1)
+    beta: float = option(0.05, low=0)
+    answer: str = option("embedding", one_of=("embedding", "anls", "exact", "relaxed", "local", "endpoint"))
+    judge_model: str = option("")
+    judge_url: str = option("")
+    scheme: str = option("awares", one_of=(*rewards.SCHEMES, "likelihood"))
+    target: str = option("")
+    w_ans: float = option(1.0, low=0)
+    miss: float = option(2.0, low=0)
+    use: float = option(0.25, low=0)
+    area: float = option(0.01, low=0)
+    area_of: str = option("union", one_of=("union", "sum"))
+    missed: str = option("label", one_of=("label", "wrong"))
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,7 +115,7 @@ class Prompts(torch.utils.data.Dataset):
 
 
 @dataclass
-class Group:
+class RolloutGroup:
     """Rollouts of one prompt, what each is worth, and the reference's log-probabilities of their tokens."""
 
     rollouts: list[Rollout]
@@ -114,7 +124,7 @@ class Group:
     reference: Tensor | None = None
 
 
-class GRPOTrainer(ExactTrainer):
+class GRPOTrainer(ResumableTrainer):
     """One rollout, one step. Every number is a function of (recipe, step): a resumed run says what an uncut one says."""
 
     def __init__(self, scorer: Scorer, vlm: VLM, recipe: GRPO, policy, judge, **more):
@@ -125,36 +135,36 @@ class GRPOTrainer(ExactTrainer):
         if recipe.beta and recipe.tuning == "full":
             frozen = copy.deepcopy(scorer.model).requires_grad_(False).eval()
             self.reference = Scorer(frozen, tuple(scorer.banned), scorer.temperature, scorer.penalty)
-        self.watch = Watch(calls=not recipe.role)
+        self.watch = HealthChecks(calls=not recipe.role)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches = self.take(epoch_iterator, num_batches)
+        batches = self.next_microbatches(epoch_iterator, num_batches)
         prompts, r, step = [p for batch in batches for p in batch], self.recipe, self.state.global_step
         self.scorer.eval()
-        with torch.no_grad(), self.accelerator.autocast(), whole(self.scorer):
+        with torch.no_grad(), self.accelerator.autocast(), unsharded(self.scorer):
             seed = f"{r.seed}/{step}"
             samples = [p.sample for p in prompts]
             made, sampler = rollouts(
                 self.vlm, self.policy, samples, r.group, self.features, r.max_new_tokens, r.temperature, seed
             )
-            groups = [self._worth(p, g) for p, g in zip(prompts, made, strict=True)]
+            groups = [self.score_group(p, g) for p, g in zip(prompts, made, strict=True)]
             for start in range(0, len(groups), r.micro_batch) if r.beta else ():
-                self._refer(groups[start : start + r.micro_batch])
-        self._figures(groups, sampler)
+                self.reference_logprobs(groups[start : start + r.micro_batch])
+        self.rollout_metrics(groups, sampler)
         if (step + 1) % r.log_every == 0:
-            self._table(prompts, groups, step + 1)
-        total = self.total(sum(len(g.rollouts) for g in groups))
+            self.save_rollouts(prompts, groups, step + 1)
+        total = self.sum_over_ranks(sum(len(g.rollouts) for g in groups))
         micro = [groups[i : i + r.micro_batch] for i in range(0, len(groups), r.micro_batch)]
         return micro, torch.tensor(total, device=device)
 
-    def _worth(self, prompt: Prompt, group: list[Rollout]) -> Group:
+    def score_group(self, prompt: Prompt, group: list[Rollout]) -> RolloutGroup:
         if self.target:
             parts = self.target(prompt.sample, prompt.truth.answers[0], group)
         else:
             parts = rewards.SCHEMES[self.recipe.scheme](group, prompt.truth, self.judge, self.costs)
-        return Group(group, parts, rewards.advantages([p["reward"] for p in parts], self.recipe.scaling))
+        return RolloutGroup(group, parts, rewards.advantages([p["reward"] for p in parts], self.recipe.scaling))
 
-    def _refer(self, groups: list[Group]) -> None:
+    def reference_logprobs(self, groups: list[RolloutGroup]) -> None:
         packed = pack(
             [[r.conversation for r in g.rollouts] for g in groups], self.vlm, self.args.device, self.scorer.penalty != 1
         )
@@ -184,14 +194,19 @@ class GRPOTrainer(ExactTrainer):
         sampled = torch.tensor([x for one in some for x in one.logps], device=device)
         with torch.no_grad():
             apart = (scores - sampled).abs()
-            self.note(kl=divergence.mean(), entropy=entropy.mean(), sampler_dlogp=apart.mean(), scored_tokens=packed.tokens)
+            self.record_metrics(
+                kl=divergence.mean(), entropy=entropy.mean(), sampler_dlogp=apart.mean(), scored_tokens=packed.tokens
+            )
         return -((gain - r.beta * divergence) * share).sum() / num_items_in_batch * self.args.world_size
 
     # ------------------------------------------------------------------ what a reader watches
 
-    def _figures(self, groups: list[Group], sampler) -> None:
+    def rollout_metrics(self, groups: list[RolloutGroup], sampler) -> None:
         some = [(r, p) for g in groups for r, p in zip(g.rollouts, g.parts, strict=True)]
-        count, alike = self.total(len(some)), self.total(sum(len({p["reward"] for p in g.parts}) == 1 for g in groups))
+        count, alike = (
+            self.sum_over_ranks(len(some)),
+            self.sum_over_ranks(sum(len({p["reward"] for p in g.parts}) == 1 for g in groups)),
+        )
         sums = {
             "reward": sum(p["reward"] for _, p in some),
             "answer_score": sum(p["answer"] for _, p in some),
@@ -204,9 +219,9 @@ class GRPOTrainer(ExactTrainer):
         }
         for name in ("miss", "use", "area"):
             sums[f"cost_{name}"] = sum(p.get(name, 0.0) for _, p in some)
-        figures = {name: self.total(value) / count for name, value in sums.items()}
-        figures["frac_zero_std"] = alike / self.total(len(groups))
-        self.note(**figures, prefilled_tokens=sampler.prefilled, shared_tokens=sampler.shared)
+        figures = {name: self.sum_over_ranks(value) / count for name, value in sums.items()}
+        figures["frac_zero_std"] = alike / self.sum_over_ranks(len(groups))
+        self.record_metrics(**figures, prefilled_tokens=sampler.prefilled, shared_tokens=sampler.shared)
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         super().log(logs, *args, **kwargs)
@@ -216,7 +231,7 @@ class GRPOTrainer(ExactTrainer):
                 with (Path(self.args.output_dir) / "warnings.jsonl").open("a") as f:
                     f.write(json.dumps({"step": self.state.global_step, "warning": warning}) + "\n")
 
-    def _table(self, prompts: list[Prompt], groups: list[Group], step: int) -> None:
+    def save_rollouts(self, prompts: list[Prompt], groups: list[RolloutGroup], step: int) -> None:
         """``completions/STEP.parquet``: every rollout of a step with its replies, crops and reward parts."""
         import pandas
 
@@ -263,18 +278,18 @@ def build(recipe: GRPO, dry: bool = False) -> GRPOTrainer:
     policy = policy_of(recipe)
     grader = judge(recipe.answer, recipe.judge_model, recipe.judge_url, device_of(recipe))
     if not dry:
-        claim(recipe, "grpo")
+        acquire_run_folder(recipe, "grpo")
     scorer, vlm = prepare(recipe)
     examples.check_texts(table, vlm.check, recipe.data)
     scorer.banned, scorer.temperature, scorer.penalty = list(banned(vlm)), recipe.temperature, vlm.repetition_penalty
-    args = arguments(recipe, recipe.micro_batch, accumulate, dataloader_drop_last=True)
+    args = training_arguments(recipe, recipe.micro_batch, accumulate, dataloader_drop_last=True)
     return GRPOTrainer(scorer, vlm, recipe, policy, grader, args=args, train_dataset=Prompts(table, recipe))
 
 
 def run(recipe: GRPO) -> None:
     """Train, resuming where the folder stopped; the result is ``out/checkpoint``, which evaluation loads."""
     trainer = build(recipe)
-    trainer.go()
+    trainer.run()
     result = trainer.result()
     if trainer.args.should_save:
         finish(*result, Path(trainer.args.output_dir), "grpo", recipe)
@@ -291,7 +306,7 @@ def dry_run(recipe: GRPO, say=print) -> None:
         trainer.vlm, trainer.policy, samples, recipe.group, trainer.features, recipe.max_new_tokens, recipe.temperature
     )
     for prompt, group in zip(prompts, made, strict=True):
-        worth = trainer._worth(prompt, group)
+        worth = trainer.score_group(prompt, group)
         say(f"--- {prompt.truth.question!r} -> {prompt.truth.answers}, label {prompt.truth.label}")
         for r, parts, advantage in zip(group, worth.parts, worth.advantages, strict=True):
             said = " | ".join(x.text for x in r.trajectory.replies)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Watch:
+class HealthChecks:
     """Early warnings: the known ways a run goes wrong, from its log lines. Each is said once, when it begins.
 
     calls: whether the policy has a choice to call.

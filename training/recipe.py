@@ -20,7 +20,7 @@ class RecipeError(ValueError):
     """A recipe that cannot be run: what it says, what is allowed."""
 
 
-def key(
+def option(
     default: Any = MISSING,
     low: float | None = None,
     high: float | None = None,
@@ -39,7 +39,7 @@ def key(
 
 
 @dataclass(frozen=True)
-class Run:
+class Recipe:
     """What every recipe says.
 
     start:      checkpoint to start from: a folder, a hub name, or ``nano-base``
@@ -49,14 +49,14 @@ class Run:
     largest_side: images are shrunk to this many pixels a side first (paper supplement 1.2: 2000)
     """
 
-    start: str = key()
-    data: str = key()
-    out: str = key()
-    seed: int = key(0, low=0)
-    min_pixels: int = key(4 * 28 * 28, low=28 * 28)
-    max_pixels: int = key(16384 * 28 * 28, low=28 * 28)
-    largest_side: int = key(2000, low=56)
-    device: str = key("auto", one_of=("auto", "cpu", "cuda"))
+    start: str = option()
+    data: str = option()
+    out: str = option()
+    seed: int = option(0, low=0)
+    min_pixels: int = option(4 * 28 * 28, low=28 * 28)
+    max_pixels: int = option(16384 * 28 * 28, low=28 * 28)
+    largest_side: int = option(2000, low=56)
+    device: str = option("auto", one_of=("auto", "cpu", "cuda"))
 
     def __post_init__(self):
         if self.min_pixels > self.max_pixels:
@@ -64,7 +64,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Tuning(Run):
+class TrainingRecipe(Recipe):
     """What both trainers say. Sources of the defaults: paper Sec. 4.3 where it prints a value, else ours.
 
     role:        which model of the policy trains: the one under test, or one of its auxiliary ones, such as ``cropper``
@@ -76,29 +76,29 @@ class Tuning(Run):
     report_to:   ``none``, ``wandb``, ``tensorboard``, ``trackio``, as Trainer takes them
     """
 
-    policy: str = key("awares")
-    policy_options: dict = key({})  # noqa: RUF009
-    role: str = key("")
-    tuning: str = key("lora", one_of=("lora", "full"))
-    lora_rank: int = key(8, low=1, high=1024)
-    lora_alpha: int = key(16, low=1)
-    embeddings: bool = key(False)
-    lr: float = key(1e-4, above=0, high=1)
-    schedule: str = key("cosine", one_of=("cosine", "linear", "constant", "constant_with_warmup"))
-    warmup: float = key(0.05, low=0, high=1)
-    weight_decay: float = key(0.0, low=0, high=1)
-    clip_norm: float = key(1.0, above=0)
-    epochs: float = key(1.0, above=0)
-    steps: int = key(-1, low=-1)
-    dtype: str = key("auto", one_of=("auto", "float32", "bfloat16"))
-    attention: str = key("sdpa", one_of=("sdpa", "eager"))
-    checkpointing: bool = key(False)
-    feature_mb: int = key(1024, low=0, log_only=True)
-    log_every: int = key(10, low=1, log_only=True)
-    save_every: int = key(100, low=1, log_only=True)
-    keep: int = key(2, low=1, log_only=True)
-    workers: int = key(0, low=0, log_only=True)
-    report_to: str = key("none", log_only=True)
+    policy: str = option("awares")
+    policy_options: dict = option({})  # noqa: RUF009
+    role: str = option("")
+    tuning: str = option("lora", one_of=("lora", "full"))
+    lora_rank: int = option(8, low=1, high=1024)
+    lora_alpha: int = option(16, low=1)
+    embeddings: bool = option(False)
+    lr: float = option(1e-4, above=0, high=1)
+    schedule: str = option("cosine", one_of=("cosine", "linear", "constant", "constant_with_warmup"))
+    warmup: float = option(0.05, low=0, high=1)
+    weight_decay: float = option(0.0, low=0, high=1)
+    clip_norm: float = option(1.0, above=0)
+    epochs: float = option(1.0, above=0)
+    steps: int = option(-1, low=-1)
+    dtype: str = option("auto", one_of=("auto", "float32", "bfloat16"))
+    attention: str = option("sdpa", one_of=("sdpa", "eager"))
+    checkpointing: bool = option(False)
+    feature_mb: int = option(1024, low=0, log_only=True)
+    log_every: int = option(10, low=1, log_only=True)
+    save_every: int = option(100, low=1, log_only=True)
+    keep: int = option(2, low=1, log_only=True)
+    workers: int = option(0, low=0, log_only=True)
+    report_to: str = option("none", log_only=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -174,7 +174,7 @@ def _checked(f: Field, hint: Any, value: Any, where: str) -> Any:
     return float(value) if kind == (int, float) else value
 
 
-def claim(recipe: Run, stage: str) -> Path:
+def acquire_run_folder(recipe: Recipe, stage: str) -> Path:
     """Make the run's folder this recipe's, or see that it already is. Raises RecipeError when it belongs to another recipe."""
     out = Path(recipe.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)

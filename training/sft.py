@@ -13,12 +13,12 @@ from awares_bench.inference.local_model import VLM
 from . import examples
 from .export import finish
 from .packing import Conversation, pack, render
-from .recipe import Tuning, claim, key
-from .trainer import ExactTrainer, arguments, describe, per_process, policy_of, prepare
+from .recipe import TrainingRecipe, acquire_run_folder, option
+from .trainer import ResumableTrainer, describe, per_process, policy_of, prepare, training_arguments
 
 
 @dataclass(frozen=True)
-class SFT(Tuning):
+class SFT(TrainingRecipe):
     """A recipe of supervised fine-tuning.
 
     batch, micro_batch: conversations a step over all processes, and a forward pass. The loss is the same for any micro_batch.
@@ -28,16 +28,16 @@ class SFT(Tuning):
     max_length:   tokens of a conversation; a longer one is an error (paper supplement, Table 7: 8192)
     """
 
-    lr: float = key(1e-4, above=0, high=1)
-    batch: int = key(128, low=1)
-    micro_batch: int = key(4, low=1)
-    packed: int = key(1, low=1)
-    epochs: float = key(2.0, above=0)
-    weight_decay: float = key(0.001, low=0, high=1)
-    lora_dropout: float = key(0.05, low=0, high=0.9)
-    call_weight: float = key(5.0, above=0)
-    normalise: str = key("weight", one_of=("weight", "tokens"))
-    max_length: int = key(8192, low=16)
+    lr: float = option(1e-4, above=0, high=1)
+    batch: int = option(128, low=1)
+    micro_batch: int = option(4, low=1)
+    packed: int = option(1, low=1)
+    epochs: float = option(2.0, above=0)
+    weight_decay: float = option(0.001, low=0, high=1)
+    lora_dropout: float = option(0.05, low=0, high=0.9)
+    call_weight: float = option(5.0, above=0)
+    normalise: str = option("weight", one_of=("weight", "tokens"))
+    max_length: int = option(8192, low=16)
 
 
 RECIPE = SFT
@@ -61,13 +61,13 @@ class Trajectories(torch.utils.data.Dataset):
             raise examples.DataError(f"{r.data!r}, row {index}: {error}") from error
 
 
-class SFTTrainer(ExactTrainer):
+class SFTTrainer(ResumableTrainer):
     """Weighted cross-entropy, equal for every split of a step into micro-batches and processes (tests/test_sft.py)."""
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches = self.take(epoch_iterator, num_batches)
+        batches = self.next_microbatches(epoch_iterator, num_batches)
         counted = [w for batch in batches for c in batch for w in c.weights if w]
-        total = self.total(sum(counted) if self.recipe.normalise == "weight" else len(counted))
+        total = self.sum_over_ranks(sum(counted) if self.recipe.normalise == "weight" else len(counted))
         return batches, torch.tensor(total, device=device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -77,7 +77,7 @@ class SFTTrainer(ExactTrainer):
         called = packed.weight != 1
         for name, on in (("nll_call", called), ("nll_answer", ~called)):
             if on.any():
-                self.note(**{name: -scores[on].mean().item()})
+                self.record_metrics(**{name: -scores[on].mean().item()})
         return -(scores * packed.weight).sum() / num_items_in_batch * self.args.world_size
 
 
@@ -87,17 +87,17 @@ def build(recipe: SFT, dry: bool = False) -> SFTTrainer:
     table = examples.rows(recipe.data, needs=("image", "question", "replies"))
     policy = policy_of(recipe)
     if not dry:
-        claim(recipe, "sft")
+        acquire_run_folder(recipe, "sft")
     scorer, vlm = prepare(recipe, recipe.lora_dropout)
     examples.check_texts(table, vlm.check, recipe.data)
-    args = arguments(recipe, recipe.micro_batch, accumulate)
+    args = training_arguments(recipe, recipe.micro_batch, accumulate)
     return SFTTrainer(scorer, vlm, recipe, args=args, train_dataset=Trajectories(table, vlm, policy, recipe))
 
 
 def run(recipe: SFT) -> None:
     """Train, resuming where the folder stopped; the result is ``out/checkpoint``, which evaluation loads."""
     trainer = build(recipe)
-    trainer.go()
+    trainer.run()
     result = trainer.result()
     if trainer.args.should_save:
         finish(*result, Path(trainer.args.output_dir), "sft", recipe)

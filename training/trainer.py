@@ -21,10 +21,10 @@ from awares_bench.models.packaged import resolve
 
 from .auxiliary.cropper import Part
 from .packing import Conversation, Features, Packed, Scorer
-from .recipe import RecipeError, Tuning
+from .recipe import RecipeError, TrainingRecipe
 
 DECODER_LINEAR = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-WHOLE = "whole"  # written last into a checkpoint: a run killed while saving leaves one without it
+COMPLETE_MARKER = "whole"  # written last into a checkpoint: a run killed while saving leaves one without it
 
 
 def device_of(recipe) -> str:
@@ -62,7 +62,7 @@ def open_vlm(recipe, dtype: str = "auto") -> VLM:
     )
 
 
-def prepare(recipe: Tuning, dropout: float = 0.0) -> tuple[Scorer, VLM]:
+def prepare(recipe: TrainingRecipe, dropout: float = 0.0) -> tuple[Scorer, VLM]:
     """Load the start, freeze the tower, add adapters or free the decoder -> (what trains, what answers); one set of weights."""
     dtype = "float32" if recipe.tuning == "full" else recipe.dtype
     vlm = open_vlm(recipe, dtype)
@@ -87,7 +87,7 @@ def prepare(recipe: Tuning, dropout: float = 0.0) -> tuple[Scorer, VLM]:
     return Scorer(model), vlm
 
 
-def arguments(recipe: Tuning, per_device: int, accumulate: int, **more) -> TrainingArguments:
+def training_arguments(recipe: TrainingRecipe, per_device: int, accumulate: int, **more) -> TrainingArguments:
     """Trainer's arguments for a recipe."""
     on_gpu = device_of(recipe) != "cpu"
     return TrainingArguments(
@@ -143,14 +143,14 @@ def per_process(total: int, micro: int, what: str) -> int:
     return total // (micro * world)
 
 
-class ExactTrainer(Trainer):
+class ResumableTrainer(Trainer):
     """Trainer whose loss is normalised over the whole global batch and whose resumed run equals one that was not cut.
 
     transformers' own resume of a fully tuned Qwen2.5-VL loads nothing (the names it saves are not the names it loads with
     ``strict=False``; 5.17 and 5.23), so weights are read back with ``from_pretrained``.
     """
 
-    def __init__(self, scorer: Scorer, vlm: VLM, recipe: Tuning, **more):
+    def __init__(self, scorer: Scorer, vlm: VLM, recipe: TrainingRecipe, **more):
         super().__init__(model=scorer, data_collator=list, callbacks=[_Log(Path(recipe.out).expanduser())], **more)
         if _zero3(self.accelerator):
             raise RecipeError("ZeRO-3 is not supported: launch with DDP, ZeRO-2 or FSDP2 (training/launch)")
@@ -162,7 +162,7 @@ class ExactTrainer(Trainer):
         self.scorer, self.vlm, self.recipe = scorer, vlm, recipe
         self.features = Features(vlm, recipe.feature_mb)
         self.model_accepts_loss_kwargs = True  # our losses are normalised already: Trainer must not divide once more
-        self.figures: dict[str, list[float]] = {}
+        self.step_metrics: dict[str, list[float]] = {}
 
     def score(self, model, packed: Packed) -> tuple[Tensor, Tensor]:
         """Tower and decoder in the precision of training; Accelerate autocasts neither the tower nor a sharded decoder."""
@@ -171,26 +171,26 @@ class ExactTrainer(Trainer):
 
     # ------------------------------------------------------------------ sums over processes
 
-    def total(self, value: float) -> float:
+    def sum_over_ranks(self, value: float) -> float:
         """Sum over the processes, in double precision where the device has it."""
         if self.args.world_size == 1:
             return float(value)
         return self.accelerator.reduce(torch.tensor(float(value), device=self.args.device, dtype=torch.float64), "sum").item()
 
-    def note(self, **figures: float) -> None:
+    def record_metrics(self, **figures: float) -> None:
         """Figures of a step, averaged until the next log line."""
         for name, value in figures.items():
-            self.figures.setdefault(name, []).append(float(value))
+            self.step_metrics.setdefault(name, []).append(float(value))
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs:
-            logs |= {name: sum(v) / len(v) for name, v in self.figures.items()}
-            self.figures.clear()
+            logs |= {name: sum(v) / len(v) for name, v in self.step_metrics.items()}
+            self.step_metrics.clear()
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------ Trainer's seams
 
-    def take(self, iterator, count: int) -> list:
+    def next_microbatches(self, iterator, count: int) -> list:
         """The micro-batches of a step, which begins with no features held."""
         self.features.forget()
         out = []
@@ -216,8 +216,8 @@ class ExactTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every process writes its own random state, and its shards
         if self.args.should_save:
             done = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (done / WHOLE).touch()
-            for old in whole_checkpoints(Path(self.args.output_dir))[: -self.recipe.keep]:
+            (done / COMPLETE_MARKER).touch()
+            for old in complete_checkpoints(Path(self.args.output_dir))[: -self.recipe.keep]:
                 shutil.rmtree(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -244,14 +244,14 @@ class ExactTrainer(Trainer):
 
     # ------------------------------------------------------------------ the run
 
-    def go(self) -> None:
+    def run(self) -> None:
         """Train from the newest whole checkpoint of the run's folder, or from the start."""
         out = Path(self.args.output_dir)
         if self.args.should_save:
-            for cut in set(out.glob("checkpoint-*")) - set(whole_checkpoints(out)):
+            for cut in set(out.glob("checkpoint-*")) - set(complete_checkpoints(out)):
                 shutil.rmtree(cut)
         self.accelerator.wait_for_everyone()
-        found = whole_checkpoints(out)
+        found = complete_checkpoints(out)
         self.train(resume_from_checkpoint=str(found[-1]) if found else None)
 
     def result(self) -> tuple[Scorer, VLM]:
@@ -268,7 +268,7 @@ class ExactTrainer(Trainer):
 
 
 @contextmanager
-def whole(scorer: Scorer):
+def unsharded(scorer: Scorer):
     """Weights that FSDP2 shards, whole on every process; nothing to do for others.
 
     Rollouts use parts of the model, and each process for its own number of steps: a gather inside would wait for one that
@@ -305,7 +305,7 @@ def _zero3(accelerator) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
-def whole_checkpoints(out: Path) -> list[Path]:
+def complete_checkpoints(out: Path) -> list[Path]:
     """Checkpoints that were saved to the end, oldest first."""
     return sorted((p.parent for p in out.glob(f"checkpoint-*/{WHOLE}")), key=lambda p: int(p.name.split("-")[1]))
 

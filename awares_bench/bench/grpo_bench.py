@@ -93,7 +93,7 @@ class Alternate(TrainerCallback):
 
     def on_step_end(self, *_, **__):
         self.trainer.vlm.synchronise()
-        seconds, calls = time.perf_counter() - self.began, self.trainer.figures["call_rate"][-1]
+        seconds, calls = time.perf_counter() - self.began, self.trainer.step_metrics["call_rate"][-1]
         self.ours.append({"seconds": seconds, "tokens": self.tokens.take(), "call_rate": calls})
         if self.other:
             self.theirs.append(self.other.step())
@@ -123,7 +123,7 @@ def run(
         worker = Worker(trl_python, _job(trainer, recipe, folder), folder) if trl_python else None
         turns = Alternate(trainer, worker)
         trainer.add_callback(turns)
-        trainer.go()
+        trainer.run()
         if worker:
             worker.close()
             _same_prompts(trainer, turns.theirs[0]["prompts"])

@@ -32,7 +32,7 @@ from awares_bench.tasks.nano import world
 
 from .. import examples
 from ..packing import Features
-from ..recipe import RecipeError, Run, claim, key
+from ..recipe import Recipe, RecipeError, acquire_run_folder, option
 from ..rollouts import InStep, Sampler
 from ..trainer import device_of, open_vlm
 from . import crop_oracles, judges
@@ -42,7 +42,7 @@ NANO_START = 8 << 36
 
 
 @dataclass(frozen=True)
-class Curate(Run):
+class Curate(Recipe):
     """A recipe of curation. ``start`` is the base model; ``data`` rows (see ``examples``), or ``nano:COUNT``.
 
     columns:    our column -> the dataset's, such as ``{answers: answer, question: query}``
@@ -57,24 +57,24 @@ class Curate(Run):
     mapping:    ``coverage``, ``iou_argmax`` or ``iou_literal`` (paper Eq. 3), see ``oracles.crops_for``
     """
 
-    split: str = key("train")
-    columns: dict = key({})  # noqa: RUF009
-    suffix: str = key("")
-    limit: int = key(-1, low=-1)
-    batch: int = key(16, low=1, log_only=True)
-    max_new_tokens: int = key(32, low=1)
-    judge: str = key("anls", one_of=("exact", "relaxed", "anls", "local", "endpoint"))
-    judge_model: str = key("")
-    judge_url: str = key("")
-    second_judge: str = key("", one_of=("", *judges.RULES))
-    ties: str = key("split", one_of=("split", "paper"))
-    sure: float = key(0.0, low=0, high=1)
-    oracle: str = key("search", one_of=("boxes", "search", "endpoint"))
-    oracle_model: str = key("")
-    oracle_url: str = key("")
-    mapping: str = key("coverage", one_of=("coverage", "iou_argmax", "iou_literal"))
-    chunk: int = key(256, low=1)
-    parallel: int = key(8, low=1, high=256, log_only=True)
+    split: str = option("train")
+    columns: dict = option({})  # noqa: RUF009
+    suffix: str = option("")
+    limit: int = option(-1, low=-1)
+    batch: int = option(16, low=1, log_only=True)
+    max_new_tokens: int = option(32, low=1)
+    judge: str = option("anls", one_of=("exact", "relaxed", "anls", "local", "endpoint"))
+    judge_model: str = option("")
+    judge_url: str = option("")
+    second_judge: str = option("", one_of=("", *judges.RULES))
+    ties: str = option("split", one_of=("split", "paper"))
+    sure: float = option(0.0, low=0, high=1)
+    oracle: str = option("search", one_of=("boxes", "search", "endpoint"))
+    oracle_model: str = option("")
+    oracle_url: str = option("")
+    mapping: str = option("coverage", one_of=("coverage", "iou_argmax", "iou_literal"))
+    chunk: int = option(256, low=1)
+    parallel: int = option(8, low=1, high=256, log_only=True)
 
 
 RECIPE = Curate
@@ -147,7 +147,7 @@ def run(recipe: Curate, say: Callable[[str], None] = print) -> dict:
     grader = judges.judge(recipe.judge, recipe.judge_model, recipe.judge_url, device_of(recipe))
     if recipe.oracle == "endpoint" and not (recipe.oracle_model and recipe.oracle_url):
         raise RecipeError("oracle: endpoint needs oracle_model and oracle_url")
-    out = claim(recipe, "curate")
+    out = acquire_run_folder(recipe, "curate")
     vlm: list[VLM] = []  # loaded when a stage first needs it
 
     def model() -> VLM:

@@ -29,9 +29,9 @@ from awares_bench.models.qwen2_5_vl_vision import windowed_attention
 from awares_bench.tasks.nano import world
 
 from . import model as nano
-from .loop import Group, autocast, train
+from .loop import ParameterGroup, autocast, train
 from .pixels import normalise
-from .rows import Row, Writer, collate
+from .rows import RowEncoder, TrainingRow, collate
 from .stages import KINDS, PHASES, STAGES, make_batch, make_row, train_seed
 
 
@@ -82,9 +82,9 @@ class Learner:
         return cross_entropy(known @ self.model.get_input_embeddings().weight[keys].float().T, which)
 
     @torch.no_grad()
-    def right(self, rows: list[Row], writer: Writer, device: str) -> list[bool]:
+    def right(self, rows: list[TrainingRow], encoder: RowEncoder, device: str) -> list[bool]:
         """Whether the last reply of each row is the greedy one, given what precedes it."""
-        b = {k: v.to(device) for k, v in collate(rows, writer).items()}
+        b = {k: v.to(device) for k, v in collate(rows, encoder).items()}
         with autocast(device):
             hidden = self.hidden(b).last_hidden_state
             out = []
@@ -107,14 +107,14 @@ def load(model, start) -> None:
     model.load_state_dict(state)
 
 
-def calibrate(model, writer: Writer) -> None:
+def calibrate(model, encoder: RowEncoder) -> None:
     """Bring the tower's output to the scale of the token embeddings: zero mean, deviation 0.1, embeddings alike.
 
     Without it the first language gradients collapse the features to a constant (measured).
     """
     phase = PHASES["base"][-1]
-    rows = [make_row(writer, world.FAMILIES[i % 6], train_seed("base", 0, i), "full", phase) for i in range(48)]
-    b = collate(rows, writer)
+    rows = [make_row(encoder, world.FAMILIES[i % 6], train_seed("base", 0, i), "full", phase) for i in range(48)]
+    b = collate(rows, encoder)
     with torch.no_grad():
         features = model.model.visual(normalise(b["pixels"]).to(model.device), grid_thw=b["grids"].to(model.device)).pooler_output
         last = model.model.visual.merger.mlp[2]
@@ -142,14 +142,14 @@ def main(argv: list[str] | None = None) -> None:
     a = parser.parse_args(argv)
     torch.manual_seed(STAGES[a.stage])
     tok = nano.nano_tokenizer()
-    writer, model = Writer(tok), nano.build(tok, nano.Geometry(layers=4 + (a.stage == "fetch"))).to(a.device)
+    encoder, model = RowEncoder(tok), nano.build(tok, nano.Geometry(layers=4 + (a.stage == "fetch"))).to(a.device)
     if a.start:
         load(model, type(model).from_pretrained(a.start, dtype=torch.float32))
     if a.tower:
         state = torch.load(a.tower / "checkpoint.pt", map_location=a.device, weights_only=True)
         model.model.visual.load_state_dict(state["tower"])
         if not a.start:
-            calibrate(model, writer)
+            calibrate(model, encoder)
     learner = Learner(model)
     tower = list(model.model.visual.parameters())
     fresh = [p for n, p in model.named_parameters() if a.fresh_lr and ".language_model.layers.0." in n]
@@ -171,8 +171,8 @@ def main(argv: list[str] | None = None) -> None:
         for mode in ("where", "ask where", "full", "low", "crop", "blind"):
             found[mode] = {}
             for family in w.FAMILIES:
-                rows = [make_row(writer, family, first + i, mode, phase, questions=1) for i in range(48)]
-                right = learner.right([r for r in rows if r.replies], writer, a.device)
+                rows = [make_row(encoder, family, first + i, mode, phase, questions=1) for i in range(48)]
+                right = learner.right([r for r in rows if r.replies], encoder, a.device)
                 found[mode][family] = round(sum(right) / len(right), 3)
             found[mode]["mean"] = round(sum(found[mode].values()) / len(w.FAMILIES), 3)
         return found
@@ -180,8 +180,12 @@ def main(argv: list[str] | None = None) -> None:
     with windowed_attention(model):
         train(
             {"model": model},
-            [Group(language, a.lr), Group(tower, a.tower_lr, frozen), *([Group(fresh, a.fresh_lr)] if fresh else [])],
-            lambda step: make_batch(writer, a.stage, step, a.steps, a.rows),
+            [
+                ParameterGroup(language, a.lr),
+                ParameterGroup(tower, a.tower_lr, frozen),
+                *([ParameterGroup(fresh, a.fresh_lr)] if fresh else []),
+            ],
+            lambda step: make_batch(encoder, a.stage, step, a.steps, a.rows),
             loss_of,
             evaluate,
             a.out,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters with a learning rate of their own. frozen_for: steps at the start during which they do not move."""
 
     parameters: list[torch.nn.Parameter]
@@ -50,7 +50,7 @@ def autocast(device: str) -> torch.autocast:
 
 def train(
     modules: dict[str, torch.nn.Module],
-    groups: list[Group],
+    groups: list[ParameterGroup],
     make_batch: Callable[[int], dict],
     loss_of: Callable[[dict], tuple[torch.Tensor, dict[str, float]]],
     evaluate: Callable[[int], dict],

@@ -15,7 +15,7 @@ DEFAULT_SYSTEM = "You are a helpful assistant."  # the chat template's own
 
 
 @dataclass
-class Row:
+class TrainingRow:
     """One conversation. weights: loss weight of each token, 0 where the model did not write it."""
 
     ids: list[int] = field(default_factory=list)
@@ -26,7 +26,7 @@ class Row:
     hints: list[tuple[int, int]] = field(default_factory=list)  # (position, token that must be known there after a layer)
 
 
-class Writer:
+class RowEncoder:
     """Writes rows with one tokenizer."""
 
     def __init__(self, tokenizer):
@@ -41,9 +41,9 @@ class Writer:
             self._known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self._known[text]
 
-    def row(self, exchanges: list[tuple[list[Image.Image], str, str, float]], system: str = DEFAULT_SYSTEM) -> Row:
+    def encode_row(self, exchanges: list[tuple[list[Image.Image], str, str, float]], system: str = DEFAULT_SYSTEM) -> TrainingRow:
         """(images, user text, reply, loss weight) per turn -> a row. Sides of images are multiples of 28 pixels."""
-        out = Row()
+        out = TrainingRow()
 
         def say(ids: list[int], weight: float = 0.0) -> None:
             out.ids += ids
@@ -65,16 +65,16 @@ class Writer:
         return out
 
 
-def collate(rows: list[Row], writer: Writer) -> dict:
+def collate(rows: list[TrainingRow], encoder: RowEncoder) -> dict:
     """Rows -> one right-padded batch: ids, mask, weights (B, L), positions (3, B, L), bytes of all patches, grids (I, 3), hints (H, 3)."""
     length = max(len(r.ids) for r in rows)
-    ids = torch.full((len(rows), length), writer.pad)
+    ids = torch.full((len(rows), length), encoder.pad)
     weights, mask = torch.zeros(len(rows), length), torch.zeros(len(rows), length, dtype=torch.long)
     positions = torch.zeros(3, len(rows), length, dtype=torch.long)
     for b, r in enumerate(rows):
         n = len(r.ids)
         ids[b, :n], weights[b, :n], mask[b, :n] = torch.tensor(r.ids), torch.tensor(r.weights), 1
-        positions[:, b, :n] = mrope_positions(r.ids, r.grids, writer.image_token)[0]
+        positions[:, b, :n] = mrope_positions(r.ids, r.grids, encoder.image_token)[0]
     pixels = torch.cat([p for r in rows for p in r.pixels])
     grids = torch.tensor([g for r in rows for g in r.grids])
     hints = torch.tensor([(b, at, token) for b, r in enumerate(rows) for at, token in r.hints], dtype=torch.long).reshape(-1, 3)

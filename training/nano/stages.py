@@ -29,7 +29,7 @@ from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.tasks.nano import world
 
 from .pixels import half
-from .rows import Row, Writer, collate
+from .rows import RowEncoder, TrainingRow, collate
 
 STAGES = {"base": 0, "light": 2, "where": 3, "joint": 4, "read": 5, "fetch": 6}
 KINDS = ("list", "where", "ask where", "full", "low", "crop", "blind")
@@ -46,17 +46,17 @@ class Phase:
     hint: loss weight, in two-turn rows, of knowing the question's key after the bottom layer wherever the answer is written.
     """
 
-    until: float
+    until_share: float
     size: tuple[int, int]
-    count: tuple[int, int]
-    mix: dict[str, float]
-    families: tuple[float, ...] = (1, 1, 1, 1, 1, 1)
+    panel_count: tuple[int, int]
+    row_shares: dict[str, float]
+    family_weights: tuple[float, ...] = (1, 1, 1, 1, 1, 1)
     varied: bool = True
-    call: float = 0.0
-    more: int = 0
-    wide: float = 0.0
-    small: float = 0.0
-    hint: float = 0.0
+    call_weight: float = 0.0
+    max_follow_ups: int = 0
+    wider_crops_share: float = 0.0
+    small_writing_share: float = 0.0
+    hint_weight: float = 0.0
 
 
 PHASES = {
@@ -76,7 +76,7 @@ PHASES = {
             {"list": 0.05, "where": 0.17, "ask where": 0.18, "full": 0.2, "low": 0.1, "crop": 0.3},
             (1, 2, 0.7, 2, 0.5, 2),
             varied=False,
-            call=1.0,
+            call_weight=1.0,
         ),
     ),
     "where": (
@@ -89,12 +89,22 @@ PHASES = {
             {"list": 0.05, "where": 0.1, "ask where": 0.1, "full": 0.25, "low": 0.1, "crop": 0.4},
             (1, 3, 0.8, 1.2, 0.5, 1.2),
             varied=False,
-            call=1.0,
+            call_weight=1.0,
         ),
     ),
     "joint": tuple(
-        Phase(until, (224, 224), (3, 5), mix, families, varied=False, call=1.0, more=3, wide=0.25)
-        for until, families, mix in (
+        Phase(
+            until_share,
+            (224, 224),
+            (3, 5),
+            row_shares,
+            family_weights,
+            varied=False,
+            call_weight=1.0,
+            max_follow_ups=3,
+            wider_crops_share=0.25,
+        )
+        for until_share, family_weights, row_shares in (
             (
                 0.27,
                 (1, 2.5, 0.8, 1.5, 0.5, 1.2),
@@ -120,10 +130,10 @@ PHASES = {
             {"list": 0.01, "where": 0.04, "ask where": 0.1, "full": 0.05, "low": 0.1, "crop": 0.7},
             (2.4, 3, 1.2, 1.2, 0.5, 0.9),
             varied=False,
-            call=1.0,
-            more=3,
-            wide=0.25,
-            small=0.8,
+            call_weight=1.0,
+            max_follow_ups=3,
+            wider_crops_share=0.25,
+            small_writing_share=0.8,
         ),
     ),
     "fetch": (
@@ -134,11 +144,11 @@ PHASES = {
             {"where": 0.02, "ask where": 0.08, "full": 0.04, "low": 0.1, "crop": 0.64, "blind": 0.12},
             (2, 2.4, 1.4, 1.2, 0.7, 1.2),
             varied=False,
-            call=1.0,
-            more=1,
-            wide=0.25,
-            small=0.3,
-            hint=0.3,
+            call_weight=1.0,
+            max_follow_ups=1,
+            wider_crops_share=0.25,
+            small_writing_share=0.3,
+            hint_weight=0.3,
         ),
     ),
 }
@@ -151,13 +161,13 @@ def train_seed(stage: str, step: int, i: int) -> int:
     return seed
 
 
-def list_row(writer: Writer, view, panels: list, regions: list[str] | None = None) -> Row:
+def list_row(encoder: RowEncoder, view, panels: list, regions: list[str] | None = None) -> TrainingRow:
     """ "List everything." and the panels as ``key content,`` with loss on the contents; panels that share a key are left out.
 
     regions: crop ids of the panels, to be listed in place of their contents.
     """
     keys = [p.key for p in panels]
-    row = writer.row([([view], "Where is everything?" if regions else "List everything.", "", 0.0)])
+    row = encoder.encode_row([([view], "Where is everything?" if regions else "List everything.", "", 0.0)])
     del row.ids[-1], row.weights[-1], row.replies[-1]
     for i, panel in enumerate(panels):
         if keys.count(panel.key) > 1:
@@ -169,9 +179,9 @@ def list_row(writer: Writer, view, panels: list, regions: list[str] | None = Non
             said = ((f" {panel.key}", 0.0), (content, 1.0), (",", 0.0))
         for text, weight in said:
             if weight:
-                row.replies.append((len(row.ids), len(row.ids) + len(writer.encode(text))))
-            row.ids += writer.encode(text)
-            row.weights += [weight] * len(writer.encode(text))
+                row.replies.append((len(row.ids), len(row.ids) + len(encoder.encode(text))))
+            row.ids += encoder.encode(text)
+            row.weights += [weight] * len(encoder.encode(text))
     return row
 
 
@@ -184,20 +194,20 @@ def _id(name: str) -> str:
     return next((i for i, known in PAPER_GRID.ids.items() if known == name), name)
 
 
-def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, questions: int = 3) -> Row:
+def make_row(encoder: RowEncoder, family: str, seed: int, mode: str, phase: Phase, questions: int = 3) -> TrainingRow:
     """One training conversation; ``full`` and ``low`` ask several questions about their picture, one after another.
 
     ``blind`` is ``crop`` after the half-size view of another picture, with no loss on its call.
     """
     w = world
     rng = w.stream(family, seed)
-    image, panels = w.family_scene(rng, family, phase.count, phase.size)
+    image, panels = w.family_scene(rng, family, phase.panel_count, phase.size)
     if mode in ("list", "where"):
         panels = rng.sample(panels, len(panels))
         regions = [region_id(p, image.size) for p in panels] if mode == "where" else None
-        return list_row(writer, half(image) if rng.random() < (0.8 if regions else 0.3) else image, panels, regions)
+        return list_row(encoder, half(image) if rng.random() < (0.8 if regions else 0.3) else image, panels, regions)
     order = rng.sample(panels, len(panels)) if questions > 1 else [rng.choice(panels)]
-    if mode in ("crop", "blind") and questions > 1 and phase.small and rng.random() < phase.small:
+    if mode in ("crop", "blind") and questions > 1 and phase.small_writing_share and rng.random() < phase.small_writing_share:
         order.sort(key=lambda p: p.large)
     asked = []
     for panel in order[: questions if mode in ("full", "low", "ask where") else 1]:
@@ -209,25 +219,25 @@ def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, qu
         asked.append((w.prompt(family, question, options), answer, evidence))
     if mode in ("full", "low", "ask where"):
         view = image if mode == "full" else half(image)
-        return writer.row([([view] if i == 0 else [], text, answer, 1.0) for i, (text, answer, _) in enumerate(asked)])
+        return encoder.encode_row([([view] if i == 0 else [], text, answer, 1.0) for i, (text, answer, _) in enumerate(asked)])
     text, answer, evidence = asked[0]
     names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size)
-    call_weight, later = phase.call, []
+    call_weight, later = phase.call_weight, []
     if questions > 1:
-        if rng.random() < phase.wide:
+        if rng.random() < phase.wider_crops_share:
             names, call_weight = rng.choice(_holding(evidence, image.size)), 0.0
         for panel in order[1:]:
             question, reply, options, needs = w.ask(rng, panels, panel, phase.varied)
-            if len(later) < phase.more and PAPER_GRID.holds(names, [p.box for p in needs], *image.size):
+            if len(later) < phase.max_follow_ups and PAPER_GRID.holds(names, [p.box for p in needs], *image.size):
                 later.append(([], w.prompt(family, question, options), reply, 1.0))
     first = image
     if mode == "blind":
-        first, call_weight = w.family_scene(rng, family, phase.count, phase.size)[0], 0.0
+        first, call_weight = w.family_scene(rng, family, phase.panel_count, phase.size)[0], 0.0
     turns = [([half(first)], text, PAPER_GRID.format(names), call_weight), (PAPER_GRID.cut(image, names), "", answer, 1.0)]
-    row = writer.row(turns + later, PAPER_GRID.prompt)
-    if phase.hint:
+    row = encoder.encode_row(turns + later, PAPER_GRID.prompt)
+    if phase.hint_weight:
         start, end = row.replies[1]
-        (key,) = writer.encode(f" {evidence[0].key}")
+        (key,) = encoder.encode(f" {evidence[0].key}")
         row.hints = [(at, key) for at in range(start - 1, end - 2)]
     return row
 
@@ -237,15 +247,19 @@ def _holding(panels: list, size: tuple[int, int]) -> list[tuple[str, ...]]:
     return [(name,) for name in (*PAPER_GRID.names, "all") if PAPER_GRID.holds((name,), [p.box for p in panels], *size)]
 
 
-def make_batch(writer: Writer, stage: str, step: int, steps: int, rows: int) -> dict:
+def make_batch(encoder: RowEncoder, stage: str, step: int, steps: int, rows: int) -> dict:
     w, rng = world, random.Random(f"{stage}/{step}")
-    phases = [p for p in PHASES[stage] if step / steps < p.until]
+    phases = [p for p in PHASES[stage] if step / steps < p.until_share]
     out, kinds = [], []
     for i in range(rows):
         earlier = PHASES[stage][: len(PHASES[stage]) - len(phases)]
         phase = rng.choice(earlier) if earlier and rng.random() < 0.1 else phases[0]
-        mode = rng.choices(list(phase.mix), list(phase.mix.values()))[0]
-        family = w.FAMILIES[i % len(w.FAMILIES)] if len(set(phase.families)) == 1 else rng.choices(w.FAMILIES, phase.families)[0]
-        out.append(make_row(writer, family, train_seed(stage, step, i), mode, phase))
+        mode = rng.choices(list(phase.row_shares), list(phase.row_shares.values()))[0]
+        family = (
+            w.FAMILIES[i % len(w.FAMILIES)]
+            if len(set(phase.family_weights)) == 1
+            else rng.choices(w.FAMILIES, phase.family_weights)[0]
+        )
+        out.append(make_row(encoder, family, train_seed(stage, step, i), mode, phase))
         kinds.append(KINDS.index(mode))
-    return collate(out, writer) | {"kinds": torch.tensor(kinds), "hint": phases[0].hint}
+    return collate(out, encoder) | {"kinds": torch.tensor(kinds), "hint": phases[0].hint_weight}

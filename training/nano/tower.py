@@ -25,7 +25,7 @@ from awares_bench.models.qwen2_5_vl_vision import windowed_attention
 from awares_bench.tasks.nano import world
 
 from . import model as nano
-from .loop import Group, autocast, train
+from .loop import ParameterGroup, autocast, train
 from .pixels import half, normalise, patches
 
 SLOTS = 3  # of a panel's content
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     with windowed_attention(model):
         train(
             {"tower": tower, "heads": heads},
-            [Group([*tower.parameters()], a.lr, 50 if a.start else 0), Group([*heads.parameters()], a.lr)],
+            [ParameterGroup([*tower.parameters()], a.lr, 50 if a.start else 0), ParameterGroup([*heads.parameters()], a.lr)],
             lambda step: (
                 walls(step, a.seed, a.scenes * 6, vocabulary) if step < a.walls else batch(step, a.seed, a.scenes, vocabulary)
             ),
