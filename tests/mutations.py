@@ -34,7 +34,7 @@ MUTATIONS = [
     ("crop x and y swapped", "awares_bench/methods/crop_grid.py", "return left, top, max(right, left + 1), max(bottom, top + 1)", "return top, left, max(bottom, top + 1), max(right, left + 1)", "test_crops"),
     ("ratio inverted", "awares_bench/methods/usage.py", "self.prefill / full_tokens", "full_tokens / self.prefill", "test_awares"),
     ("second turn not counted", "awares_bench/methods/conversation.py", "(r.usage for r in self.replies)", "(r.usage for r in self.replies[:1])", "test_awares"),
-    ("loss on the question", "training/nano/rows.py", "say(self.encode(f\"{text}<|im_end|>\\n<|im_start|>assistant\\n\"))", "say(self.encode(f\"{text}<|im_end|>\\n<|im_start|>assistant\\n\"), 1.0)", "test_training"),
+    ("loss on the question", "training/nano/rows.py", "append(self.encode(f\"{text}<|im_end|>\\n<|im_start|>assistant\\n\"))", "append(self.encode(f\"{text}<|im_end|>\\n<|im_start|>assistant\\n\"), 1.0)", "test_training"),
     ("continuations of a group see each other", "training/packing.py", "for start, end in lines[path]:", "for start, end in known.values():", "test_scoring"),
     ("first token predicted from another continuation", "training/packing.py", "(before if at == start else left + at - start - 1, ", "(left + at - start - 1, ", "test_scoring"),
     ("call weighted as the answer", "training/packing.py", "1.0 if sent == len(replies) else call_weight", "1.0", "test_scoring"),

@@ -14,7 +14,7 @@ from awares_bench.models.qwen2_5_vl_vision import windowed_attention
 from awares_bench.tasks.nano import world
 from awares_bench.training.nano import language, stages, tower
 from awares_bench.training.nano import model as nano
-from awares_bench.training.nano.loop import ParameterGroup, train
+from awares_bench.training.nano.loop import LoopSettings, ParameterGroup, train
 from awares_bench.training.nano.pixels import half, normalise, patches
 from awares_bench.training.nano.rows import RowEncoder, collate
 
@@ -190,12 +190,13 @@ def test_a_resumed_run_equals_one_that_was_not_cut(tmp_path, cut):
                 raise KeyboardInterrupt
             return {"x": torch.randn(4, 3, generator=torch.Generator().manual_seed(step))}
 
-        def loss_of(b):
+        def loss_of(b, step):
             return module(b["x"]).float().square().mean(), {}
 
         with contextlib.suppress(KeyboardInterrupt):
-            train({"m": module}, [ParameterGroup(list(module.parameters()), 0.1)], make_batch, loss_of, lambda s: {}, out, 5,
-                  warmup=1, log_every=1, evaluate_every=1, workers=0)  # fmt: skip
+            groups = [ParameterGroup(list(module.parameters()), 0.1)]
+            settings = LoopSettings(5, warmup=1, log_every=1, evaluate_every=1, workers=0)
+            train({"m": module}, groups, make_batch, loss_of, lambda s: {}, out, settings)
         return {
             json.loads(x)["step"]: json.loads(x).get("loss") for x in (out / "log.jsonl").read_text().splitlines() if "loss" in x
         }

@@ -274,7 +274,7 @@ class ResumableTrainer(Trainer):
         self.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
 
     def result(self) -> tuple[Scorer, VLM]:
-        """The trained scorer and model. Sharded weights are gathered on the CPU of the first process; all processes must call this."""
+        """The trained scorer and model; all processes must call this. Sharded weights are gathered on the first one's CPU."""
         if not self.is_fsdp_enabled:
             return self.scorer, self.vlm
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

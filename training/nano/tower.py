@@ -116,13 +116,13 @@ def wall(rng: random.Random, scale: int, vocabulary: Vocabulary) -> tuple[Image.
                 what = [rng.choice(w.SYMBOLS + w.DIRECTIONS)]
                 radius = rng.uniform(*(w.LARGE_MARK if large else w.SMALL_MARK))
                 x = (x + radius) // w.SNAP * w.SNAP + w.SNAP
-                w._mark(draw, x, y, radius, what[0], ink, back)
+                w.draw_mark(draw, x, y, radius, what[0], ink, back)
                 glyphs.append((x, y, what[0]))
                 x += radius + rng.uniform(4, 14)
             else:
                 what = rng.choices(w.CHARACTERS, k=rng.choice((1, 2, 2, 3)))
                 x = (x + advance * len(what) / 2) // w.SNAP * w.SNAP + w.SNAP  # the run's centre
-                w._text(draw, x, y, "".join(what), w.LARGE_TEXT if large else w.SMALL_TEXT, ink)
+                w.draw_text(draw, x, y, "".join(what), w.LARGE_TEXT if large else w.SMALL_TEXT, ink)
                 glyphs += [(x + (i - (len(what) - 1) / 2) * advance, y, c) for i, c in enumerate(what)]
                 x += advance * len(what) / 2 + rng.uniform(4, 14)
     noise = np.random.default_rng(rng.getrandbits(32)).integers(-12, 13, (side, side, 1), dtype=np.int16)

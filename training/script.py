@@ -1,0 +1,15 @@
+"""Runs a module that is also an ``awares-bench`` command as ``python -m``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def run(
+    description: str, add_arguments: Callable[[argparse.ArgumentParser], None], main: Callable[[argparse.Namespace], int]
+) -> int:
+    """Parse the command line and call ``main`` -> its exit status."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    return main(parser.parse_args())
