@@ -60,7 +60,7 @@ class _Steps(Dataset):
 
 
 def autocast(device: str) -> torch.autocast:
-    """bf16 autocast where the device multiplies bf16 in hardware; off elsewhere, because emulated bf16 is 3 times slower than fp32."""
+    """bf16 autocast where the device multiplies bf16 in hardware. Off elsewhere: emulated bf16 is 3 times slower than fp32."""
     has_bf16 = True
     if device == "cpu":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
