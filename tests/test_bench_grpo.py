@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from awares_bench.bench.engine_bench import grpo_bench
+from awares_bench.bench import grpo_bench
 from awares_bench.cli import main
 from awares_bench.training.nano import model as nano
 
