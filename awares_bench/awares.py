@@ -17,7 +17,7 @@ from PIL import Image
 from awares_bench.methods.conversation import Event, Sample, Turn
 from awares_bench.methods.crop_grid import PAPER_GRID, CropRequestError
 from awares_bench.methods.images import SMALLEST_SIDE, half
-from awares_bench.methods.policy import Look, Policy
+from awares_bench.methods.policy import Policy, TurnGenerator
 
 CALL_BUDGET = 32
 """Tokens the first turn may always have: official tasks allow 16, which cuts a call for three crops."""
@@ -49,13 +49,15 @@ class AwaRes(Policy):
         """What is shown of the chosen regions; a control may show something else."""
         return PAPER_GRID.cut(image, names)
 
-    def look(self, sample: Sample) -> Look:
+    def turns(self, sample: Sample) -> TurnGenerator:
         if len(sample.images) != 1:
             return (yield from without_crops(sample))
 
         (image,) = sample.images
         system = PAPER_GRID.prompt_as(self.prompt)
-        reply = yield sample.ask((half(image),), system=system, last=False, budget=self.call_budget, calls=PAPER_GRID)
+        reply = yield sample.ask(
+            (half(image),), system=system, is_final=False, min_reply_tokens=self.call_budget, crop_grammar=PAPER_GRID
+        )
         try:
             request = PAPER_GRID.parse(reply.text)
         except CropRequestError as error:
@@ -77,7 +79,7 @@ class AwaRes(Policy):
         return reply
 
 
-def without_crops(sample: Sample) -> Look:
+def without_crops(sample: Sample) -> TurnGenerator:
     """Documents that crops cannot serve, answered and noted: several images, or none."""
     if sample.images:
         yield Event("several_images", f"{len(sample.images)} images: a crop has no image id, so all are shown in full")
@@ -96,7 +98,7 @@ def fit(image: Image.Image, names: tuple[str, ...]):
     return names
 
 
-def give(sample: Sample, names: tuple[str, ...], form: str, prompt: str, crops: list[Image.Image] | None = None) -> Look:
+def give(sample: Sample, names: tuple[str, ...], form: str, prompt: str, crops: list[Image.Image] | None = None) -> TurnGenerator:
     """The half-size view and regions that the model did not ask for.
 
     form:  ``call``: AwaRes' two turns, a call for ``names`` put into the model's mouth, for weights trained for AwaRes;
@@ -110,7 +112,7 @@ def give(sample: Sample, names: tuple[str, ...], form: str, prompt: str, crops: 
     view, crops = half(image), crops or PAPER_GRID.cut(image, names)
     if form == "plain":
         return (yield sample.ask((view, *crops)))
-    yield sample.ask((view,), system=PAPER_GRID.prompt_as(prompt), last=False, said=PAPER_GRID.format(names))
+    yield sample.ask((view,), system=PAPER_GRID.prompt_as(prompt), is_final=False, forced_reply=PAPER_GRID.format(names))
     return (yield Turn(tuple(crops)))
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from awares_bench.awares import give
 from awares_bench.methods.conversation import Sample
-from awares_bench.methods.policy import Look, Policy
+from awares_bench.methods.policy import Policy, TurnGenerator
 
 QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
 
@@ -32,5 +32,5 @@ class AllCrops(Policy):
     form: Literal["call", "plain"] = "call"
     prompt: Literal["paper", "adapter"] = "paper"
 
-    def look(self, sample: Sample) -> Look:
+    def turns(self, sample: Sample) -> TurnGenerator:
         return (yield from give(sample, ("all",) if self.crops == "all" else QUADRANTS, self.form, self.prompt))

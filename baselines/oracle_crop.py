@@ -16,7 +16,7 @@ from awares_bench.awares import give, without_crops
 from awares_bench.methods.conversation import Event, Sample
 from awares_bench.methods.crop_grid import PAPER_GRID, Box
 from awares_bench.methods.images import SMALLEST_SIDE, half
-from awares_bench.methods.policy import Look, Policy
+from awares_bench.methods.policy import Policy, TurnGenerator
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class OracleCrop(Policy):
     form: Literal["call", "plain"] = "call"
     prompt: Literal["paper", "adapter"] = "paper"
 
-    def look(self, sample: Sample) -> Look:
+    def turns(self, sample: Sample) -> TurnGenerator:
         if len(sample.images) != 1:
             return (yield from without_crops(sample))
         (image,) = sample.images

@@ -96,7 +96,7 @@ def test_the_other_versions_hold_in_batches_and_second_turns_too(pruner):
 
 def check_batch(pruner):
     vlm = tiny_vlm()
-    one = Turn((half(picture(252, 252, 7)),), "Which way?", last=False)
+    one = Turn((half(picture(252, 252, 7)),), "Which way?", is_final=False)
 
     def second_turn():
         session = Session()
@@ -119,7 +119,7 @@ def test_a_second_turn_on_the_cut_cache_is_what_a_mask_over_the_whole_conversati
     if cls in (Pooling, SparseVLM, VisionZip):
         pytest.skip("merging changes features; the batch test covers its second turns")
     vlm, pruner = tiny_vlm(), cls(0.4)
-    one, two = Turn((picture(140, 196, 5),), "What is it?", last=False), Turn((picture(84, 112, 6),))
+    one, two = Turn((picture(140, 196, 5),), "What is it?", is_final=False), Turn((picture(84, 112, 6),))
     session = Session()
     (reply,), _ = pruned(vlm, [Request(session, one, 4)], pruner)
     kept = [k.shape[1] for k in session.keys]

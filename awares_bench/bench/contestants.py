@@ -86,7 +86,7 @@ class Pages:
         self.answer = tuple(some * self.answer_length)[: self.answer_length]
         self.full_turns = [Turn((image,), "What is the total of the second column?") for image in self.images]
         shown = [replace(t, images=(half(i),)) for t, i in zip(self.full_turns, self.images, strict=True)]
-        self.first = [replace(t, system=PAPER_GRID.prompt, last=False, calls=PAPER_GRID) for t in shown]
+        self.first = [replace(t, system=PAPER_GRID.prompt, is_final=False, crop_grammar=PAPER_GRID) for t in shown]
         self.second = [Turn(tuple(PAPER_GRID.cut(image, (CROP,)))) for image in self.images]
 
     def full(self) -> list[list[Usage]]:

@@ -109,10 +109,10 @@ class Endpoint:
         history = [*session.turns, turn]
         visual, before = self._visual([turn]), self._visual(session.turns)
         text, earlier = self._text(history, session.replies), self._text(session.turns, session.replies)
-        if turn.tight:
+        if turn.omit_newline:
             events.append(Event("template", "the line break before this message is the server's; the checkpoint had none"))
-        if turn.said is not None:
-            answer, output, complete, seconds = turn.said, 0, True, (0.0, 0.0)
+        if turn.forced_reply is not None:
+            answer, output, complete, seconds = turn.forced_reply, 0, True, (0.0, 0.0)
         else:
             payload = _payload(messages(history, session.replies))
             prepared = time.perf_counter()
@@ -144,7 +144,7 @@ class Endpoint:
         session.replies.append(answer)
         session.events += events
         usage = Usage(visual, float(visual), max(0, text - earlier), output, seconds[0], 0.0, 0.0, seconds[1])
-        tokens = () if turn.said is not None else tuple(self._ids(answer))
+        tokens = () if turn.forced_reply is not None else tuple(self._ids(answer))
         return Reply(answer, tokens, usage, complete)
 
     def _create(self, payload: list[dict], request: Request, events: list[Event]):
