@@ -191,7 +191,7 @@ def test_what_no_document_can_be_answered_after_ends_the_run(monkeypatch):
 
 def test_a_pruner_that_does_not_fit_the_model_is_refused_before_any_document():
     class Deep(Pruner):
-        def stages(self, layers):
+        def cut_layers(self, layers):
             return {layers + 3: 0.5}
 
     with pytest.raises(ValueError, match="this model has 3 layers"):

@@ -219,6 +219,16 @@ POLICY = "from dataclasses import dataclass\nfrom awares_bench import Policy, Pr
             ":Mine",
             r"rename it to turns\(self, sample\)",
         ),
+        (
+            f"{POLICY}@dataclass(frozen=True)\nclass Mine(Pruner):\n    def stages(self, layers): ...\n",
+            ":Mine",
+            r"rename it to cut_layers\(self, layers\)",
+        ),
+        (
+            f"{POLICY}@dataclass(frozen=True)\nclass Mine(Pruner):\n    needs = ('metric',)\n",
+            ":Mine",
+            "needs 'metric'; a pruner may need attention, vision_keys, seed",
+        ),
         ("from awares_bench.method import Policy\n", ":Mine", r"import Policy, Pruner, .* from awares_bench"),
         (f"{POLICY}@dataclass(frozen=True)\nclass Mine(Pruner):\n    pass\n", ":Mine", "has no score, select or reduce"),
         ("class Other: ...\n", ":Mine", "defines no 'Mine'; it defines Other"),

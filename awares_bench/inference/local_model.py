@@ -23,7 +23,7 @@ from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, Failure, Reply, Turn, messages
 from awares_bench.methods.crop_grid import CropGrid
 from awares_bench.methods.images import within_aspect
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench.methods.pruner import Pruner, VisualTokens
 from awares_bench.methods.usage import Usage
 from awares_bench.models.attention_scores import probed
 from awares_bench.models.checkpoint import CheckpointError as CheckpointError
@@ -231,7 +231,7 @@ class VLM:
     @torch.inference_mode()
     def see(
         self, patches: list[Tensor], grids: list[tuple[int, int, int]], pruner: Pruner | None = None, keys: list[bytes] = ()
-    ) -> list[Visual]:
+    ) -> list[VisualTokens]:
         """Patches of several images -> each image's merged features and what ``pruner`` needs beside them, in raster order.
 
         keys: of the images in the feature store; what it holds is not encoded again, unless the pruner looks into the tower.
@@ -239,7 +239,7 @@ class VLM:
         if not patches:
             return []
         vision, needs = self.model.config.vision_config, pruner.needs if pruner else ()
-        wanted = ["attention" in needs, "metric" in needs]
+        wanted = ["attention" in needs, "vision_keys" in needs]
         probing = probed(self.model, pruner.vision_block, *wanted) if any(wanted) else nullcontext()
         with windowed_attention(self.model), probing as probe:
             features = self._tower(patches, grids, () if any(wanted) else keys)
@@ -268,7 +268,7 @@ class VLM:
         return torch.cat(found)
 
     @torch.inference_mode()
-    def embed(self, ids: list[int], placed: tuple[Tensor, int], images: list[Visual]) -> Chunk:
+    def embed(self, ids: list[int], placed: tuple[Tensor, int], images: list[VisualTokens]) -> Chunk:
         """Token ids, their positions and the images among them -> what the decoder gets."""
         tokens = torch.tensor(ids, device=self.device)
         embeds, spans = self.decoder.get_input_embeddings()(tokens), []
@@ -390,7 +390,7 @@ class VLM:
     def stages(self, pruner: Pruner | None) -> dict[int, float]:
         """The pruner's decoder stages on this model. Raises ValueError for a layer that the decoder does not have."""
         layers = len(self.decoder.layers)
-        stages = pruner.stages(layers) if pruner else {}
+        stages = pruner.cut_layers(layers) if pruner else {}
         for layer in stages:
             if not 0 <= layer < layers - 1:
                 raise ValueError(

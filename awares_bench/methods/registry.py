@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .options import options, unknown_option
 from .policy import Policy
-from .pruner import Pruner
+from .pruner import NEEDS, Pruner
 
 GROUP = "awares_bench.methods"
 
@@ -30,6 +30,13 @@ MOVED = {
     "awares_bench.images": "import from awares_bench.methods.images",
 }
 """Modules of earlier releases that a method may import -> what to write instead."""
+
+
+RENAMED = {
+    Policy: {"look": "turns(self, sample)"},
+    Pruner: {"budget": "tokens_to_keep(self, visual, share)", "stages": "cut_layers(self, layers)"},
+}
+"""What earlier releases called of a method: old name -> new one. Under its old name it would never be called."""
 
 
 def names() -> list[str]:
@@ -120,12 +127,17 @@ def _checked(found: object, place: str) -> type[Policy] | type[Pruner]:
         raise ValueError(f"{place} is not a method; derive the class from awares_bench.Policy or awares_bench.Pruner")
     if not (is_dataclass(found) and found.__dataclass_params__.frozen and "__dataclass_fields__" in vars(found)):
         raise ValueError(f"{place} must be a frozen dataclass; write @dataclass(frozen=True) above the class")
+    for old, new in RENAMED[Policy if issubclass(found, Policy) else Pruner].items():
+        if inspect.isfunction(getattr(found, old, None)):
+            raise ValueError(f"{place} has a method {old}, the name of earlier releases; rename it to {new}")
     if issubclass(found, Policy) and found.turns is Policy.turns:
-        if hasattr(found, "look"):
-            raise ValueError(f"{place} has a method look, the name of earlier releases; rename it to turns(self, sample)")
         raise ValueError(
             f"{place} has no turns(self, sample); a policy yields turns there and returns the reply that is the answer"
         )
+    needs = getattr(found, "needs", ())
+    unknown = [] if isinstance(needs, property) else [name for name in needs if name not in NEEDS]
+    if unknown:
+        raise ValueError(f"{place} needs {unknown[0]!r}; a pruner may need {', '.join(NEEDS)}")
     if issubclass(found, Pruner) and all(getattr(found, rung) is getattr(Pruner, rung) for rung in ("score", "select", "reduce")):
         raise ValueError(f"{place} has no score, select or reduce; a pruner writes one of them (see awares_bench.Pruner)")
     return found
