@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from awares_bench import Event, Policy, Sample, Turn, TurnGenerator
 from awares_bench.errors import RunError
-from awares_bench.methods.conversation import Event, Sample, Turn
 from awares_bench.methods.images import within
-from awares_bench.methods.policy import UNDER_TEST, Policy, TurnGenerator
+from awares_bench.methods.policy import UNDER_TEST
 from awares_bench.methods.resolution_gate import Gate
 from awares_bench.models.packaged import gate as packaged
 

@@ -13,11 +13,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from awares_bench.awares import without_crops
-from awares_bench.methods.conversation import Event, Sample, Turn
+from awares_bench import Event, Policy, Sample, Turn, TurnGenerator
 from awares_bench.methods.crop_grid import Box
+from awares_bench.methods.crop_turns import without_crops
 from awares_bench.methods.images import half, within
-from awares_bench.methods.policy import UNDER_TEST, Policy, TurnGenerator
+from awares_bench.methods.policy import UNDER_TEST
 
 ASK = "{question}\nOutline the region in the image that would help answer this question."
 NOT_NEEDED = "not needed"

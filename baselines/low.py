@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from awares_bench.methods.conversation import Sample
+from awares_bench import Policy, Sample, TurnGenerator
 from awares_bench.methods.images import half
-from awares_bench.methods.policy import Policy, TurnGenerator
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from awares_bench.methods.conversation import Event, Reply, Sample, Turn
+from awares_bench import Event, Policy, Reply, Sample, Turn, TurnGenerator
 from awares_bench.methods.images import half
-from awares_bench.methods.policy import Policy, TurnGenerator
 
 # Quoted from the authors' code (Apache-2.0): the released checkpoint expects these strings exactly.
 SYSTEM = """You are a helpful assistant.

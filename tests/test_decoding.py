@@ -14,7 +14,7 @@ from awares_bench.inference.decoding import Repetition, own_penalty, penalised, 
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import VLM, CheckpointError
 from awares_bench.inference.session import Request, Session
-from awares_bench.methods.conversation import Failure, Sample, Turn, messages
+from awares_bench.methods.conversation import Failure, Sample, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
 from awares_bench.training.packing import Features, Scorer, pack
@@ -47,7 +47,7 @@ def generated(vlm, text, images, penalty, steps):
 
 
 def rendered(vlm, turns, replies):
-    return vlm.processor.apply_chat_template(messages(turns, replies), tokenize=False, add_generation_prompt=True)
+    return vlm.processor.apply_chat_template(chat_messages(turns, replies), tokenize=False, add_generation_prompt=True)
 
 
 QUESTIONS = [

@@ -11,7 +11,7 @@ from awares_bench.inference.local_model import VLM, CheckpointError, mrope_posit
 from awares_bench.inference.padded_batch import Batch
 from awares_bench.inference.ragged_batch import RaggedBatch
 from awares_bench.inference.session import Request, Session
-from awares_bench.methods.conversation import Failure, Sample, Trajectory, Turn, messages
+from awares_bench.methods.conversation import Failure, Sample, Trajectory, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
 from awares_bench.models import qwen2_5_vl_vision
@@ -58,7 +58,7 @@ BOTH = pytest.mark.usefixtures("layout")
 def test_one_turn_has_the_logits_of_generate(turn):
     vlm = tiny_vlm()
     _, logits = ours(vlm, [first(turn)])
-    text = vlm.processor.apply_chat_template(messages([turn], []), tokenize=False, add_generation_prompt=True)
+    text = vlm.processor.apply_chat_template(chat_messages([turn], []), tokenize=False, add_generation_prompt=True)
     inputs = vlm.processor(text=[text], images=list(turn.images) or None, return_tensors="pt")
     out = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
     theirs = torch.stack(out.logits)
@@ -135,7 +135,7 @@ def test_the_second_chunk_continues_the_rendered_conversation():
     reply = "GET_CROPS: ['3']"
     ids = vlm.chunk(Session(), one, grids[:1]) + vlm.tokenizer(reply)["input_ids"]
     ids += vlm.chunk(Session(turns=[one], replies=[reply]), two, grids[1:])
-    text = vlm.processor.apply_chat_template(messages([one, two], [reply]), tokenize=False, add_generation_prompt=True)
+    text = vlm.processor.apply_chat_template(chat_messages([one, two], [reply]), tokenize=False, add_generation_prompt=True)
     whole = vlm.processor(text=[text], images=[*one.images, *two.images], return_tensors="pt")["input_ids"][0].tolist()
     assert ids == whole
 

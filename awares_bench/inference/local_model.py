@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from awares_bench.errors import RunError
-from awares_bench.methods.conversation import Event, Failure, Reply, Turn, messages
+from awares_bench.methods.conversation import Event, Failure, Reply, Turn, chat_messages
 from awares_bench.methods.crop_grid import CropGrid
 from awares_bench.methods.images import within_aspect
 from awares_bench.methods.pruner import Pruner, VisualTokens
@@ -198,7 +198,7 @@ class VLM:
         turns, hole = [*session.turns, turn], _HOLE
         while any(hole in text for t in turns for text in (t.text, t.system or "", *t.image_prefixes)):
             hole += "\ufdd0"
-        history = messages(turns, [hole] * len(session.replies))
+        history = chat_messages(turns, [hole] * len(session.replies))
         text = self.processor.apply_chat_template(history, tokenize=False, add_generation_prompt=True).split(hole)[-1]
         if turn.omit_newline:  # the end of the model's reply, the line break to leave out, the new message
             text = text.replace(f"{_END}\n", _END, 1)

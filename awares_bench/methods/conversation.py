@@ -131,7 +131,7 @@ class Trajectory:
         return self.usage.rtr(self.full_tokens)
 
 
-def messages(turns: list[Turn], replies: list[str]) -> list[dict]:
+def chat_messages(turns: list[Turn], replies: list[str]) -> list[dict]:
     """Turns and the replies between them -> chat messages in transformers' format, images as PIL objects."""
     out: list[dict] = []
     if turns and turns[0].system is not None:
