@@ -20,9 +20,12 @@ _HOMES = {
     "Comparison": "api",
     "AwaresError": "errors",
     "Policy": "methods.policy",
+    "TurnGenerator": "methods.policy",
     "Pruner": "methods.pruner",
+    "VisualTokens": "methods.pruner",
     "Sample": "methods.conversation",
     "Turn": "methods.conversation",
+    "Reply": "methods.conversation",
     "Event": "methods.conversation",
     "AwaRes": "awares",
 }

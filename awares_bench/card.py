@@ -89,10 +89,14 @@ def _turn(answer: Answer, i: int) -> str:
     turn, reply = answer.turns[i], answer.replies[i]
     who = f", {_text(turn.model)}" if turn.model else ""
     shown = "".join(image_tag(enlarged(image)) for image in turn.images)
-    asked = "\n\n".join(filter(None, (turn.system, *turn.before, turn.text)))
+    asked = "\n\n".join(filter(None, (turn.system, *turn.image_prefixes, turn.text)))
     told = f"<details><summary>message</summary><pre>{_text(asked)}</pre></details>" if asked else "<br>"
-    said = "a probe: no text is asked for" if turn.probe is not None else f"model: <code>{_text(reply.text) or '&nbsp;'}</code>"
-    put = " <small>(put into its mouth)</small>" if turn.said is not None else ""
+    said = (
+        "a probe: no text is asked for"
+        if turn.hidden_state_depth is not None
+        else f"model: <code>{_text(reply.text) or '&nbsp;'}</code>"
+    )
+    put = " <small>(put into its mouth)</small>" if turn.forced_reply is not None else ""
     return f'<div class="turn"><small>turn {i + 1}{who}: {_text(_caption(answer, turn, i))}</small><br>{shown}{told}{said}{put}</div>'
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from awares_bench import Event, Policy, Sample, Turn, TurnGenerator
 from awares_bench.errors import RunError
-from awares_bench.methods.conversation import Event, Sample, Turn
 from awares_bench.methods.images import within
-from awares_bench.methods.policy import UNDER_TEST, Look, Policy
+from awares_bench.methods.policy import UNDER_TEST
 from awares_bench.methods.resolution_gate import Gate
 from awares_bench.models.packaged import gate as packaged
 
@@ -57,10 +57,10 @@ class Cares(Policy):
         except ValueError as error:
             raise RunError(str(error)) from error
 
-    def look(self, sample: Sample) -> Look:
+    def turns(self, sample: Sample) -> TurnGenerator:
         gate, views = self.opened(), []
         for image in sample.images:
-            probe = Turn((within(image, gate.view),), sample.question, model="proxy", probe=gate.depth)
+            probe = Turn((within(image, gate.view),), sample.question, model="proxy", hidden_state_depth=gate.depth)
             size = choose(gate.probabilities((yield probe).hidden), gate.sizes, self.mode)
             yield Event("resolution", f"longer side at most {size} of {max(image.size)} pixels")
             views.append(within(image, size))

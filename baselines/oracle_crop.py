@@ -12,11 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from awares_bench.awares import give, without_crops
-from awares_bench.methods.conversation import Event, Sample
+from awares_bench import Event, Policy, Sample, TurnGenerator
 from awares_bench.methods.crop_grid import PAPER_GRID, Box
+from awares_bench.methods.crop_turns import show_crops_unasked, without_crops
 from awares_bench.methods.images import SMALLEST_SIDE, half
-from awares_bench.methods.policy import Look, Policy
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class OracleCrop(Policy):
     form: Literal["call", "plain"] = "call"
     prompt: Literal["paper", "adapter"] = "paper"
 
-    def look(self, sample: Sample) -> Look:
+    def turns(self, sample: Sample) -> TurnGenerator:
         if len(sample.images) != 1:
             return (yield from without_crops(sample))
         (image,) = sample.images
@@ -47,7 +46,7 @@ class OracleCrop(Policy):
         names, crops = PAPER_GRID.cheapest_cover(list(sample.evidence), *image.size), None
         if self.crops == "box":
             crops = [image.crop(_at_least(box, SMALLEST_SIDE, image.size)) for box in sample.evidence]
-        return (yield from give(sample, names, self.form, self.prompt, crops))
+        return (yield from show_crops_unasked(sample, names, self.form, self.prompt, crops))
 
 
 def _at_least(box: Box, side: int, size: tuple[int, int]) -> Box:

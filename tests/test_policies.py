@@ -122,7 +122,7 @@ def test_visionthink_answers_directly_or_after_the_original():
     t = vrun([CALL, "<think>b</think><answer>a long answer</answer>"], [picture(224, 224)])
     assert (t.answer, t.rtr, t.crops) == ("a long answer", 1.25, ("all",))
     assert [i.size for i in t.turns[1].images] == [(224, 224)] and kinds(t) == []
-    assert all(turn.until == () and turn.budget == 8192 for turn in t.turns)
+    assert all(turn.until == () and turn.min_reply_tokens == 8192 for turn in t.turns)
     t = vrun([CALL.replace('resize"}', 'zoom"}'), "<answer>x</answer>"], [picture(224, 224)])
     assert kinds(t) == ["malformed_call"] and t.rtr == 0.25 and t.answer == "x"
     assert t.turns[1].text == "Unknown Tool Type: zoom. Available function tools are: `resize`" + vt.AFTER_ERROR
@@ -282,7 +282,7 @@ def test_sizes_are_rounded_up_to_whole_tokens_and_never_beyond_the_largest():
 
 def test_a_probe_finds_the_hidden_state_that_transformers_shows():
     vlm = tiny_vlm()
-    turn = Turn((picture(112, 84),), "How large?", model="proxy", probe=0.6)  # 2 of 3 layers
+    turn = Turn((picture(112, 84),), "How large?", model="proxy", hidden_state_depth=0.6)  # 2 of 3 layers
     before = dict(vlm.decoder.layers[1]._forward_hooks)
     (reply,) = vlm.probe([Request(Session(), turn, 1)])
     assert dict(vlm.decoder.layers[1]._forward_hooks) == before

@@ -61,7 +61,7 @@ def test_the_replies_lead_the_policies_where_the_labels_say(place):
     assert called == {"LR", "HR"}
     for row in examples.rows(str(place / "cropvlm.parquet"), ("replies",)):
         sample = examples.sample(row, 0, 2000)
-        look = whole().look(sample)
+        look = whole().turns(sample)
         next(look)
         events, turn = cropper._after(look, cropper.Reply(row["replies"][0]))
         assert [e.kind for e in events] == ["box"] and turn.images[0].size == half(sample.images[0]).size
@@ -74,7 +74,7 @@ def test_a_part_asks_what_evaluation_asks_the_cropper_and_the_target_sees_what_i
     part = cropper.Part(whole(), "cropper")
     c = render(tiny_vlm(), part, sample, [said])
     policy = whole()
-    first = next(policy.look(sample))
+    first = next(policy.turns(sample))
     assert first.model == "cropper" and c.ids[: c.prompt] == tiny_vlm().chunk(Session(), first, [c.views[0].grid])
     script = {first.text: [said], sample.question: ["42"]}
     ((_, outcome),) = Engine(Scripted(script), policy, 1).run([Job(sample, 8)])
@@ -82,14 +82,14 @@ def test_a_part_asks_what_evaluation_asks_the_cropper_and_the_target_sees_what_i
     assert [i.tobytes() for i in shown.images] == [i.tobytes() for i in outcome.turns[1].images]
     assert shown.text == outcome.turns[1].text and shown.images[1].size == (112, 112)
     with pytest.raises(ValueError, match="not the other's"):
-        next(cropper.Part(whole(), "other").look(sample))
+        next(cropper.Part(whole(), "other").turns(sample))
 
 
 class Says:
     """A stand-in for a rollout: the reply's text and the events that evaluation notes."""
 
     def __init__(self, text, sample):
-        script = {next(whole().look(sample)).text: [text]}
+        script = {next(whole().turns(sample)).text: [text]}
         ((_, self.trajectory),) = Engine(Scripted(script), cropper.Part(whole(), "cropper"), 1).run([Job(sample, 8)])
 
 
@@ -134,7 +134,7 @@ def test_a_cropper_goes_through_both_trainers_into_evaluation(place):
     sample = Sample((picture(224, 224),), "what is it?", "k")
     policy = whole(cropper=UNDER_TEST)
     ((_, outcome),) = Engine(tiny_vlm(), policy, 1, models={"cropper": vlm}).run([Job(sample, 2)])
-    (alone,) = vlm.reply([Request(Session(), next(policy.look(sample)), 32)])
+    (alone,) = vlm.reply([Request(Session(), next(policy.turns(sample)), 32)])
     assert outcome.replies[0].text == alone.text and alone.text.startswith("[")
     assert "--model cropvlm" in (place / "crop" / "checkpoint" / "README.md").read_text()
 

@@ -36,7 +36,7 @@ def test_tokens_are_the_engines():
     crops = PAPER_GRID.cut(image, ("top-right", "bottom"))
     call = "GET_CROPS: ['1', '6']"
     row = encoder.encode_row([([half(image)], "What is it?\nAnswer.", call, 5.0), (crops, "", "42", 1.0)], PAPER_GRID.prompt)
-    one = Turn((half(image),), "What is it?\nAnswer.", system=PAPER_GRID.prompt, last=False)
+    one = Turn((half(image),), "What is it?\nAnswer.", system=PAPER_GRID.prompt, is_final=False)
     two = Turn(tuple(crops))
     grids = [vlm.pixels(i)[1] for t in (one, two) for i in t.images]
     engine = vlm.chunk(Session(), one, grids[:1]) + vlm.tokenizer(call)["input_ids"]

@@ -20,7 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from awares_bench.awares import CALL_BUDGET
 from awares_bench.inference.local_model import VLM
 from awares_bench.inference.session import Prepared, Request, Session
-from awares_bench.methods.conversation import Turn, messages
+from awares_bench.methods.conversation import Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
 from awares_bench.methods.usage import Usage
@@ -86,7 +86,7 @@ class Pages:
         self.answer = tuple(some * self.answer_length)[: self.answer_length]
         self.full_turns = [Turn((image,), "What is the total of the second column?") for image in self.images]
         shown = [replace(t, images=(half(i),)) for t, i in zip(self.full_turns, self.images, strict=True)]
-        self.first = [replace(t, system=PAPER_GRID.prompt, last=False, calls=PAPER_GRID) for t in shown]
+        self.first = [replace(t, system=PAPER_GRID.prompt, is_final=False, crop_grammar=PAPER_GRID) for t in shown]
         self.second = [Turn(tuple(PAPER_GRID.cut(image, (CROP,)))) for image in self.images]
 
     def full(self) -> list[list[Usage]]:
@@ -132,7 +132,11 @@ class Pages:
     def generate_full(self) -> list[list[Usage]]:
         """One turn, the whole page, through ``model.generate``."""
         return [
-            [self.generate([messages([t], []) for t in self.full_turns], [t.images for t in self.full_turns], self.answer)[0]]
+            [
+                self.generate(
+                    [chat_messages([t], []) for t in self.full_turns], [t.images for t in self.full_turns], self.answer
+                )[0]
+            ]
         ]
 
     def generate_low_then_everything(self) -> list[list[Usage]]:
@@ -140,9 +144,9 @@ class Pages:
         turns: list[list[Usage]] = [[], []]
         for one, two, calls in zip(self.first, self.second, self.calls, strict=True):
             said = self.call if calls else self.answer
-            turns[0].append(self.generate([messages([one], [])], [one.images], said)[0])
+            turns[0].append(self.generate([chat_messages([one], [])], [one.images], said)[0])
             if calls:
-                talk = messages([one, two], [PAPER_GRID.format(CROP)])
+                talk = chat_messages([one, two], [PAPER_GRID.format(CROP)])
                 turns[1].append(self.generate([talk], [(*one.images, *two.images)], self.answer)[0])
         return turns
 
@@ -193,7 +197,9 @@ class Pages:
             ours = torch.stack(self.vlm.trace)
         finally:
             self.vlm.trace = None
-        _, theirs = self.generate([messages([t], []) for t in self.full_turns], [t.images for t in self.full_turns], self.answer)
+        _, theirs = self.generate(
+            [chat_messages([t], []) for t in self.full_turns], [t.images for t in self.full_turns], self.answer
+        )
         steps = min(len(ours), len(theirs))
         return float((ours[:steps] - theirs[:steps]).abs().max())
 

@@ -160,7 +160,7 @@ def _job(trainer: grpo.GRPOTrainer, recipe: grpo.GRPO, folder: Path) -> dict:
     """What ``trl_worker`` reads: rows as files, the regions as boxes, the recipe's settings."""
     rows = []
     for i, prompt in enumerate(trainer.train_dataset):
-        (turn, image) = next(trainer.policy.look(prompt.sample)), prompt.sample.images[0]
+        (turn, image) = next(trainer.policy.turns(prompt.sample)), prompt.sample.images[0]
         view, full = folder / f"{i}-view.png", folder / f"{i}-full.png"
         turn.images[0].save(view)
         image.save(full)
@@ -194,7 +194,7 @@ def _check_prompts(trainer: grpo.GRPOTrainer, theirs: list[list[int]]) -> None:
     """Raises TRLError when the token ids of TRL's first turns are not ours."""
     ours = set()
     for prompt in trainer.train_dataset:
-        turn = next(trainer.policy.look(prompt.sample))
+        turn = next(trainer.policy.turns(prompt.sample))
         grids = [View.of(trainer.vlm, image).grid for image in turn.images]
         ours.add(tuple(trainer.vlm.chunk(Session(), turn, grids)))
     if ours != set(map(tuple, theirs)):

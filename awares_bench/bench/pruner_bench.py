@@ -28,7 +28,7 @@ from awares_bench.evaluation.records import provenance
 from awares_bench.inference.layerwise_batch import StagedBatch
 from awares_bench.inference.local_model import VLM, mrope_positions
 from awares_bench.inference.session import Session
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench.methods.pruner import Pruner, VisualTokens
 from awares_bench.models.attention_scores import Probe, probed
 from awares_bench.models.cpu_kernels import fast_products
 from awares_bench.models.geometry import geometry, random_model
@@ -183,7 +183,7 @@ class _Layers:
 
 def _decide(meter: Meter, pruner: Pruner, whole, patches: list[Tensor], grid: tuple, ids: list[int], placed: tuple) -> int:
     """Meter what ``pruner`` adds: the probe and the cut before the decoder, or raters, attention rows and cuts inside it."""
-    vlm, stages, pruner = meter.vlm, pruner.stages(whole.text_config.num_hidden_layers), metered(pruner, meter)
+    vlm, stages, pruner = meter.vlm, pruner.cut_layers(whole.text_config.num_hidden_layers), metered(pruner, meter)
     chunks = [vlm.embed(ids, placed, [image]) for image in _see(vlm, pruner, patches, grid, meter)]
     if not stages:
         return [meter.cutting(chunk.cut, pruner, pruner.retention) for chunk in chunks][-1].visual
@@ -192,9 +192,9 @@ def _decide(meter: Meter, pruner: Pruner, whole, patches: list[Tensor], grid: tu
     return batch.chunks[-1].visual
 
 
-def _see(vlm: VLM, pruner: Pruner, patches: list[Tensor], grid: tuple, meter: Meter) -> list[Visual]:
+def _see(vlm: VLM, pruner: Pruner, patches: list[Tensor], grid: tuple, meter: Meter) -> list[VisualTokens]:
     """As ``VLM.see``, with the probe metered."""
-    wanted = "attention" in pruner.needs, "metric" in pruner.needs
+    wanted = "attention" in pruner.needs, "vision_keys" in pruner.needs
     with probed(vlm.model, -1, *wanted) as probe:
         module = vlm.model.model.visual.blocks[-1].attn
         if any(wanted):

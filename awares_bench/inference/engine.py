@@ -18,7 +18,7 @@ from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, Failure, Reply, Sample, Trajectory, Turn
 from awares_bench.methods.crop_grid import CropRequestError
 from awares_bench.methods.images import as_rgb, half_size
-from awares_bench.methods.policy import Look, Policy
+from awares_bench.methods.policy import Policy, TurnGenerator
 from awares_bench.methods.pruner import Pruner
 from awares_bench.methods.usage import Usage
 
@@ -46,7 +46,7 @@ class Job:
 class _Run:
     index: int
     job: Job
-    look: Look
+    look: TurnGenerator
     turn: Turn
     session: Session = field(default_factory=Session)
     others: dict[str, Session] = field(default_factory=dict)  # conversations with auxiliary models, by name
@@ -61,13 +61,13 @@ class _Run:
     def request(self) -> Request:
         """What answers the turn it waits for: a turn to another model, and every probe, is in a conversation of its own."""
         turn, session = self.turn, self.session
-        if turn.model or turn.probe is not None:
+        if turn.model or turn.hidden_state_depth is not None:
             session = self.others.setdefault(turn.model, Session())
-            if turn.last:
+            if turn.is_final:
                 del self.others[turn.model]
         until = self.job.until if turn.until is None else turn.until
         penalty = None if turn.model else self.job.repetition_penalty
-        return Request(session, turn, max(self.job.max_new_tokens, turn.budget or 0), until, penalty=penalty)
+        return Request(session, turn, max(self.job.max_new_tokens, turn.min_reply_tokens or 0), until, penalty=penalty)
 
 
 class Engine:
@@ -144,20 +144,20 @@ class Engine:
 
     def _next(self, waiting: list[_Run], threads: ThreadPoolExecutor | None) -> list[_Run]:
         """Take the next batch out of those that wait, its requests made and being prepared."""
-        kinds = [(run.turn.model, run.turn.probe is not None) for run in waiting]
+        kinds = [(run.turn.model, run.turn.hidden_state_depth is not None) for run in waiting]
         batch = [
             waiting[i] for i in choose(kinds, [r.cost for r in waiting], [bool(r.session.turns) for r in waiting], self.budget)
         ]
         for run in batch:
             waiting.remove(run)
             run.asked = run.request()
-            if threads and run.turn.probe is None:
+            if threads and run.turn.hidden_state_depth is None:
                 run.ahead = threads.submit(self.models.get(run.turn.model, self.vlm).prepare, run.asked)
         return batch
 
     def _answer(self, batch: list[_Run]) -> list[tuple[_Run, Reply | Failure]]:
         """The reply to each turn of a batch of one kind. A batch that fails, out of memory or otherwise, goes on in halves."""
-        name, probing = batch[0].turn.model, batch[0].turn.probe is not None
+        name, probing = batch[0].turn.model, batch[0].turn.hidden_state_depth is not None
         vlm, lost = self.models.get(name, self.vlm), []
         for run in batch:
             if run.ahead is not None:
@@ -178,7 +178,7 @@ class Engine:
                 failure = Failure(f"out of memory with this document alone, about {costs[0]} tokens ({error}); lower max_pixels")
         else:
             for run, request, reply in zip(batch, requests, replies, strict=True):
-                if request.session is not run.session and request.turn.last:
+                if request.session is not run.session and request.turn.is_final:
                     run.events += request.session.events
                 if name in self.models and not isinstance(reply, Failure):
                     reply = replace(reply, usage=reply.usage.as_auxiliary())
@@ -209,7 +209,7 @@ class Engine:
                     return Failure("the document holds neither a question nor an image; exclude it")
                 events.append(Event("no_question", "the question is empty: answered from the image alone"))
             job = replace(job, sample=replace(job.sample, images=tuple(image for image, _ in converted)))
-            run = _Run(index, job, self.policy.look(job.sample), Turn(), events=events)
+            run = _Run(index, job, self.policy.turns(job.sample), Turn(), events=events)
             run.full_tokens = sum(self.vlm.visual_tokens(image) for image in job.sample.images)
         except Exception as error:
             return _failure(error)
@@ -231,9 +231,9 @@ class Engine:
             if not isinstance(step, Turn):
                 return Failure(f"{type(self.policy).__name__} yielded {step!r}, which is neither a Turn nor an Event")
             run.turn = step
-            text = len(step.text) + len(step.system or "") + sum(map(len, step.before))
+            text = len(step.text) + len(step.system or "") + sum(map(len, step.image_prefixes))
             visual = sum(self.vlm.visual_tokens(image) for image in step.images)
-            run.cost = run.session.length + visual + text // 4 + max(run.job.max_new_tokens, step.budget or 0)
+            run.cost = run.session.length + visual + text // 4 + max(run.job.max_new_tokens, step.min_reply_tokens or 0)
             return None
         except CropRequestError as error:
             return Failure(f"malformed crop request and on_malformed='error': {error}")
@@ -246,7 +246,7 @@ class Engine:
         if answer.tokens and answer.usage.output > cap:  # a server's own count; its text may be other tokens when read again
             text = self.vlm.text(answer.tokens[:cap], run.job.until)
             events.append(Event("answer_cut", f"the answer had {answer.usage.output} tokens, the task allows {cap}"))
-        first = next(i for i, turn in enumerate(run.turns) if not turn.model and turn.probe is None)
+        first = next(i for i, turn in enumerate(run.turns) if not turn.model and turn.hidden_state_depth is None)
         images, share = run.turns[first].images, run.replies[first].usage.encoded / max(run.full_tokens, 1)
         halved = [half_size(*image.size) for image in run.job.sample.images]
         if images and [image.size for image in images] == halved and share > LOW_RATIO:
@@ -297,11 +297,11 @@ class Scripted:
         out = []
         for r in requests:
             visual = sum(self.visual_tokens(i) for i in r.turn.images)
-            text = r.turn.said
+            text = r.turn.forced_reply
             if text is None:
-                asked = [*(t for t in r.session.turns if t.said is None), r.turn]
+                asked = [*(t for t in r.session.turns if t.forced_reply is None), r.turn]
                 text = self.script[(r.session.turns or asked)[0].text][len(asked) - 1]
-            tokens = tuple(text) if r.turn.said is None else ()
+            tokens = tuple(text) if r.turn.forced_reply is None else ()
             r.session.turns.append(r.turn)
             out.append(Reply(text, tokens, Usage(encoded=visual, prefill=float(visual), output=len(tokens))))
         return out
@@ -309,6 +309,6 @@ class Scripted:
     def probe(self, requests: list[Request]) -> list[Reply]:
         visual = [sum(self.visual_tokens(i) for i in r.turn.images) for r in requests]
         return [
-            Reply("", usage=Usage(encoded=v, prefill=v * r.turn.probe), hidden=self.hidden)
+            Reply("", usage=Usage(encoded=v, prefill=v * r.turn.hidden_state_depth), hidden=self.hidden)
             for v, r in zip(visual, requests, strict=True)
         ]

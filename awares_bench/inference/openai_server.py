@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from awares_bench.errors import RunError
-from awares_bench.methods.conversation import Event, Failure, Reply, Turn, messages
+from awares_bench.methods.conversation import Event, Failure, Reply, Turn, chat_messages
 from awares_bench.methods.images import within_aspect
 from awares_bench.methods.usage import Usage
 from awares_bench.models.checkpoint import open_processor
@@ -109,12 +109,12 @@ class Endpoint:
         history = [*session.turns, turn]
         visual, before = self._visual([turn]), self._visual(session.turns)
         text, earlier = self._text(history, session.replies), self._text(session.turns, session.replies)
-        if turn.tight:
+        if turn.omit_newline:
             events.append(Event("template", "the line break before this message is the server's; the checkpoint had none"))
-        if turn.said is not None:
-            answer, output, complete, seconds = turn.said, 0, True, (0.0, 0.0)
+        if turn.forced_reply is not None:
+            answer, output, complete, seconds = turn.forced_reply, 0, True, (0.0, 0.0)
         else:
-            payload = _payload(messages(history, session.replies))
+            payload = _payload(chat_messages(history, session.replies))
             prepared = time.perf_counter()
             try:
                 made = self._create(payload, request, events)
@@ -144,7 +144,7 @@ class Endpoint:
         session.replies.append(answer)
         session.events += events
         usage = Usage(visual, float(visual), max(0, text - earlier), output, seconds[0], 0.0, 0.0, seconds[1])
-        tokens = () if turn.said is not None else tuple(self._ids(answer))
+        tokens = () if turn.forced_reply is not None else tuple(self._ids(answer))
         return Reply(answer, tokens, usage, complete)
 
     def _create(self, payload: list[dict], request: Request, events: list[Event]):
@@ -176,7 +176,7 @@ class Endpoint:
     def _alive(self) -> bool:
         """Whether the server answers a small picture now."""
         try:
-            talk = _payload(messages([Turn((Image.new("RGB", (56, 56)),), "?")], []))
+            talk = _payload(chat_messages([Turn((Image.new("RGB", (56, 56)),), "?")], []))
             once = self.client.with_options(max_retries=0)
             once.chat.completions.create(model=self.model, messages=talk, max_tokens=1, temperature=0.0, seed=0)
         except (APIStatusError, APIConnectionError):
@@ -197,7 +197,7 @@ class Endpoint:
         if not turns:
             return 0
         asks = len(turns) > len(replies)
-        text = self.processor.apply_chat_template(messages(turns, replies), tokenize=False, add_generation_prompt=asks)
+        text = self.processor.apply_chat_template(chat_messages(turns, replies), tokenize=False, add_generation_prompt=asks)
         return len(self._ids(text)) - sum(len(turn.images) for turn in turns)
 
     def _ids(self, text: str) -> list[int]:

@@ -38,13 +38,13 @@ class Writer:
 
     def __post_init__(self):
         if self.said:
-            self.written = list(self.tokenizer(self.request.turn.said, add_special_tokens=False)["input_ids"])
+            self.written = list(self.tokenizer(self.request.turn.forced_reply, add_special_tokens=False)["input_ids"])
             self.live, self.ended = False, True
 
     @property
     def said(self) -> bool:
         """The turn says the reply for the model: it stands as it is, and its tokens open the next chunk."""
-        return self.request.turn.said is not None
+        return self.request.turn.forced_reply is not None
 
     @property
     def events(self) -> list[Event]:

@@ -41,37 +41,48 @@ class Sample:
         """
         if not self.parts or len(images) < len(self.images):
             return Turn(tuple(images), self.question, **options)
-        return Turn(tuple(images), self.parts[-1], before=self.parts[:-1], **options)
+        return Turn(tuple(images), self.parts[-1], image_prefixes=self.parts[:-1], **options)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One user message, images before text, and how it is to be answered.
-
-    system: the system message, first turn only; None keeps the chat template's default
-    last:   no turn follows, so nothing need be kept of this one
-    budget: tokens that the reply may have at the least, even where the task allows fewer (None: the task's)
-    before: text before each image, in their order, as far as given
-    until:  stop strings of this reply (None: the task's)
-    said:   the reply, put into the model's mouth: nothing is decoded, and the next turn reads it as its own
-    tight:  no line break between the model's last reply and this message, as some checkpoints were trained
-    model:  who answers: the model under test (""), or one that ``Policy.models`` names, in a conversation of its own
-    probe:  asks for the hidden state of the last token after this share of the decoder's layers, and for no text
-    calls:  regions the reply may call for; a model that can hold a call to the grammar does so (see ``CallGrammar``)
-    """
+    """One user message, images before text, and how it is to be answered."""
 
     images: tuple[Image.Image, ...] = ()
+    """What is shown, in order."""
+
     text: str = ""
+    """The text after the images."""
+
     system: str | None = None
-    last: bool = True
-    budget: int | None = None
-    before: tuple[str, ...] = ()
+    """The system message, first turn only; None keeps the chat template's default."""
+
+    is_final: bool = True
+    """No turn follows, so nothing need be kept of this one."""
+
+    min_reply_tokens: int | None = None
+    """Tokens that the reply may have at the least, even where the task allows fewer; None: the task's limit."""
+
+    image_prefixes: tuple[str, ...] = ()
+    """Text before each image, in their order, as far as given."""
+
     until: tuple[str, ...] | None = None
-    said: str | None = None
-    tight: bool = False
+    """Stop strings of this reply; None: the task's."""
+
+    forced_reply: str | None = None
+    """The reply, put into the model's mouth: nothing is decoded, and the next turn reads it as the model's own."""
+
+    omit_newline: bool = False
+    """No line break between the model's last reply and this message, as some checkpoints were trained."""
+
     model: str = ""
-    probe: float | None = None
-    calls: CropGrid | None = None
+    """Who answers: the model under test (""), or one that ``Policy.models`` names, in a conversation of its own."""
+
+    hidden_state_depth: float | None = None
+    """Asks for the hidden state of the last token after this share of the decoder's layers, in (0, 1], and for no text."""
+
+    crop_grammar: CropGrid | None = None
+    """The grid whose regions the reply may call for; a model that can hold a call to the grammar does so (see ``CallGrammar``)."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +131,14 @@ class Trajectory:
         return self.usage.rtr(self.full_tokens)
 
 
-def messages(turns: list[Turn], replies: list[str]) -> list[dict]:
+def chat_messages(turns: list[Turn], replies: list[str]) -> list[dict]:
     """Turns and the replies between them -> chat messages in transformers' format, images as PIL objects."""
     out: list[dict] = []
     if turns and turns[0].system is not None:
         out.append({"role": "system", "content": turns[0].system})
     for i, turn in enumerate(turns):
         content: list[dict] = []
-        for image, before in zip_longest(turn.images, turn.before[: len(turn.images)], fillvalue=""):
+        for image, before in zip_longest(turn.images, turn.image_prefixes[: len(turn.images)], fillvalue=""):
             content += [{"type": "text", "text": before}] if before else []
             content.append({"type": "image", "image": image})
         if turn.text:

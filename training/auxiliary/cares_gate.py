@@ -30,7 +30,7 @@ from awares_bench.inference.local_model import VLM
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Failure, Sample, Turn
 from awares_bench.methods.images import within
-from awares_bench.methods.policy import Look, Policy
+from awares_bench.methods.policy import Policy, TurnGenerator
 from awares_bench.methods.resolution_gate import Gate
 from awares_bench.models.packaged import resolve
 from awares_bench.tasks.nano import world
@@ -45,7 +45,7 @@ class AtSize(Policy):
 
     longest: int = 0
 
-    def look(self, sample: Sample) -> Look:
+    def turns(self, sample: Sample) -> TurnGenerator:
         return (yield sample.ask(tuple(within(image, self.longest) for image in sample.images)))
 
 
@@ -117,7 +117,7 @@ def hidden_states(vlm: VLM, samples: Sequence[Sample], view: int, depth: float) 
     """(N, D): what the policy's probe will find for each sample's first image."""
     out = []
     for sample in tqdm(samples, desc="proxy"):
-        turn = Turn((within(sample.images[0], view),), sample.question, model="proxy", probe=depth)
+        turn = Turn((within(sample.images[0], view),), sample.question, model="proxy", hidden_state_depth=depth)
         out.append(vlm.probe([Request(Session(), turn, 1)])[0].hidden)
     return np.array(out)
 

@@ -15,7 +15,7 @@ import torch
 from awares_bench.inference.local_model import VLM
 from awares_bench.inference.session import Session
 from awares_bench.methods.conversation import Event, Reply, Sample, Turn
-from awares_bench.methods.policy import Look, Policy
+from awares_bench.methods.policy import Policy, TurnGenerator
 
 from ..packing import Conversation, Features, Scorer, View, pack
 from ..rollouts import Rollout
@@ -37,8 +37,8 @@ class Part(Policy):
     whole: Policy
     role: str
 
-    def look(self, sample: Sample) -> Look:
-        look = self.whole.look(sample)
+    def turns(self, sample: Sample) -> TurnGenerator:
+        look = self.whole.turns(sample)
         turn = next(look)
         if not isinstance(turn, Turn) or turn.model != self.role:
             raise ValueError(f"sample {sample.key!r}: the first turn of {type(self.whole).__name__} is not the {self.role}'s")
@@ -47,7 +47,7 @@ class Part(Policy):
         return reply
 
 
-def _after(look: Look, reply: Reply) -> tuple[list[Event], Turn]:
+def _after(look: TurnGenerator, reply: Reply) -> tuple[list[Event], Turn]:
     """The events a reply leads to, and the turn that follows."""
     events, step = [], look.send(reply)
     while isinstance(step, Event):
@@ -65,7 +65,7 @@ class Target:
 
     def shown(self, sample: Sample, text: str) -> Turn:
         """What the target is shown after the cropper said ``text``."""
-        look = self.part.whole.look(sample)
+        look = self.part.whole.turns(sample)
         next(look)
         return _after(look, Reply(text))[1]
 

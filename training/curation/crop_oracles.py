@@ -81,7 +81,7 @@ def answers_with(
 ) -> list[Reply]:
     """The greedy answer after each forced call; the first turn is prefilled once for all of them."""
     sampler, sessions = Sampler(vlm, features, 0.0), [Session() for _ in tried]
-    looks = [policy.look(sample) for _ in tried]
+    looks = [policy.turns(sample) for _ in tried]
     turns = [_next_turn(look, None) for look in looks]
     calls = [PAPER_GRID.format(names) for names in tried]
     said = sampler.reply([Request(s, t, 1) for s, t in zip(sessions, turns, strict=True)], forced=calls)

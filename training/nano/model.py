@@ -116,9 +116,9 @@ def _phrases(prompt: str) -> list[str]:
 def visionthink_phrases() -> list[str]:
     """What VisionThink's policy says around a question and a call, sentence by sentence, and the marks of a reply."""
     call = ["<tool_call>", '\n{"name": "resize_image", "arguments": {"action": "resize"}}\n', "</tool_call>"]
-    look = method_class("visionthink")().look(Sample((Image.new("RGB", (56, 56)),), ""))
+    look = method_class("visionthink")().turns(Sample((Image.new("RGB", (56, 56)),), ""))
     shown = [turn for turn, *_ in turns(look, ["".join(call), ""], 1.0)]
-    said = [text for turn in shown for text in (turn.system or "", *turn.before, turn.text)]
+    said = [text for turn in shown for text in (turn.system or "", *turn.image_prefixes, turn.text)]
     sentences = [s for text in said for s in re.split(r"(?<=\. )|(?<=\.)(?=\n)|(?<=:)(?=\n)", text) if len(s) > 20]
     return [*sentences, *call, "<think>", "</think>", "<answer>", "</answer>"]
 
