@@ -10,6 +10,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
+from rapidfuzz.distance import Levenshtein
+
 Judge = Callable[[str, tuple[str, ...], str], float]
 """(question, accepted answers, prediction) -> how right, 0 to 1."""
 
@@ -40,8 +42,8 @@ def relaxed(question: str, answers: tuple[str, ...], prediction: str) -> float:
 
 
 def anls(question: str, answers: tuple[str, ...], prediction: str, threshold: float = 0.5) -> float:
-    """1 - edit distance / length of the longer, the best answer's; 0 below ``threshold`` (DocVQA's measure)."""
-    best = max(_similarity(plain(prediction), plain(a)) for a in answers)
+    """1 - edit distance / length of the longer, of the nearest answer; 0 below ``threshold`` (DocVQA's measure)."""
+    best = max(Levenshtein.normalized_similarity(plain(prediction), plain(a)) for a in answers)
     return best if best >= threshold else 0.0
 
 
@@ -52,17 +54,6 @@ def _number(text: str) -> float | None:
         return float(text.removesuffix("%")) / (100 if percent else 1)
     except ValueError:
         return None
-
-
-def _similarity(a: str, b: str) -> float:
-    if not a or not b:
-        return float(a == b)
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
-    return 1 - row[-1] / max(len(a), len(b))
 
 
 class Embedding:
