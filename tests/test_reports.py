@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import permutation_test
 
 from awares_bench.reports import report
 from awares_bench.reports.data import compact as records
@@ -110,6 +111,19 @@ def test_a_pair_of_differences_is_tested_as_mcnemar_would():
     assert row["difference"] == pytest.approx(n / 40)
     assert row["p"] == pytest.approx(2 * 0.5**n, abs=4 * math.sqrt(2 * 0.5**n / stats.FLIPS))
     assert row["variance"] == pytest.approx(np.var([1.0] * n + [0.0] * 34, ddof=1))
+
+
+def test_p_values_are_scipys_exact_ones():
+    rng = np.random.default_rng(3)
+    tasks = {task: rng.integers(-2, 4, n) / 3 for task, n in (("s", 12), ("t", 10))}
+    frame = pd.DataFrame(
+        {"method": m, "task": task, "doc_id": i, "score": d if m == "a" else 0.0}
+        for task, differences in tasks.items() for i, d in enumerate(differences) for m in "ab"
+    )  # fmt: skip
+    rows = stats.compare(frame, "b").set_index("task")
+    for task, d in tasks.items():
+        exact = permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
+        assert 0.01 < exact < 1 and rows.loc[task, "p"] == pytest.approx(exact, abs=4 * math.sqrt(exact / stats.FLIPS))
 
 
 def test_the_interval_of_a_difference_is_narrower_when_paired():
