@@ -31,12 +31,12 @@ from awares_bench.inference.session import Session
 from awares_bench.methods.pruner import Pruner, Visual
 from awares_bench.models.attention_scores import Probe, probed
 from awares_bench.models.cpu_kernels import fast_products
-from awares_bench.models.geometry import geometry, random_model
 from awares_bench.models.packaged import NANO
 from awares_bench.models.prompt_chunk import look
 from awares_bench.models.qwen2_5_vl_vision import windowed_attention
 
 from .meter import Meter, MeteredBatch, clock, metered
+from .synthetic_models import geometry, random_model
 
 TEXT = 64
 """Text tokens after the image: a question and the template."""
