@@ -19,6 +19,7 @@ from torch import Tensor
 
 from awares_bench.inference.local_model import VLM
 from awares_bench.methods.conversation import Sample
+from awares_bench.methods.crop_grid import PAPER_GRID
 
 from . import examples, rewards
 from .auxiliary.cropper import Target
@@ -196,7 +197,7 @@ class GRPOTrainer(ExactTrainer):
             "reward": sum(p["reward"] for _, p in some),
             "answer_score": sum(p["answer"] for _, p in some),
             "call_rate": sum(rewards.called(r) for r, _ in some),
-            "area": sum(rewards.union_area(r.trajectory.crops) for r, _ in some),
+            "area": sum(PAPER_GRID.union_area(r.trajectory.crops) for r, _ in some),
             "rtr": sum(r.trajectory.rtr or 0.0 for r, _ in some),
             "parse_fail": sum(rewards.malformed(r) for r, _ in some),
             "truncated": sum(not r.complete for r, _ in some),

@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from awares_bench.methods.crop_grid import hull
+
 from .. import examples
-from ..curation.crop_oracles import checked, hull
+from ..curation.crop_oracles import checked
 from ..curation.pipeline import nano_rows
 from ..recipe import RecipeError
 

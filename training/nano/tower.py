@@ -21,12 +21,13 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from awares_bench.methods.crop_grid import PAPER_GRID, Box
+from awares_bench.methods.images import half
 from awares_bench.models.qwen2_5_vl_vision import windowed_attention
 from awares_bench.tasks.nano import world
 
 from . import model as nano
 from .loop import Group, autocast, train
-from .pixels import half, normalise, patches
+from .pixels import normalise, patches
 
 SLOTS = 3  # of a panel's content
 GLYPHS = 4  # that a token can hold
