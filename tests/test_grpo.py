@@ -256,7 +256,7 @@ def test_an_endpoint_that_does_not_answer_is_named():
     from awares_bench.training.curation.judges import Endpoint
 
     with pytest.raises(JudgeError, match="gave no answer in 2 tries"):
-        Endpoint("http://127.0.0.1:9", "m", timeout=0.2, tries=2, wait=0).say("hello")
+        Endpoint("http://127.0.0.1:9", "m", timeout=0.2, retries=1).say("hello")
 
 
 @pytest.mark.parametrize("name", ablations.CHANGES)

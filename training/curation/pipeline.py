@@ -239,6 +239,7 @@ def crop(recipe: Curate, table, some: list[dict], model: Callable[[], VLM]) -> l
     """Stages d and e: crops of the questions that need them; empty where the oracle finds none."""
     out, policy = [], AwaRes()
     rule = judges.judge(recipe.judge) if recipe.judge in judges.RULES else judges.anls
+    endpoint = judges.Endpoint(recipe.oracle_url, recipe.oracle_model) if recipe.oracle == "endpoint" else None
     for r in some:
         row = table[r["index"]]
         boxes, names = None, ()
@@ -254,7 +255,6 @@ def crop(recipe: Curate, table, some: list[dict], model: Callable[[], VLM]) -> l
             if recipe.oracle == "boxes":
                 boxes = crop_oracles.checked(row["boxes"] or [], *image.size)
             else:
-                endpoint = judges.Endpoint(recipe.oracle_url, recipe.oracle_model)
                 boxes = crop_oracles.ground(endpoint, image, row["question"], examples.answers(row)[0])
             names = crop_oracles.crops_for(boxes or [], *image.size, recipe.mapping)
         out.append({"index": r["index"], "boxes": [list(b) for b in boxes or []], "crops": list(names)})
