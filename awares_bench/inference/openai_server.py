@@ -50,6 +50,7 @@ class Endpoint:
         timeout: float = 600.0,
         repetition_penalty: float | None = None,
     ):
+        self.client = open_client(base_url, retries, timeout)
         self.processor = open_processor(resolve(pretrained))
         self.own_penalty = _own_penalty(resolve(pretrained))
         self.repetition_penalty = self.own_penalty if repetition_penalty is None else penalty_of(repetition_penalty)
@@ -57,7 +58,6 @@ class Endpoint:
         self.tokenizer = self.processor.tokenizer
         self.limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
-        self.client = open_client(base_url, retries, timeout)
 
     def visual_tokens(self, image) -> int:
         """Merged visual tokens of ``image`` under this processor's limits; the server's limits should be the same."""
