@@ -1,5 +1,6 @@
 """GRPO: the reward's arithmetic, the loss against one written out by hand, exact resume, processes and micro-batches alike, warnings."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lmms_eval.api.metrics import anls as lmms_anls
 
 from awares_bench.cli import main
 from awares_bench.inference.local_model import VLM
@@ -64,6 +66,17 @@ def test_the_rules_of_judges():
     assert relaxed("", ("100",), "104") == 1 and relaxed("", ("100",), "106") == 0 and relaxed("", ("0.5",), "50%") == 1
     assert anls("", ("kitten",), "sitting") == pytest.approx(4 / 7) and anls("", ("abc",), "xyz") == 0
     assert anls("", ("a", "kitten"), "kitten") == 1
+
+
+def test_anls_is_the_field_s():
+    assert anls("", ("blue", "red"), " Red ") == 1.0
+    assert anls("", ("red",), "reds") == 0.75
+    assert anls("", ("wxyz",), "abcd") == anls("", ("x",), "") == 0.0
+    texts = ["", *("".join(w) for n in (1, 2, 3, 4) for w in itertools.product("ab ", repeat=n))]
+    texts = [t for t in texts if t == " ".join(t.split())]  # lmms-eval divides by the length before white space is folded
+    for answer, prediction in itertools.product(texts, texts):
+        assert anls("", (answer, "abba"), prediction) == lmms_anls([answer, "abba"], [prediction])["anls"]
+    assert anls("", ("red",), "Red.") == 1.0 > lmms_anls(["red"], ["Red."])["anls"]  # a closing full stop is no mistake here
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +256,7 @@ def test_an_endpoint_that_does_not_answer_is_named():
     from awares_bench.training.curation.judges import Endpoint
 
     with pytest.raises(JudgeError, match="gave no answer in 2 tries"):
-        Endpoint("http://127.0.0.1:9", "m", timeout=0.2, tries=2, wait=0).say("hello")
+        Endpoint("http://127.0.0.1:9", "m", timeout=0.2, retries=1).say("hello")
 
 
 @pytest.mark.parametrize("name", ablations.CHANGES)

@@ -367,12 +367,6 @@ def test_a_label_is_the_smallest_size_that_is_enough_and_not_clearly_beaten():
         assert chosen == (enough[0] if enough else 2)
 
 
-def test_anls_is_the_field_s():
-    assert training.anls(" Red ", ["blue", "red"]) == 1.0
-    assert training.anls("reds", ["red"]) == 0.75
-    assert training.anls("abcd", ["wxyz"]) == training.anls("", ["x"]) == 0.0
-
-
 def test_the_fitted_gate_separates_what_is_separable_also_through_its_file(tmp_path):
     rng = np.random.default_rng(0)
     centres, labels = rng.normal(size=(3, 20)), rng.integers(0, 3, 900)

@@ -10,12 +10,13 @@ import torch
 from awares_bench.inference.session import Session
 from awares_bench.methods.conversation import Turn
 from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.images import half
 from awares_bench.models.qwen2_5_vl_vision import windowed_attention
 from awares_bench.tasks.nano import world
 from awares_bench.training.nano import language, stages, tower
 from awares_bench.training.nano import model as nano
 from awares_bench.training.nano.loop import LoopSettings, ParameterGroup, train
-from awares_bench.training.nano.pixels import half, normalise, patches
+from awares_bench.training.nano.pixels import normalise, patches
 from awares_bench.training.nano.rows import RowEncoder, collate
 
 from .tiny import GEOMETRY, picture, tiny_vlm

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from awares_bench.inference.local_model import VLM
 from awares_bench.methods.conversation import Sample
+from awares_bench.methods.crop_grid import PAPER_GRID
 
 from . import examples, rewards
 from .auxiliary.cropper import Target
@@ -232,7 +233,7 @@ class GRPOTrainer(ResumableTrainer):
             "reward": sum(p["reward"] for _, p in scored),
             "answer_score": sum(p["answer"] for _, p in scored),
             "call_rate": sum(rewards.called(r) for r, _ in scored),
-            "area": sum(rewards.union_area(r.trajectory.crops) for r, _ in scored),
+            "area": sum(PAPER_GRID.union_area(r.trajectory.crops) for r, _ in scored),
             "rtr": sum(r.trajectory.rtr or 0.0 for r, _ in scored),
             "parse_fail": sum(rewards.malformed(r) for r, _ in scored),
             "truncated": sum(not r.complete for r, _ in scored),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from awares_bench.methods.crop_grid import ALL, PAPER_GRID
+from awares_bench.methods.crop_grid import PAPER_GRID
 
 from .curation.judges import Judge
 from .rollouts import Rollout
@@ -39,13 +39,6 @@ class Costs:
     missed: str = "label"
 
 
-def union_area(names: tuple[str, ...]) -> float:
-    """Share of the image that the named regions cover together, 0 to 1."""
-    regions = dict(PAPER_GRID.regions) | {ALL: (0, 0, 4, 4)}
-    cells = {(x, y) for n in names for x in range(regions[n][0], regions[n][2]) for y in range(regions[n][1], regions[n][3])}
-    return len(cells) / 16
-
-
 def called(rollout: Rollout) -> bool:
     return len(rollout.trajectory.turns) > 1
 
@@ -60,7 +53,7 @@ def awares(group: list[Rollout], truth: Truth, judge: Judge, costs: Costs) -> li
     for r in group:
         names = r.trajectory.crops
         score = judge(truth.question, truth.answers, r.trajectory.answer)
-        area = (union_area(names) if costs.area_of == "union" else PAPER_GRID.area(names)) if names else 0.0
+        area = PAPER_GRID.union_area(names) if costs.area_of == "union" else PAPER_GRID.area(names)
         missed = truth.label == "HR" if costs.missed == "label" else score < 0.5
         parts = {
             "answer": score,

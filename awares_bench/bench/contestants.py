@@ -25,8 +25,10 @@ from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
 from awares_bench.methods.usage import Usage
 from awares_bench.models.cpu_kernels import product
-from awares_bench.models.geometry import decoder_flops, encode_flops, geometry, random_model
+from awares_bench.models.flops import decoder_flops, vision_flops
 from awares_bench.models.packaged import resolve
+
+from .synthetic_models import geometry, random_model
 
 CROP = "bottom-right"
 PHASES = ("preprocess", "encode", "prefill", "decode")
@@ -229,9 +231,10 @@ class Pages:
         return self._spent(images, len(self._ids(images, turn, session)), past, said)
 
     def _spent(self, images: list, new: int, past: int, said: tuple) -> np.ndarray:
-        config = self.vlm.model.config
-        steps = sum(decoder_flops(config, 1, past + new + n) for n in range(len(said)))
-        return np.array([encode_flops(config, [self._grid(i) for i in images]), decoder_flops(config, new, past), steps])
+        config = self.vlm.model.config.to_dict()
+        tower = sum(vision_flops(self.vlm.visual_tokens(image), config["vision_config"]) for image in images)
+        steps = decoder_flops(np.ones(len(said)), config["text_config"], past + new + np.arange(len(said))).sum()
+        return np.array([tower, decoder_flops(new, config["text_config"], past), steps])
 
     def _grid(self, image) -> tuple[int, int, int]:
         return self.vlm.pixels(image)[1]

@@ -21,7 +21,7 @@ from awares_bench.inference.local_model import VLM
 from awares_bench.methods.conversation import Sample
 from awares_bench.methods.registry import method_class
 from awares_bench.methods.usage import Usage
-from awares_bench.models.geometry import encode_flops
+from awares_bench.models.flops import vision_flops
 
 from .contestants import PHASES, Pages, Row, alternate, load, matmul_rates
 
@@ -106,9 +106,9 @@ def _vision(vlm: VLM, repeats: int, rows: list[Row], figures: list[Figure]) -> N
     for name, sides in ((f"{BATCH} pictures of 224x224", [224] * BATCH), ("one picture of 1036x1036", [1036])):
         views = [vlm.pixels(Image.effect_noise((side, side), 64).convert("RGB"))[:2] for side in sides]
         patches, grids = [p for p, _ in views], [g for _, g in views]
-        visual = sum(r * c for _, r, c in grids) // 4
+        tokens = [rows * columns // 4 for _, rows, columns in grids]
 
-        def timed(call, visual: int = visual) -> list[list[Usage]]:
+        def timed(call, visual: int = sum(tokens)) -> list[list[Usage]]:
             vlm.synchronise()
             start = time.perf_counter()
             call()
@@ -121,7 +121,7 @@ def _vision(vlm: VLM, repeats: int, rows: list[Row], figures: list[Figure]) -> N
                 torch.cat(patches).to(vlm.device, vlm.model.dtype), grid_thw=torch.tensor(grids, device=vlm.device)
             )
 
-        flops = (encode_flops(vlm.model.config, grids), 0.0, 0.0)
+        flops = (sum(vision_flops(n, vlm.model.config.vision_config.to_dict()) for n in tokens), 0.0, 0.0)
         ours = Row(f"ours, {name}", lambda p=patches, g=grids, t=timed: t(lambda: vlm.encode(p, g)), flops)
         stock = Row(f"transformers, {name}", lambda f=looped, t=timed: t(f), flops)
         alternate([ours, stock], repeats)

@@ -16,8 +16,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
@@ -29,14 +27,15 @@ from awares_bench.inference.layerwise_batch import StagedBatch
 from awares_bench.inference.local_model import VLM, mrope_positions
 from awares_bench.inference.session import Session
 from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.methods.registry import pruner_classes
 from awares_bench.models.attention_scores import Probe, probed
 from awares_bench.models.cpu_kernels import fast_products
-from awares_bench.models.geometry import geometry, random_model
 from awares_bench.models.packaged import NANO
 from awares_bench.models.prompt_chunk import look
 from awares_bench.models.qwen2_5_vl_vision import windowed_attention
 
 from .meter import Meter, MeteredBatch, clock, metered
+from .synthetic_models import geometry, random_model
 
 TEXT = 64
 """Text tokens after the image: a question and the template."""
@@ -64,14 +63,6 @@ class Cost:
     scoring_rounds: list[float] = field(default_factory=list)
 
 
-def pruners() -> list[type[Pruner]]:
-    """The pruner class of every file of ``baselines`` that has one, by file name."""
-    names = sorted(p.name[:-3] for p in files("awares_bench.baselines").iterdir() if p.name.endswith(".py") and p.name[0] != "_")
-    modules = [import_module(f"awares_bench.baselines.{name}") for name in names]
-    own = [c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
-    return [c for c in own if issubclass(c, Pruner)]
-
-
 def small(size: str):
     """The config of a geometry with two vision blocks (one within windows, one over the whole image) and four decoder layers."""
     config = geometry(size)
@@ -91,7 +82,7 @@ def run(
     """Measure every pruner on ``batch`` pictures of about ``tokens`` visual tokens -> what is printed, as a dictionary."""
     if min(tokens, batch, repeats) < 1:
         raise ValueError(f"tokens is {tokens}, batch is {batch} and repeats is {repeats}; each must be at least 1")
-    chosen = [cls(retention) for cls in pruners()]
+    chosen = [cls(retention) for cls in pruner_classes()]
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     kind = getattr(torch, ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype)
     vlm, whole = VLM(*random_model(small(size), kind, device)), geometry(size)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from openai import APIConnectionError, APIStatusError, OpenAI
+from openai import APIConnectionError, APIStatusError
 from PIL import Image
 from transformers import GenerationConfig
 
@@ -26,18 +25,15 @@ from awares_bench.models.packaged import resolve
 
 from .decoding import own_penalty, penalty_of
 from .local_model import MARKS, MAX_PIXELS, MIN_PIXELS, check_text, count_visual_tokens
+from .openai_client import RETRIES, is_refusal, open_client, reason, refusal, refuses_all
 from .session import Prepared, Request
-
-RETRIES = 12
-"""The client waits 0.5 s after the first failure and up to 8 s after later ones: a server has about a minute to come back."""
 
 
 class Endpoint:
     """A served model. It answers what a ``VLM`` answers, except for pruners and probes.
 
     base_url: such as http://localhost:8000/v1. model: its name there. pretrained: whose processor counts tokens.
-    concurrency: requests in flight. retries: after refused connections, time-outs, rate limits (waiting as long as the server
-    asks) and server errors. The key is read from OPENAI_API_KEY.
+    concurrency: requests in flight. retries, timeout: see ``openai_client``. The key is read from OPENAI_API_KEY.
     repetition_penalty: sent with every request unless it is 1; None: the one of ``pretrained``'s ``generation_config.json``. A server
     that refuses the field is trusted to apply the checkpoint's own, which is then an event.
     """
@@ -54,6 +50,7 @@ class Endpoint:
         timeout: float = 600.0,
         repetition_penalty: float | None = None,
     ):
+        self.client = open_client(base_url, retries, timeout)
         self.processor = open_processor(resolve(pretrained))
         self.own_penalty = _own_penalty(resolve(pretrained))
         self.repetition_penalty = self.own_penalty if repetition_penalty is None else penalty_of(repetition_penalty)
@@ -61,8 +58,6 @@ class Endpoint:
         self.tokenizer = self.processor.tokenizer
         self.limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        self.client = OpenAI(base_url=base_url, api_key=key, max_retries=retries, timeout=timeout)
 
     def visual_tokens(self, image) -> int:
         """Merged visual tokens of ``image`` under this processor's limits; the server's limits should be the same."""
@@ -87,7 +82,8 @@ class Endpoint:
         """Answer one turn of each conversation. A request that the server refuses, or fails at while it answers others, is a
         failure of its document.
 
-        Raises RunError when the server cannot be reached any more: what was answered is in the run folder.
+        Raises RunError when the server cannot be reached any more, or knows neither key nor model: what was answered is in the
+        run folder.
         """
         if pruner is not None:
             raise RunError(f"{type(pruner).__name__} cuts tokens inside the model; leave engine=openai out, or the pruner")
@@ -119,9 +115,11 @@ class Endpoint:
             try:
                 made = self._create(payload, request, events)
             except APIStatusError as error:
-                if error.status_code < 500 and error.status_code not in (408, 409, 429):
-                    return Failure(f"the server refused the request ({error.status_code}): {_said(error)}")
-                return self._failed(error, f"{error.status_code}: {_said(error)}")
+                if refuses_all(error):
+                    raise RunError(f"{self.base_url}, model {self.model}: {refusal(error)}") from error
+                if is_refusal(error):
+                    return Failure(refusal(error))
+                return self._failed(error, f"{error.status_code}: {reason(error)}")
             except APIConnectionError as error:
                 return self._failed(error, str(error))
             if not made.choices:
@@ -158,7 +156,7 @@ class Endpoint:
             try:
                 return create(**asked, extra_body={"repetition_penalty": penalty})
             except APIStatusError as error:
-                if not own or error.status_code not in (400, 422) or "repetition_penalty" not in _said(error):
+                if not own or error.status_code not in (400, 422) or "repetition_penalty" not in reason(error):
                     raise
                 self._takes_penalty = False
         told = f"the server takes no repetition_penalty; it is trusted to apply the checkpoint's own, {penalty:g}"
@@ -202,11 +200,6 @@ class Endpoint:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _said(error: APIStatusError) -> str:
-    """What the server gave as its reason; the client's own sentence leaves out what it does not know the form of."""
-    return error.response.text.strip()[:500] or error.message
 
 
 def _own_penalty(pretrained: str) -> float:

@@ -80,6 +80,11 @@ def method_class(name: str) -> type[Policy] | type[Pruner]:
     return own[0]
 
 
+def pruner_classes() -> list[type[Pruner]]:
+    """The pruners of this package, by file name."""
+    return [found for found in map(method_class, own_names()) if issubclass(found, Pruner)]
+
+
 @cache  # a class is the same class whenever its file is named
 def _from_file(place: str) -> type[Policy] | type[Pruner]:
     file, _, wanted = place.partition(".py:")

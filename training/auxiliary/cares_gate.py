@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ from awares_bench.methods.resolution_gate import Gate
 from awares_bench.models.packaged import resolve
 from awares_bench.tasks.nano import world
 
+from ..curation.judges import anls
+
 NANO_SEEDS = 12 << 36
 """First document seed of the gate's training, far from those of the stages of nano."""
 
@@ -47,21 +49,6 @@ class AtSize(Policy):
 
     def turns(self, sample: Sample) -> TurnGenerator:
         return (yield sample.ask(tuple(within(image, self.longest) for image in sample.images)))
-
-
-def anls(answer: str, references: Iterable[str], threshold: float = 0.5) -> float:
-    """1 - edit distance / longer length, to the nearest reference, case and outer space aside; 0 below the threshold."""
-
-    def similarity(a: str, b: str) -> float:
-        row = list(range(len(b) + 1))
-        for i, x in enumerate(a, 1):
-            before, row[0] = row[0], i
-            for j, y in enumerate(b, 1):
-                before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
-        return 1 - row[-1] / max(len(a), len(b), 1)
-
-    best = max(similarity(answer.strip().lower(), r.strip().lower()) for r in references)
-    return best if best >= threshold else 0.0
 
 
 def label(utility: np.ndarray, tau: float = 0.85, delta: float = 0.1) -> np.ndarray:
@@ -108,7 +95,8 @@ def utilities(
     for size, engine in engines.items():
         mine = [n for n, s in jobs if s == size]
         for i, outcome in tqdm(engine.run(Job(samples[n][0], tokens) for n in mine), total=len(mine), desc=f"size {size}"):
-            score = None if isinstance(outcome, Failure) else anls(outcome.answer, samples[mine[i]][1])
+            sample, answers = samples[mine[i]]
+            score = None if isinstance(outcome, Failure) else anls(sample.question, tuple(answers), outcome.answer)
             found.setdefault(mine[i], []).append(score)
     yield from ((n, scores) for n, scores in sorted(found.items()) if None not in scores)
 

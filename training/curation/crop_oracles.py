@@ -12,7 +12,7 @@ from PIL import Image
 from awares_bench.inference.local_model import VLM
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Reply, Sample, Turn
-from awares_bench.methods.crop_grid import ALL, PAPER_GRID, Box
+from awares_bench.methods.crop_grid import ALL, PAPER_GRID, Box, hull, iou
 from awares_bench.methods.policy import Policy
 
 from ..packing import Features
@@ -35,16 +35,6 @@ def checked(boxes: list, width: int, height: int, where: str = "a row") -> list[
             raise BoxError(f"{where}: box {list(box)} is inverted or outside its {width}x{height} image; boxes are in pixels")
         out.append((left, top, right, bottom))
     return out
-
-
-def iou(a: Box, b: Box) -> float:
-    across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(0, across) * max(0, down)
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
-
-
-def hull(boxes: list[Box]) -> Box:
-    return (min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes))
 
 
 def crops_for(boxes: list[Box], width: int, height: int, mapping: str) -> tuple[str, ...]:

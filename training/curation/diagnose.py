@@ -18,13 +18,12 @@ from awares_bench.evaluation.records import read_records
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import VLM
 from awares_bench.methods.conversation import Failure, Sample, Trajectory
-from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.crop_grid import PAPER_GRID, hull, iou
 
 from .. import examples
 from ..packing import Features
-from ..rewards import union_area
 from ..rollouts import InStep, Sampler
-from .crop_oracles import answers_with, hull, iou
+from .crop_oracles import answers_with
 from .judges import judge
 
 
@@ -65,7 +64,7 @@ def figures(decisions: list[Decision]) -> dict:
         "false_call_rate": _ratio(len(calls) - len(hit), len(known) - len(hard)),
         "exact_region": _ratio(sum(set(d.crops) == set(d.oracle) for d in placed), len(placed)),
         "iou_25": _ratio(sum(_overlap(d.crops, d.oracle) >= 0.25 for d in placed), len(placed)),
-        "mean_area": sum(union_area(d.crops) for d in asked) / len(asked) if asked else None,
+        "mean_area": sum(PAPER_GRID.union_area(d.crops) for d in asked) / len(asked) if asked else None,
         "valid_parse": 1 - sum(d.malformed for d in decisions) / len(decisions) if decisions else None,
         "shares": shares([d.crops for d in decisions]),
         "oracle_shares": shares([d.oracle if d.label == "HR" else () for d in known]),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
+
+from openai import APIConnectionError, APIError, APIStatusError
+from rapidfuzz.distance import Levenshtein
+
+from awares_bench.inference.openai_client import RETRIES, is_refusal, open_client, refusal
 
 Judge = Callable[[str, tuple[str, ...], str], float]
 """(question, accepted answers, prediction) -> how right, 0 to 1."""
@@ -40,8 +40,8 @@ def relaxed(question: str, answers: tuple[str, ...], prediction: str) -> float:
 
 
 def anls(question: str, answers: tuple[str, ...], prediction: str, threshold: float = 0.5) -> float:
-    """1 - edit distance / length of the longer, the best answer's; 0 below ``threshold`` (DocVQA's measure)."""
-    best = max(_similarity(plain(prediction), plain(a)) for a in answers)
+    """1 - edit distance / length of the longer, of the nearest answer; 0 below ``threshold`` (DocVQA's measure)."""
+    best = max(Levenshtein.normalized_similarity(plain(prediction), plain(a)) for a in answers)
     return best if best >= threshold else 0.0
 
 
@@ -52,17 +52,6 @@ def _number(text: str) -> float | None:
         return float(text.removesuffix("%")) / (100 if percent else 1)
     except ValueError:
         return None
-
-
-def _similarity(a: str, b: str) -> float:
-    if not a or not b:
-        return float(a == b)
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
-    return 1 - row[-1] / max(len(a), len(b))
 
 
 class Embedding:
@@ -81,37 +70,27 @@ class Embedding:
 
 
 class Endpoint:
-    """Chat of an OpenAI-compatible server. The key comes from the environment variable ``OPENAI_API_KEY``, if any.
+    """Chat of an OpenAI-compatible server. retries, timeout: see ``openai_client``; the key is read from OPENAI_API_KEY."""
 
-    Raises JudgeError after ``tries`` time-outs or refusals.
-    """
-
-    def __init__(self, url: str, model: str, timeout: float = 60.0, tries: int = 3, wait: float = 2.0):
-        self.url, self.model, self.timeout, self.tries, self.wait = url.rstrip("/"), model, timeout, tries, wait
+    def __init__(self, url: str, model: str, timeout: float = 60.0, retries: int = RETRIES):
+        self.url, self.model, self.retries = url, model, retries
+        self.client = open_client(url, retries, timeout)
 
     def say(self, prompt: str | list[dict], max_tokens: int = 16) -> str:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-        }
-        request = urllib.request.Request(
-            f"{self.url}/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"},
-        )
-        for attempt in range(self.tries):
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    return str(json.loads(answer.read())["choices"][0]["message"]["content"] or "")
-            except (urllib.error.URLError, TimeoutError, ConnectionError, KeyError, IndexError, TypeError, ValueError) as error:
-                reason = f"{type(error).__name__}: {error}"
-                if attempt + 1 < self.tries:
-                    time.sleep(self.wait * 2**attempt)
-        raise JudgeError(
-            f"{self.url} gave no answer in {self.tries} tries ({reason}); what is already judged is kept, start the server and rerun"
-        )
+        """The greedy reply to a prompt, or to the parts of one. Raises JudgeError when there is none."""
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            completion = self.client.chat.completions.create(
+                model=self.model, messages=messages, max_tokens=max_tokens, temperature=0
+            )
+            return completion.choices[0].message.content or ""
+        except (APIConnectionError, APIStatusError) as error:
+            if isinstance(error, APIStatusError) and is_refusal(error):
+                raise JudgeError(f"{self.url}, model {self.model}: {refusal(error)}") from error
+            cause = f"gave no answer in {self.retries + 1} tries ({type(error).__name__}: {error})"
+        except (APIError, AttributeError, IndexError, TypeError, ValueError) as error:
+            cause = f"gave an answer that is no chat completion ({type(error).__name__}: {error})"
+        raise JudgeError(f"{self.url} {cause}; what is already judged is kept, start the server and rerun")
 
 
 class LocalModel:

@@ -277,6 +277,7 @@ def _label(verdict: int | None, any_right: bool, ties: str) -> str | None:
 def crop_rows(recipe: Curate, table, rows: list[dict], model: Callable[[], VLM]) -> list[dict]:
     """The crops of rows that need them, and the evidence boxes that they come from; empty where the oracle finds none."""
     results, policy, rule = [], AwaRes(), _rule(recipe)
+    endpoint = judges.Endpoint(recipe.oracle_url, recipe.oracle_model) if recipe.oracle == "endpoint" else None
     for r in rows:
         row, boxes = table[r["index"]], []
         if recipe.oracle == "search":
@@ -288,7 +289,6 @@ def crop_rows(recipe: Curate, table, rows: list[dict], model: Callable[[], VLM])
             if recipe.oracle == "boxes":
                 boxes = crop_oracles.checked(row["boxes"] or [], *image.size)
             else:
-                endpoint = judges.Endpoint(recipe.oracle_url, recipe.oracle_model)
                 boxes = crop_oracles.ground(endpoint, image, row["question"], examples.answers(row)[0]) or []
             names = crop_oracles.crops_for(boxes, *image.size, recipe.mapping)
         results.append({"index": r["index"], "boxes": [list(b) for b in boxes], "crops": list(names)})

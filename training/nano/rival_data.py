@@ -14,8 +14,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from awares_bench.methods.crop_grid import hull
+
 from .. import examples, script
-from ..curation.crop_oracles import checked, hull
+from ..curation.crop_oracles import checked
 from ..curation.pipeline import nano_rows
 from ..recipe import RecipeError
 

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 import torch
 
 from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.images import half
 from awares_bench.tasks.nano import world
 
-from .pixels import half
 from .rows import RowEncoder, TrainingRow, collate
 
 STAGES = {"base": 0, "light": 2, "where": 3, "joint": 4, "read": 5, "fetch": 6}

@@ -24,13 +24,14 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from awares_bench.methods.crop_grid import PAPER_GRID, Box
+from awares_bench.methods.images import half
 from awares_bench.models.qwen2_5_vl_vision import windowed_attention
 from awares_bench.tasks.nano import world
 
 from .. import script
 from . import model as nano
 from .loop import LoopSettings, ParameterGroup, autocast, train
-from .pixels import half, normalise, patches
+from .pixels import normalise, patches
 
 SLOTS = 3
 """Slots of a panel's content."""
