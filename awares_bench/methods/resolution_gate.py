@@ -63,3 +63,9 @@ class Gate:
             raise ValueError(
                 f"{path} is not a gate that can be read ({error}); pass gate=FILE as the training wrote it"
             ) from error
+
+
+def gate_path(name: str) -> Path:
+    """``nano`` -> the gate in this package, trained for the nano weights; anything else -> the file of that name."""
+    packaged = Path(__file__).parents[1] / "weights" / "nano-cares" / "gate.safetensors"
+    return packaged if name == "nano" else Path(name)
