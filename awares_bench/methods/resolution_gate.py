@@ -14,18 +14,25 @@ from awares_bench.errors import RunError
 
 @dataclass(frozen=True)
 class Gate:
-    """``softmax(weight @ hidden + bias)`` over ``sizes``.
-
-    weight: (K, D); bias: (K,). sizes: K longer sides in pixels, ascending. view: longer side of the thumbnail it reads.
-    depth: share of the proxy's layers after which it reads the last token. trained_on: the proxy's checkpoint, for people.
-    """
+    """``softmax(weight @ hidden + bias)`` over ``sizes``, K of them."""
 
     weight: np.ndarray
+    """(K, D)."""
+
     bias: np.ndarray
+    """(K,)."""
+
     sizes: tuple[int, ...]
+    """K longer sides in pixels, ascending."""
+
     view: int
+    """Longer side in pixels of the thumbnail that the gate reads."""
+
     depth: float
+    """Share of the proxy's layers after which it reads the last token."""
+
     trained_on: str = ""
+    """The proxy's checkpoint, for people."""
 
     def __post_init__(self):
         if self.weight.shape != (len(self.sizes), self.weight.shape[-1]) or self.bias.shape != (len(self.sizes),):
