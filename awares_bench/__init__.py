@@ -27,6 +27,8 @@ _HOMES = {
     "Turn": "methods.conversation",
     "Reply": "methods.conversation",
     "Event": "methods.conversation",
+    "EventKind": "methods.conversation",
+    "Failure": "methods.conversation",
     "AwaRes": "awares",
 }
 """Public name -> the module that holds it, imported when the name is asked for: a bare import loads no torch."""

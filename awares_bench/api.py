@@ -25,6 +25,7 @@ from awares_bench.inference.loading import auxiliary_checkpoints, load_vlm, whol
 from awares_bench.inference.local_model import MAX_PIXELS, MIN_PIXELS, VLM
 from awares_bench.methods import registry
 from awares_bench.methods.conversation import Event, Failure, Reply, Sample, Trajectory, Turn
+from awares_bench.methods.crop_grid import Box
 from awares_bench.methods.images import PictureError, as_rgb
 from awares_bench.methods.registry import Method
 from awares_bench.models.packaged import NANO
@@ -51,6 +52,8 @@ class Answer:
     text:        the answer; None when there is none
     error:       why there is none, in a sentence; None when there is
     crops:       names of the regions that were shown after a call
+    boxes:       those that were shown by a method that has boxes, in pixels of ``image``
+    malformed_call: why the model's call could not be read; None when it made none, or one that could
     rtr:         retained token ratio: visual tokens fed to the decoder over all turns, over ``full_tokens``
     tokens:      visual tokens fed to the decoder over all turns, averaged over its layers
     full_tokens: visual tokens of the picture at full resolution, under the same limits
@@ -73,11 +76,13 @@ class Answer:
     turns: tuple[Turn, ...] = ()
     replies: tuple[Reply, ...] = ()
     events: tuple[Event, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    malformed_call: str | None = None
 
     @property
     def malformed(self) -> bool:
         """Whether the model made a call that the grammar does not allow."""
-        return any(event.kind == "malformed_call" for event in self.events)
+        return self.malformed_call is not None
 
     def __str__(self) -> str:
         return f"error: {self.error}" if self.text is None else self.text
@@ -326,6 +331,8 @@ def _answer(outcome: Trajectory | Failure, events: tuple[Event, ...], about: dic
         turns=outcome.turns,
         replies=outcome.replies,
         events=events + outcome.events,
+        boxes=outcome.boxes,
+        malformed_call=outcome.malformed_call,
     )
 
 

@@ -14,9 +14,9 @@ from typing import Literal
 
 from PIL import Image
 
-from awares_bench.methods.conversation import Event, Sample, Turn
+from awares_bench.methods.conversation import Event, EventKind, Failure, Sample, Turn
 from awares_bench.methods.crop_grid import PAPER_GRID, CropRequestError
-from awares_bench.methods.crop_turns import note_crops, without_crops
+from awares_bench.methods.crop_turns import note_crops, note_half_view, without_crops
 from awares_bench.methods.images import half
 from awares_bench.methods.policy import Policy, TurnGenerator
 
@@ -59,12 +59,13 @@ class AwaRes(Policy):
         reply = yield sample.ask(
             (half(image),), system=system, is_final=False, min_reply_tokens=self.call_budget, crop_grammar=PAPER_GRID
         )
+        yield from note_half_view(sample, reply)
         try:
             request = PAPER_GRID.parse(reply.text)
         except CropRequestError as error:
-            yield Event("malformed_call", str(error))
+            yield Event(EventKind.MALFORMED_CALL, str(error))
             if self.on_malformed == "error":
-                raise
+                return Failure(f"malformed crop request and on_malformed='error': {error}")
             if self.on_malformed == "answer":
                 return reply
             names = ("all",)
@@ -74,9 +75,9 @@ class AwaRes(Policy):
             names = request.names
 
         names = yield from note_crops(image, self.choose(sample, names))
-        reply = yield Turn(tuple(self.cut(image, names)))
+        reply = yield Turn(tuple(self.cut(image, names)), crops=names)
         if _is_call(reply.text):
-            yield Event("call_in_answer", f"a second call counts as the answer text: {reply.text!r}")
+            yield Event(EventKind.CALL_IN_ANSWER, f"a second call counts as the answer text: {reply.text!r}")
         return reply
 
 

@@ -57,6 +57,7 @@ def card(answer: Answer) -> str:
     if answer.seconds is not None:
         tags.append(_tag(f"{1000 * answer.seconds:.0f} ms"))
     tags += [_tag(f"crops: {', '.join(answer.crops)}")] if answer.crops else []
+    tags += [_tag(f"box: {','.join(map(str, box))}") for box in answer.boxes]
     tags += [_tag(f"{e.kind}: {e.detail}" if e.detail else e.kind, "event") for e in answer.events]
     tags += [_tag(answer.error, "error")] if answer.error is not None else []
     size = "" if answer.image is None else f"<small>{answer.image.width}×{answer.image.height} pixels</small>"

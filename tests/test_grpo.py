@@ -25,8 +25,8 @@ from .tiny import tiny_vlm
 
 
 def rollout(answer, crops=(), events=(), complete=True):
-    turns = (Turn(), Turn()) if crops else (Turn(),)
-    return SimpleNamespace(trajectory=Trajectory(turns, (), answer, events, 64, crops), complete=complete)
+    turns = (Turn(), Turn(crops=crops)) if crops else (Turn(),)
+    return SimpleNamespace(trajectory=Trajectory(turns, (), answer, events, 64), complete=complete)
 
 
 def test_the_composite_reward_is_the_papers():

@@ -106,6 +106,15 @@ def test_a_box_is_grown_to_a_readable_size_and_stays_in_the_image():
         assert left <= min(box[0], w - 1) and right >= box[2] and top <= min(box[1], h - 1) and bottom >= box[3]
 
 
+@pytest.mark.parametrize("name", ["low", "awares", "all_crops", "oracle_crop", "visionthink"])
+def test_a_half_size_view_far_from_a_quarter_is_an_event(name):
+    """Of a page that has as few tokens as the model can have, half the sides are no quarter."""
+    options = {"evidence": ((0, 0, 9, 9),)} if name == "oracle_crop" else {}
+    for side, expected in ((448, []), (56, ["low_view_not_a_quarter"])):
+        t = run(method(name), {"q": ["x", "x"], "\nq": ["<answer>x</answer>"]}, [picture(side, side)], **options)
+        assert [kind for kind in kinds(t) if kind != "crops_too_small"] == expected
+
+
 # ------------------------------------------------------------------ VisionThink
 
 CALL = '<think>blurred</think>\n<tool_call>\n{"name": "resize_image", "arguments": {"action": "resize"}}\n</tool_call>'
@@ -203,6 +212,7 @@ def test_cropvlm_shows_the_crop_and_prices_the_cropper_apart(view, rtr):
     cropper = Scripted({ASKED: ["[50, 50, 100, 100]."]})
     t = run(method("cropvlm", view=view), ["x"], [picture(224, 224)], models={"cropper": cropper})
     assert t.rtr == rtr and [turn.model for turn in t.turns] == ["cropper", ""]
+    assert t.boxes == t.turns[1].boxes == ((112, 112, 224, 224),) and t.crops == () and kinds(t) == []
     assert t.turns[1].images[1].size == (112, 112) and t.turns[1].images[1].getpixel((0, 0)) == picture(224, 224).getpixel(
         (112, 112)
     )

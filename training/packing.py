@@ -20,7 +20,7 @@ from torch import Tensor
 from awares_bench.inference.decoding import padded, penalised
 from awares_bench.inference.local_model import VLM, mrope_positions
 from awares_bench.inference.session import Session
-from awares_bench.methods.conversation import Reply, Sample, Turn
+from awares_bench.methods.conversation import Failure, Reply, Sample, Turn
 
 Grid = tuple[int, int, int]
 
@@ -108,7 +108,9 @@ def turns(look, replies: list[str], call_weight: float) -> Iterator[tuple[Turn, 
             step = look.send(told)
             while not isinstance(step, Turn):
                 step = look.send(None)
-        except StopIteration:
+        except StopIteration as stop:
+            if isinstance(stop.value, Failure):
+                raise ValueError(stop.value.error) from None
             if sent < len(replies):
                 raise ValueError(f"the row has {len(replies)} replies, the policy ends after {sent}: {replies!r}") from None
             return

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from awares_bench.methods.conversation import EventKind
 from awares_bench.methods.crop_grid import PAPER_GRID
 
 from .curation.judges import Judge
 from .rollouts import Rollout
+
+MALFORMED = (EventKind.MALFORMED_CALL, EventKind.CALL_IN_ANSWER, EventKind.MALFORMED_BOX)
+"""Events of replies in a form that their method cannot use."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def called(rollout: Rollout) -> bool:
 
 
 def malformed(rollout: Rollout) -> bool:
-    return any(e.kind in ("malformed_call", "call_in_answer", "malformed_box") for e in rollout.trajectory.events)
+    return any(e.kind in MALFORMED for e in rollout.trajectory.events)
 
 
 def awares(group: list[Rollout], truth: Truth, judge: Judge, costs: Costs) -> list[dict[str, float]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from awares_bench.errors import RunError
-from awares_bench.methods.conversation import Event, Failure, Reply, Turn, chat_messages
+from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn, chat_messages
 from awares_bench.methods.crop_grid import CropGrid
 from awares_bench.methods.images import within_aspect
 from awares_bench.methods.pruner import Pruner, VisualTokens
@@ -375,10 +375,10 @@ class VLM:
             room = rooms[b]
             if room < r.budget and not reply.complete:
                 detail = f"the reply was cut after {room} tokens: the checkpoint's context was full"
-                r.session.events.append(Event("context_full", detail))
+                r.session.events.append(Event(EventKind.CONTEXT_FULL, detail))
             if again:
                 r.session.events.append(
-                    Event("features_reused", f"{again} pictures were encoded before; their encode time is not here")
+                    Event(EventKind.FEATURES_REUSED, f"{again} pictures were encoded before; their encode time is not here")
                 )
         return out
 

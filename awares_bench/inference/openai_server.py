@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from awares_bench.errors import RunError
-from awares_bench.methods.conversation import Event, Failure, Reply, Turn, chat_messages
+from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn, chat_messages
 from awares_bench.methods.images import within_aspect
 from awares_bench.methods.usage import Usage
 from awares_bench.models.checkpoint import open_processor
@@ -106,7 +106,9 @@ class Endpoint:
         visual, before = self._visual([turn]), self._visual(session.turns)
         text, earlier = self._text(history, session.replies), self._text(session.turns, session.replies)
         if turn.omit_newline:
-            events.append(Event("template", "the line break before this message is the server's; the checkpoint had none"))
+            events.append(
+                Event(EventKind.TEMPLATE, "the line break before this message is the server's; the checkpoint had none")
+            )
         if turn.forced_reply is not None:
             answer, output, complete, seconds = turn.forced_reply, 0, True, (0.0, 0.0)
         else:
@@ -134,7 +136,7 @@ class Endpoint:
                 counted = text + visual + before
                 if spent.prompt_tokens != counted:
                     said = f"the server counts {spent.prompt_tokens} prompt tokens, the processor here {counted}"
-                    events.append(Event("token_count", f"{said}: limits or templates differ"))
+                    events.append(Event(EventKind.TOKEN_COUNT, f"{said}: limits or templates differ"))
                     text = spent.prompt_tokens - visual - before
             if session.turns:
                 events += _cache_events(spent)
@@ -160,7 +162,7 @@ class Endpoint:
                     raise
                 self._takes_penalty = False
         told = f"the server takes no repetition_penalty; it is trusted to apply the checkpoint's own, {penalty:g}"
-        events.append(Event("repetition_penalty", told))
+        events.append(Event(EventKind.REPETITION_PENALTY, told))
         return create(**asked)
 
     def _failed(self, error: Exception, told: str) -> Failure:
@@ -214,9 +216,15 @@ def _cache_events(spent) -> list[Event]:
     details = getattr(spent, "prompt_tokens_details", None)
     cached = getattr(details, "cached_tokens", None)
     if cached is None:
-        return [Event("prefix_cache", "the server does not say whether it kept the first turn; tokens are counted as if it had")]
+        return [
+            Event(
+                EventKind.PREFIX_CACHE, "the server does not say whether it kept the first turn; tokens are counted as if it had"
+            )
+        ]
     return (
-        [] if cached else [Event("prefix_cache", "the server kept nothing of the first turn and prefilled it again, uncounted")]
+        []
+        if cached
+        else [Event(EventKind.PREFIX_CACHE, "the server kept nothing of the first turn and prefilled it again, uncounted")]
     )
 
 

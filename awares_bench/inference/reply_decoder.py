@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from awares_bench.methods.conversation import Event
+from awares_bench.methods.conversation import Event, EventKind
 
 from .call_grammar import CallGrammar
 from .session import Request
@@ -50,7 +50,7 @@ class Writer:
     def events(self) -> list[Event]:
         """``call_overruled``, once, when the reply is not what the model alone would have written."""
         return (
-            [Event("call_overruled", f"the grammar of calls held the model: {'; '.join(self.overruled)}")]
+            [Event(EventKind.CALL_OVERRULED, f"the grammar of calls held the model: {'; '.join(self.overruled)}")]
             if self.overruled
             else []
         )

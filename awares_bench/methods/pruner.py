@@ -72,10 +72,11 @@ class Pruner:
     It writes one of ``score``, ``select`` or ``reduce``, each of which defaults to the one before it, and sees one image at
     a time; batches, several images, positions and caches are the driver's. Kept tokens keep their M-RoPE positions and text
     is never cut. At retention 1 the driver leaves the pruner out.
+
+    retention: share of an image's visual tokens to keep, in (0, 1].
     """
 
     retention: float = 0.5
-    """Share of an image's visual tokens to keep, in (0, 1]."""
 
     needs: ClassVar[tuple[str, ...]] = ()
     """Fields of ``VisualTokens`` to be computed: any of ``NEEDS``. ``decoder_attention`` comes with a cut between layers."""

@@ -150,11 +150,12 @@ def _checked(found: object, place: str) -> type[Policy] | type[Pruner]:
 
 @dataclass(frozen=True)
 class Method:
-    """What is run: a policy, and the pruner it is composed with, if any. ``parts`` are their names, the policy's first."""
+    """What is run: a policy, and the pruner it is composed with, if any."""
 
     policy: Policy
     pruner: Pruner | None
     parts: tuple[str, str | None]
+    """Their names, the policy's first."""
 
     @property
     def fields(self) -> dict[str, object]:

@@ -14,7 +14,7 @@ import torch
 
 from awares_bench.inference.local_model import VLM
 from awares_bench.inference.session import Session
-from awares_bench.methods.conversation import Event, Reply, Sample, Turn
+from awares_bench.methods.conversation import Event, EventKind, Reply, Sample, Turn
 from awares_bench.methods.policy import Policy, TurnGenerator
 
 from ..packing import Conversation, Features, Scorer, View, pack
@@ -23,8 +23,8 @@ from ..rollouts import Rollout
 NOT_NEEDED = "Not needed."
 """The reply that asks for no crop; a malformed one is shown to the target as this, so that nothing is gained by it."""
 
-VALID = {"box": 1.0, "malformed_box": 0.0}
-"""Worth of a reply's form by the event it leads to; 0.25 for no event, which is "Not needed." (the authors' values)."""
+BOX, NO_BOX, MALFORMED_BOX = 1.0, 0.25, 0.0
+"""Worth of a reply's form: a box, "Not needed.", a box that cannot be read (the authors' values)."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Target:
 
     @torch.no_grad()
     def __call__(self, sample: Sample, answer: str, group: list[Rollout]) -> list[dict[str, float]]:
-        """Parts and ``reward`` of each rollout. answer: the probability of the whole answer; form: see ``VALID``."""
+        """Parts and ``reward`` of each rollout. answer: the probability of the whole answer; form: see ``BOX``."""
         out, conversations, known, vlm = [], [], {}, self.vlm
         for rollout in group:
-            kinds = {e.kind for e in rollout.trajectory.events}
-            form = next((worth for kind, worth in VALID.items() if kind in kinds), 0.25)
-            turn = self.shown(sample, rollout.trajectory.replies[0].text if form else NOT_NEEDED)
+            malformed = any(e.kind == EventKind.MALFORMED_BOX for e in rollout.trajectory.events)
+            turn = self.shown(sample, NOT_NEEDED if malformed else rollout.trajectory.replies[0].text)
+            form = MALFORMED_BOX if malformed else BOX if turn.boxes else NO_BOX
             views = [View.of(vlm, image, known) for image in turn.images]
             conversation = Conversation()
             conversation.shown(vlm.chunk(Session(), turn, [v.grid for v in views]), views)

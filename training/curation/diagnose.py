@@ -17,7 +17,7 @@ from awares_bench.awares import AwaRes
 from awares_bench.evaluation.records import read_records
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import VLM
-from awares_bench.methods.conversation import Failure, Sample, Trajectory
+from awares_bench.methods.conversation import EventKind, Failure, Sample, Trajectory
 from awares_bench.methods.crop_grid import PAPER_GRID, hull, iou
 
 from .. import examples
@@ -99,7 +99,7 @@ def from_records(run: Path, suite: Path) -> dict[str, dict]:
     for r in read_records(run):
         task = next((t for t in known if r.task == t or r.task.endswith(t)), None)
         if task and r.error is None:
-            bad = any(e["kind"] in ("malformed_call", "call_in_answer") for e in r.events)
+            bad = r.malformed_call is not None or any(e["kind"] == EventKind.CALL_IN_ANSWER for e in r.events)
             decisions.setdefault(task, []).append(Decision(tuple(r.crops), *known[task][r.doc_id], malformed=bad))
     if not decisions:
         raise ValueError(f"no record in {run} belongs to a task of {suite} ({', '.join(known) or 'no parquet files'})")
@@ -124,7 +124,7 @@ def probe(vlm: VLM, labels: str, limit: int | None = None, rule: str = "anls", m
         if isinstance(outcome, Failure):
             continue
         oracle = tuple(row.get("crops") or ())
-        bad = any(e.kind in ("malformed_call", "call_in_answer") for e in outcome.events)
+        bad = outcome.malformed_call is not None or any(e.kind == EventKind.CALL_IN_ANSWER for e in outcome.events)
         decisions.append(Decision(outcome.crops, row["label"], oracle, bad))
         right = score(sample.question, accepted, outcome.answer)
         scores["free"].append(right)
