@@ -36,7 +36,7 @@ def test_boxes_map_to_crops_as_the_three_rules_say():
 @pytest.mark.parametrize("box", [(50, 0, 10, 10), (0, 0, 500, 10), (-1, 0, 5, 5), (3, 3, 3, 9), (1, 2, 3)])
 def test_boxes_that_are_none_are_named(box):
     with pytest.raises(crop_oracles.BoxError, match="row 7"):
-        crop_oracles.checked([box], 400, 300, "row 7")
+        crop_oracles.check_boxes([box], 400, 300, "row 7")
 
 
 @pytest.mark.parametrize(

@@ -32,25 +32,29 @@ def rollout(answer, crops=(), events=(), complete=True):
 def test_the_composite_reward_is_the_papers():
     group = [rollout("42"), rollout("42", ("top-left",)), rollout("no", ("top-left", "left")), rollout("no", ("all",))]
     for label, missed in (("HR", 2.0), ("LR", 0.0), (None, 0.0)):
-        parts = rewards.awares(group, rewards.Truth("q", ("42",), label), exact, rewards.Costs())
+        parts = rewards.awares(group, rewards.GroundTruth("q", ("42",), label), exact, rewards.RewardWeights())
         got = [p["reward"] for p in parts]
         assert got == pytest.approx([1 - missed, 1 - 0.25 - 0.0025, -0.25 - 0.005, -0.25 - 0.01])
-    tens = rewards.awares(group, rewards.Truth("q", ("42",), "HR"), exact, rewards.Costs(w_ans=10, area_of="sum"))
+    tens = rewards.awares(group, rewards.GroundTruth("q", ("42",), "HR"), exact, rewards.RewardWeights(w_ans=10, area_of="sum"))
     assert [p["reward"] for p in tens] == pytest.approx([8, 9.7475, -0.25 - 0.0075, -0.26])
     direct = rewards.awares(
-        [rollout("42"), rollout("no")], rewards.Truth("q", ("42",), "HR"), exact, rewards.Costs(missed="wrong")
+        [rollout("42"), rollout("no")], rewards.GroundTruth("q", ("42",), "HR"), exact, rewards.RewardWeights(missed="wrong")
     )
     assert [p["reward"] for p in direct] == [1, -2]
 
 
 def test_visionthinks_penalty_turns_with_the_share_of_right_direct_answers():
-    truth = rewards.Truth("q", ("42",))
+    truth = rewards.GroundTruth("q", ("42",))
     often = [rollout("42"), rollout("42", ("all",)), rollout("no"), rollout("no", ("all",))]
-    assert [p["reward"] for p in rewards.visionthink(often, truth, exact, rewards.Costs())] == pytest.approx([1.5, 1.4, 0.5, 0.4])
+    assert [p["reward"] for p in rewards.visionthink(often, truth, exact, rewards.RewardWeights())] == pytest.approx(
+        [1.5, 1.4, 0.5, 0.4]
+    )
     seldom = [rollout("no"), *[rollout("42", ("all",))] * 3]
-    assert [p["reward"] for p in rewards.visionthink(seldom, truth, exact, rewards.Costs())] == pytest.approx([0.4] + [1.5] * 3)
+    assert [p["reward"] for p in rewards.visionthink(seldom, truth, exact, rewards.RewardWeights())] == pytest.approx(
+        [0.4] + [1.5] * 3
+    )
     bad = rollout("42", ("all",), (Event("malformed_call"),))
-    assert rewards.visionthink([bad], truth, exact, rewards.Costs())[0]["format"] == 0
+    assert rewards.visionthink([bad], truth, exact, rewards.RewardWeights())[0]["format"] == 0
 
 
 def test_advantages_are_scaled_as_asked():

@@ -1,5 +1,6 @@
 """The policies by name, driven by scripted replies and by tiny random models: what they show, what they note, what it costs."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -393,10 +394,13 @@ def test_the_gate_s_training_runs_from_pictures_to_a_gate_that_the_policy_opens(
 
     nano.save(tiny_vlm().model, tiny_vlm().processor, tmp_path / "tiny")
     out = tmp_path / "gate.safetensors"
+    parser = argparse.ArgumentParser()
+    training.add_arguments(parser)
+    command = ["--out", str(out), "--documents", "12", "--pretrained", str(tmp_path / "tiny")]
     for _ in range(2):  # the second call takes the labels from the first
-        training.main(["--out", str(out), "--documents", "12", "--pretrained", str(tmp_path / "tiny"), "--max-new-tokens", "3"])
+        assert training.main(parser.parse_args([*command, "--max-new-tokens", "3"])) == 0
     assert len((tmp_path / "gate.labels.jsonl").read_text().splitlines()) == 12
     ((_, t),) = Engine(tiny_vlm(), method("cares", gate=str(out)), 1).run([Job(Sample((picture(224, 224),), "q?", "k"), 3)])
     assert max(t.turns[1].images[0].size) in range(112, 225, 28)
-    with pytest.raises(SystemExit, match="holds labels of another run"):
-        training.main(["--out", str(out), "--documents", "12", "--pretrained", str(tmp_path / "tiny"), "--sizes", "56", "224"])
+    with pytest.raises(ValueError, match="holds labels of another run"):
+        training.main(parser.parse_args([*command, "--sizes", "56", "224"]))

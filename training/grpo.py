@@ -22,7 +22,7 @@ from awares_bench.methods.conversation import Sample
 from awares_bench.methods.crop_grid import PAPER_GRID
 
 from . import examples, rewards
-from .auxiliary.cropper import Target
+from .auxiliary.cropper import FrozenTargetReward
 from .curation.judges import judge
 from .export import finish
 from .health_checks import HealthChecks
@@ -76,7 +76,7 @@ class GRPO(TrainingRecipe):
     target: str = option("")
     """Frozen checkpoint of scheme ``likelihood``."""
     w_ans: float = option(1.0, low=0)
-    """This and the five below: see ``rewards.Costs``."""
+    """This and the five below: see ``rewards.RewardWeights``."""
     miss: float = option(2.0, low=0)
     use: float = option(0.25, low=0)
     area: float = option(0.01, low=0)
@@ -99,7 +99,7 @@ class Prompt:
     """A question with its pictures, and what is known about it."""
 
     sample: Sample
-    truth: rewards.Truth
+    truth: rewards.GroundTruth
 
 
 class Prompts(torch.utils.data.Dataset):
@@ -113,7 +113,7 @@ class Prompts(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Prompt:
         row = self.table[index]
-        truth = rewards.Truth(row["question"], examples.answers(row), row.get("label"))
+        truth = rewards.GroundTruth(row["question"], examples.answers(row), row.get("label"))
         return Prompt(examples.sample(row, index, self.recipe.largest_side), truth)
 
 
@@ -134,8 +134,8 @@ class GRPOTrainer(ResumableTrainer):
 
     def __init__(self, scorer: Scorer, vlm: VLM, recipe: GRPO, policy, judge, **arguments):
         super().__init__(scorer, vlm, recipe, **arguments)
-        self.policy, self.judge, self.costs = policy, judge, _costs(recipe)
-        self.target = Target(open_vlm(replace(recipe, start=recipe.target)), policy) if recipe.target else None
+        self.policy, self.judge, self.reward_weights = policy, judge, _reward_weights(recipe)
+        self.target = FrozenTargetReward(open_vlm(replace(recipe, start=recipe.target)), policy) if recipe.target else None
         self.reference = None
         if recipe.beta and recipe.tuning == "full":
             frozen = copy.deepcopy(scorer.model).requires_grad_(False).eval()
@@ -178,7 +178,7 @@ class GRPOTrainer(ResumableTrainer):
         if self.target:
             parts = self.target(prompt.sample, prompt.truth.answers[0], group)
         else:
-            parts = rewards.SCHEMES[self.recipe.scheme](group, prompt.truth, self.judge, self.costs)
+            parts = rewards.SCHEMES[self.recipe.scheme](group, prompt.truth, self.judge, self.reward_weights)
         return RolloutGroup(group, parts, rewards.advantages([p["reward"] for p in parts], self.recipe.scaling))
 
     def reference_logprobs(self, groups: list[RolloutGroup]) -> tuple[Tensor, ...]:
@@ -281,8 +281,8 @@ class GRPOTrainer(ResumableTrainer):
         pandas.DataFrame(rows).to_parquet(folder / f"{step:06d}{rank}.parquet")
 
 
-def _costs(recipe: GRPO) -> rewards.Costs:
-    return rewards.Costs(recipe.w_ans, recipe.miss, recipe.use, recipe.area, recipe.area_of, recipe.missed)
+def _reward_weights(recipe: GRPO) -> rewards.RewardWeights:
+    return rewards.RewardWeights(recipe.w_ans, recipe.miss, recipe.use, recipe.area, recipe.area_of, recipe.missed)
 
 
 def build(recipe: GRPO, dry: bool = False) -> GRPOTrainer:

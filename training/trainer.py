@@ -20,7 +20,7 @@ from awares_bench.methods.registry import method_class
 from awares_bench.models.checkpoint import check_told
 from awares_bench.models.packaged import resolve
 
-from .auxiliary.cropper import Part
+from .auxiliary.cropper import AuxiliaryTurn
 from .packing import Conversation, Features, Packed, Scorer
 from .recipe import RecipeError, TrainingRecipe
 
@@ -51,7 +51,7 @@ def policy_of(recipe):
     if recipe.role not in policy.models:
         known = ", ".join(policy.models) or "none but the model under test"
         raise RecipeError(f"role is {recipe.role!r}; models of {recipe.policy}: {known}")
-    return Part(policy, recipe.role)
+    return AuxiliaryTurn(policy, recipe.role)
 
 
 def open_vlm(recipe, dtype: str = "auto") -> VLM:

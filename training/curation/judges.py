@@ -1,4 +1,4 @@
-"""Who says whether an answer is right: rules, a sentence encoder, a local language model, an OpenAI-compatible endpoint."""
+"""Judges of answers: rules, a sentence encoder, a language model in this process, or one at an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from openai import APIConnectionError, APIError, APIStatusError
 from rapidfuzz.distance import Levenshtein
 
+from awares_bench.errors import AwaresError
 from awares_bench.inference.openai_client import RETRIES, is_refusal, open_client, refusal
 
 Judge = Callable[[str, tuple[str, ...], str], float]
@@ -16,8 +17,8 @@ Judge = Callable[[str, tuple[str, ...], str], float]
 RULES = ("exact", "relaxed", "anls")
 
 
-class JudgeError(RuntimeError):
-    """A judge that cannot be asked: what was tried and what to do."""
+class JudgeError(AwaresError, RuntimeError):
+    """A judge that cannot be asked, or gives no verdict. Its text says what was tried and what to do."""
 
 
 def plain(text: str) -> str:
@@ -26,7 +27,7 @@ def plain(text: str) -> str:
 
 
 def exact(question: str, answers: tuple[str, ...], prediction: str) -> float:
-    """1 when the prediction is one of the answers, case and white space aside."""
+    """1 when the prediction is one of the answers, apart from case, white space and a closing full stop."""
     return float(plain(prediction) in map(plain, answers))
 
 
@@ -34,9 +35,9 @@ def relaxed(question: str, answers: tuple[str, ...], prediction: str) -> float:
     """As ``exact``; numbers may be 5 % off (ChartQA's measure)."""
     if exact(question, answers, prediction):
         return 1.0
-    said = _number(prediction)
+    number = _number(prediction)
     truths = [n for n in map(_number, answers) if n is not None]
-    return float(said is not None and any(abs(said - t) <= 0.05 * abs(t) for t in truths))
+    return float(number is not None and any(abs(number - t) <= 0.05 * abs(t) for t in truths))
 
 
 def anls(question: str, answers: tuple[str, ...], prediction: str, threshold: float = 0.5) -> float:
@@ -147,7 +148,7 @@ class Chat:
         return float(digit)
 
     def compare(self, question: str, answers: tuple[str, ...], low: str, full: str) -> int | None:
-        """0 no difference, 1 low better, 2 full better, asked in both orders; None when the orders disagree or it is nonsense."""
+        """0 no difference, 1 low better, 2 full better; asked in both orders. None when they disagree or a reply is no digit."""
         truth = " or ".join(answers)
         first = _digit(self.say(THREE_WAY.format(question=question, truth=truth, first=low, second=full)), "012")
         second = _digit(self.say(THREE_WAY.format(question=question, truth=truth, first=full, second=low)), "012")
@@ -156,8 +157,8 @@ class Chat:
 
 
 def _digit(reply: str, allowed: str) -> int | None:
-    found = re.findall(r"\d+", reply)
-    return int(found[0]) if len(found) == 1 and found[0] in allowed else None
+    numbers = re.findall(r"\d+", reply)
+    return int(numbers[0]) if len(numbers) == 1 and numbers[0] in allowed else None
 
 
 def judge(name: str, model: str = "", url: str = "", device: str = "cpu") -> Judge:
@@ -172,5 +173,6 @@ def judge(name: str, model: str = "", url: str = "", device: str = "cpu") -> Jud
     if name == "endpoint" and model and url:
         return Chat(Endpoint(url, model))
     raise ValueError(
-        f"judge is {name!r}: exact, relaxed, anls and embedding stand alone; local needs judge_model; endpoint needs judge_model and judge_url"
+        f"judge is {name!r}: exact, relaxed, anls and embedding stand alone; "
+        "local needs judge_model; endpoint needs judge_model and judge_url"
     )

@@ -69,7 +69,7 @@ class Curate(Recipe):
     """Lowest probability of the base model's half-size answer that counts as knowing it. A right answer below it is taken for a
     guess, and labelled HR if full resolution is right too. 0 labels as the paper does."""
     oracle: str = option("search", one_of=("boxes", "search", "endpoint"))
-    """Where crops come from: the data's ``boxes``, a ``search`` on the base model, or an ``endpoint``'s grounding model (paper)."""
+    """Source of crops: the data's ``boxes``, a ``search`` on the base model, or an ``endpoint``'s grounding model (paper)."""
     oracle_model: str = option("")
     oracle_url: str = option("")
     mapping: str = option("coverage", one_of=("coverage", "iou_argmax", "iou_literal"))
@@ -112,7 +112,7 @@ def load_rows(recipe: Curate):
             raise examples.DataError(f"{recipe.data!r} has no column boxes; map one with columns, or set oracle: search")
         for i, row in enumerate(table):
             image = examples.pictures(row, 10**9)[0]
-            crop_oracles.checked(row["boxes"] or [], *image.size, where=f"row {i}")
+            crop_oracles.check_boxes(row["boxes"] or [], *image.size, where=f"row {i}")
     return table
 
 
@@ -287,7 +287,7 @@ def crop_rows(recipe: Curate, table, rows: list[dict], model: Callable[[], VLM])
         else:
             image = examples.pictures(row, 10**9)[0]
             if recipe.oracle == "boxes":
-                boxes = crop_oracles.checked(row["boxes"] or [], *image.size)
+                boxes = crop_oracles.check_boxes(row["boxes"] or [], *image.size)
             else:
                 boxes = crop_oracles.ground(endpoint, image, row["question"], examples.answers(row)[0]) or []
             names = crop_oracles.crops_for(boxes, *image.size, recipe.mapping)

@@ -17,7 +17,7 @@ from pathlib import Path
 from awares_bench.methods.crop_grid import hull
 
 from .. import examples, script
-from ..curation.crop_oracles import checked
+from ..curation.crop_oracles import check_boxes
 from ..curation.pipeline import nano_rows
 from ..recipe import RecipeError
 
@@ -44,7 +44,7 @@ def visionthink(row: dict, size: tuple[int, int]) -> list[str]:
 
 def cropvlm(row: dict, size: tuple[int, int]) -> list[str]:
     """The reply of a row: the box around its evidence, widened to multiples of ``STEP``, in the authors' format."""
-    box, (width, height) = hull(checked(row["boxes"], *size)), size
+    box, (width, height) = hull(check_boxes(row["boxes"], *size)), size
     x1, y1 = (100 * v // side // STEP * STEP for v, side in zip(box[:2], (width, height), strict=True))
     x2, y2 = (-(-100 * v // side // STEP) * STEP for v, side in zip(box[2:], (width, height), strict=True))
     return [f"[{x1}, {y1}, {x2}, {y2}]."]
