@@ -277,6 +277,8 @@ def _answer(outcome: Trajectory | Failure, events: tuple[Event, ...], about: dic
         turns=outcome.turns,
         replies=outcome.replies,
         events=events + outcome.events,
+        boxes=outcome.boxes,
+        malformed_call=outcome.malformed_call,
     )
 
 

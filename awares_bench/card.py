@@ -74,11 +74,15 @@ class Answer:
     """What it said, verbatim, with the cost of each turn."""
     events: tuple[Event, ...] = ()
     """What a reader should know."""
+    boxes: tuple[Box, ...] = ()
+    """Those that were shown by a method that has boxes, in pixels of ``image``."""
+    malformed_call: str | None = None
+    """Why the model's call could not be read; None when it made none, or one that could."""
 
     @property
     def malformed(self) -> bool:
         """Whether the model made a call that the grammar does not allow."""
-        return any(event.kind == "malformed_call" for event in self.events)
+        return self.malformed_call is not None
 
     def __str__(self) -> str:
         return f"error: {self.error}" if self.text is None else self.text
@@ -108,6 +112,7 @@ def card(answer: Answer) -> str:
     if answer.seconds is not None:
         tags.append(_tag(f"{1000 * answer.seconds:.0f} ms"))
     tags += [_tag(f"crops: {', '.join(answer.crops)}")] if answer.crops else []
+    tags += [_tag(f"box: {','.join(map(str, box))}") for box in answer.boxes]
     tags += [_tag(f"{e.kind}: {e.detail}" if e.detail else e.kind, "event") for e in answer.events]
     tags += [_tag(answer.error, "error")] if answer.error is not None else []
     size = "" if answer.image is None else f"<small>{answer.image.width}×{answer.image.height} pixels</small>"
@@ -139,10 +144,14 @@ def _turn(answer: Answer, i: int) -> str:
     turn, reply = answer.turns[i], answer.replies[i]
     who = f", {_text(turn.model)}" if turn.model else ""
     shown = "".join(image_tag(enlarged(image)) for image in turn.images)
-    asked = "\n\n".join(filter(None, (turn.system, *turn.before, turn.text)))
+    asked = "\n\n".join(filter(None, (turn.system, *turn.image_prefixes, turn.text)))
     told = f"<details><summary>message</summary><pre>{_text(asked)}</pre></details>" if asked else "<br>"
-    said = "a probe: no text is asked for" if turn.probe is not None else f"model: <code>{_text(reply.text) or '&nbsp;'}</code>"
-    put = " <small>(put into its mouth)</small>" if turn.said is not None else ""
+    said = (
+        "a probe: no text is asked for"
+        if turn.hidden_state_depth is not None
+        else f"model: <code>{_text(reply.text) or '&nbsp;'}</code>"
+    )
+    put = " <small>(put into its mouth)</small>" if turn.forced_reply is not None else ""
     return f'<div class="turn"><small>turn {i + 1}{who}: {_text(_caption(answer, turn, i))}</small><br>{shown}{told}{said}{put}</div>'
 
 

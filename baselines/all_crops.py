@@ -12,9 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from awares_bench.awares import give
-from awares_bench.methods.conversation import Sample
-from awares_bench.methods.policy import Look, Policy
+from awares_bench import Policy, Sample, TurnGenerator
+from awares_bench.methods.crop_turns import show_crops_unasked
 
 QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
 
@@ -32,5 +31,5 @@ class AllCrops(Policy):
     form: Literal["call", "plain"] = "call"
     prompt: Literal["paper", "adapter"] = "paper"
 
-    def look(self, sample: Sample) -> Look:
-        return (yield from give(sample, ("all",) if self.crops == "all" else QUADRANTS, self.form, self.prompt))
+    def turns(self, sample: Sample) -> TurnGenerator:
+        return (yield from show_crops_unasked(sample, ("all",) if self.crops == "all" else QUADRANTS, self.form, self.prompt))

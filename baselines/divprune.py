@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench import Pruner, VisualTokens
 
 
 @dataclass(frozen=True)
 class DivPrune(Pruner):
     """Greedy max-min selection on cosine distance; it starts from the token whose nearest neighbour is farthest."""
 
-    def select(self, image: Visual, n: int) -> Tensor:
+    def select(self, image: VisualTokens, n: int) -> Tensor:
         """Add, n times, the token whose distance to the nearest chosen one is largest."""
         likeness = _cosines(image.features)  # (V, V)
         loneliest = likeness.fill_diagonal_(-torch.inf).amax(1).argmin()

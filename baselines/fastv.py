@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench import Pruner, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class FastV(Pruner):
                 f"layer is {self.layer!r}; it must be a whole number of at least 1, since a layer's attention is needed"
             )
 
-    def stages(self, layers: int) -> dict[int, float]:
+    def cut_layers(self, layers: int) -> dict[int, float]:
         """One cut."""
         return {self.layer - 1: self.retention}
 
-    def budget(self, visual: int, share: float) -> int:
+    def tokens_to_keep(self, visual: int, share: float) -> int:
         """Rounded to the nearest, as released."""
         return max(1, round(visual * share))
 
-    def score(self, image: Visual) -> Tensor:
+    def score(self, image: VisualTokens) -> Tensor:
         """Attention of the last prompt token, mean over heads."""
-        return image.rows.per_head().mean(0)
+        return image.decoder_attention.per_head().mean(0)

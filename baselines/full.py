@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from awares_bench.methods.conversation import Sample
-from awares_bench.methods.policy import Look, Policy
+from awares_bench import Policy, Sample, TurnGenerator
 
 
 @dataclass(frozen=True)
 class Full(Policy):
     """Look at the whole image at its own size."""
 
-    def look(self, sample: Sample) -> Look:
+    def turns(self, sample: Sample) -> TurnGenerator:
         return (yield sample.ask(sample.images))

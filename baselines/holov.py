@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from awares_bench.methods.pruner import Pruner, Visual
-from awares_bench.models.attention_scores import window_order
+from awares_bench import Pruner, VisualTokens
+from awares_bench.methods.pruner import ReleasedQuirks
 
 ALPHA, BETA, SCALE, EPSILON = 1.0, 0.09, 1e3, 1e-6
 """Weights of attention and of diversity in a band's score, scale of attention, guard of divisions: those of the released code."""
@@ -38,25 +38,25 @@ class HoloV(Pruner):
     needs = ("attention",)
 
     @property
-    def offset(self) -> int:
+    def quirks(self) -> ReleasedQuirks:
         """The released span begins one token early, on the vision-start mark."""
-        return -1 if self.compat == "official" else 0
+        return ReleasedQuirks(span_offset=-1 if self.compat == "official" else 0)
 
-    def budget(self, visual: int, share: float) -> int:
+    def tokens_to_keep(self, visual: int, share: float) -> int:
         """The released code rounds the product as floats do."""
-        return super().budget(visual, share) if self.compat == "corrected" else max(1, int(visual * share))
+        return super().tokens_to_keep(visual, share) if self.compat == "corrected" else max(1, int(visual * share))
 
-    def score(self, image: Visual) -> Tensor:
+    def score(self, image: VisualTokens) -> Tensor:
         """Attention received; the released code gives it to the wrong tokens."""
         if self.compat != "official":
             return image.attention
-        return image.attention[window_order(*image.grid, device=image.attention.device)]
+        return image.attention[image.tower_order]
 
     def bands(self, visual: int, n: int) -> int:
         """Bands that the image is cut into, in proportion to how much of it goes."""
         return min(visual, max(1, int((1024 / 576) * visual / n)))
 
-    def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
+    def reduce(self, image: VisualTokens, n: int) -> tuple[Tensor, Tensor]:
         """Quotas by band, then the most attended tokens of each; in NumPy, whose small steps are cheap."""
         attention, total = self.score(image).cpu().numpy(), len(image.features)  # one copy, then no waiting for the GPU
         bands = self.bands(total, n)

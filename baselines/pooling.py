@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench import Pruner, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Pooling(Pruner):
         shapes = [(h, min(columns, n // h)) for h in heights]
         return max(shapes, key=lambda s: (s[0] * s[1], -abs(log(s[0] / rows * columns / s[1])), s))
 
-    def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
+    def reduce(self, image: VisualTokens, n: int) -> tuple[Tensor, Tensor]:
         """The averages, and the token at the centre of each cell."""
         (rows, columns), device = image.grid, image.features.device
         h, w = self.cells(rows, columns, n)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench import Pruner, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class RandomTokens(Pruner):
     draw: int = 0
     needs = ("seed",)
 
-    def score(self, image: Visual) -> Tensor:
+    def score(self, image: VisualTokens) -> Tensor:
         """Uniform numbers that the picture and ``draw`` decide."""
         generator = torch.Generator().manual_seed(image.seed + 2**32 * int(self.draw))
         return torch.rand(len(image.features), generator=generator).to(image.features.device)

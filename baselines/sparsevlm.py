@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench import Pruner, VisualTokens
+from awares_bench.methods.pruner import ReleasedQuirks
 
 LAYERS = (2, 6, 15)
 """Decoder layers after which the released code cuts; of the depth of Qwen2.5-VL-7B where the decoder is shallower."""
@@ -40,11 +41,11 @@ class SparseVLM(Pruner):
     compat: Literal["corrected", "official"] = "corrected"
 
     @property
-    def repacks(self) -> bool:
+    def quirks(self) -> ReleasedQuirks:
         """Released v1.5 numbers the tokens anew after each cut."""
-        return self.compat == "official" and self.version == "1.5"
+        return ReleasedQuirks(renumber_positions=self.compat == "official" and self.version == "1.5")
 
-    def stages(self, layers: int) -> dict[int, float]:
+    def cut_layers(self, layers: int) -> dict[int, float]:
         """Three cuts, fewer in a decoder too shallow for them."""
         after = sorted({min(layer, layer * layers // DEPTH) for layer in LAYERS} - {layers - 1})
         runs = [b - a for a, b in zip([-1, *after], [*after, layers - 1], strict=True)]  # layers between cuts
@@ -63,11 +64,11 @@ class SparseVLM(Pruner):
         found = (total > total.mean()).nonzero().squeeze(1)
         return found if len(found) else super().raters(visual, text)
 
-    def score(self, image: Visual) -> Tensor:
+    def score(self, image: VisualTokens) -> Tensor:
         """Attention of the raters, mean over raters and heads."""
         if self.version == "1.5":
-            return image.rows.per_head().mean(0)
-        heads = image.rows.per_head(image.rows.rotary_kernel())  # (H, V)
+            return image.decoder_attention.per_head().mean(0)
+        heads = image.decoder_attention.per_head(image.decoder_attention.rotary_kernel())  # (H, V)
         return heads[self.heads(heads)].mean(0)
 
     def heads(self, attention: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class SparseVLM(Pruner):
         n = HEADS if self.compat == "official" else max(1, len(attention) // 2)
         return attention.sum(1).argsort(descending=True, stable=True)[:n]
 
-    def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
+    def reduce(self, image: VisualTokens, n: int) -> tuple[Tensor, Tensor]:
         """The best tokens and, in v1.5, means of clusters among the best of the others."""
         total, recycle = len(image.features), self.version == "1.5"
         kept = n

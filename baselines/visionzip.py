@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench import Pruner, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class VisionZip(Pruner):
 
     contextual: float = 0.05
     compat: Literal["corrected", "official"] = "corrected"
-    needs = ("attention", "metric")
+    needs = ("attention", "vision_keys")
 
     def __post_init__(self):
         super().__post_init__()
@@ -44,11 +44,11 @@ class VisionZip(Pruner):
         contextual = min(max(1, int(self.contextual * visual)), n // 2)
         return n - contextual, contextual
 
-    def score(self, image: Visual) -> Tensor:
+    def score(self, image: VisualTokens) -> Tensor:
         """Attention received."""
         return image.attention
 
-    def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
+    def reduce(self, image: VisualTokens, n: int) -> tuple[Tensor, Tensor]:
         """Targets are spread evenly over what is not dominant; every other token joins the target with the most similar key."""
         dominant, contextual = self.counts(len(image.features), n)
         order = self.score(image).argsort(descending=True, stable=True)
@@ -57,7 +57,7 @@ class VisionZip(Pruner):
             return image.features[kept], kept
         step = max(1, len(left) // contextual)
         spread = slice(0, step * contextual, step)
-        targets, keys, rest = left[spread].contiguous(), image.metric[left], image.features[left].float()
+        targets, keys, rest = left[spread].contiguous(), image.vision_keys[left], image.features[left].float()
         nearest = (keys @ normalize(keys[spread], dim=1).T).argmax(1)
         number = torch.arange(len(targets), device=left.device)
         nearest[spread] = number  # a target stays with itself

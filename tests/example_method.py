@@ -9,9 +9,8 @@ Differs  nothing
 
 from dataclasses import dataclass
 
-from awares_bench.methods.conversation import Event, Sample, Turn
+from awares_bench import Event, Policy, Sample, Turn, TurnGenerator
 from awares_bench.methods.images import half
-from awares_bench.methods.policy import Look, Policy
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Strip(Policy):
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share!r}; it must be above 0 and at most 1")
 
-    def look(self, sample: Sample) -> Look:
+    def turns(self, sample: Sample) -> TurnGenerator:
         images = [half(image) for image in sample.images]
         for image in sample.images:
             left = round(image.width * (1 - self.share) / 2)

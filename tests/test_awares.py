@@ -26,14 +26,14 @@ def test_a_direct_answer_costs_the_half_size_view_only():
     assert (t.answer, t.crops, len(t.turns)) == ("blue", (), 1)
     assert t.turns[0].images[0].size == (112, 112)
     assert t.rtr == 0.25
-    assert not t.turns[0].last
+    assert not t.turns[0].is_final
 
 
 def test_a_call_fetches_the_named_crops_at_full_density_and_answers():
     t = run(AwaRes(), ["GET_CROPS: ['0', '8']", "42"], [picture(224, 224)])
     assert (t.answer, t.crops) == ("42", ("top-left", "right"))
     assert [i.size for i in t.turns[1].images] == [(112, 112), (112, 224)]
-    assert t.turns[1].text == "" and t.turns[1].last
+    assert t.turns[1].text == "" and t.turns[1].is_final
     assert t.rtr == 0.25 + 0.25 + 0.5
 
 

@@ -12,13 +12,14 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from awares_bench.bench.contestants import Pages
 from awares_bench.bench.engine_bench import Settings, constrained, run
+from awares_bench.bench.synthetic_models import geometry, random_model
 from awares_bench.cli import main
 from awares_bench.inference.local_model import VLM
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Turn
 from awares_bench.models import qwen2_5_vl_vision
 from awares_bench.models.cpu_kernels import ONEDNN
-from awares_bench.models.geometry import decoder_flops, encode_flops, geometry, random_model
+from awares_bench.models.flops import decoder_flops, vision_flops
 
 from .test_vlm import TOLERANCE, ours
 from .tiny import picture
@@ -50,7 +51,8 @@ def test_operations_are_those_that_pytorch_counts(vlm, monkeypatch, size, by_pro
     patches, grid, _ = vlm.pixels(picture(*size))
     with counted() as counter:
         vlm.encode([patches], [grid])
-    assert encode_flops(vlm.model.config, [grid]) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    config = vlm.model.config.vision_config.to_dict()
+    assert vision_flops(grid[1] * grid[2] // 4, config) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @contextmanager
@@ -63,15 +65,16 @@ def counted():
 
 def test_operations_of_the_decoder_are_those_that_pytorch_counts(vlm):
     text = vlm.model.config.text_config
+    config = text.to_dict()
     for new in (40, 400):
         embeds = torch.zeros(1, new, text.hidden_size)
         with torch.no_grad(), counted() as counter:
             hidden = vlm.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
             vlm.model.lm_head(hidden[:, -1])
         masked = text.num_hidden_layers * 2 * text.hidden_size * new * (new - 1)  # the half that a causal kernel skips
-        assert decoder_flops(vlm.model.config, new) + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
-    whole = decoder_flops(vlm.model.config, 300)
-    parts = decoder_flops(vlm.model.config, 200) + decoder_flops(vlm.model.config, 100, 200)
+        assert decoder_flops(new, config) + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
+    whole = decoder_flops(300, config)
+    parts = decoder_flops(200, config) + decoder_flops(100, config, 200)
     assert parts - whole == pytest.approx(2 * text.hidden_size * text.vocab_size)  # the scores, once more
 
 

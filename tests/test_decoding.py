@@ -14,7 +14,7 @@ from awares_bench.inference.decoding import Repetition, own_penalty, penalised, 
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import VLM, CheckpointError
 from awares_bench.inference.session import Request, Session
-from awares_bench.methods.conversation import Failure, Sample, Turn, messages
+from awares_bench.methods.conversation import Failure, Sample, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
 from awares_bench.training.packing import Features, Scorer, pack
@@ -47,7 +47,7 @@ def generated(vlm, text, images, penalty, steps):
 
 
 def rendered(vlm, turns, replies):
-    return vlm.processor.apply_chat_template(messages(turns, replies), tokenize=False, add_generation_prompt=True)
+    return vlm.processor.apply_chat_template(chat_messages(turns, replies), tokenize=False, add_generation_prompt=True)
 
 
 QUESTIONS = [
@@ -79,7 +79,7 @@ def test_one_turn_has_the_scores_and_tokens_of_generate_under_a_penalty(turn, pe
 @BOTH
 def test_a_second_turn_is_penalised_for_what_the_first_showed_and_said():
     vlm, image = penalising(1.4), picture(280, 224, 5)
-    session, one = Session(), Turn((half(image),), "What is the value of the red bar?", system=PAPER_GRID.prompt, last=False)
+    session, one = Session(), Turn((half(image),), "What is the value of the red bar?", system=PAPER_GRID.prompt, is_final=False)
     words = vlm.tokenizer("the red bar", add_special_tokens=False)["input_ids"]  # random weights write what no text is made of
     (first,) = vlm.reply([Request(session, one, 8, forced=tuple(words))])
     two = Turn(tuple(PAPER_GRID.cut(image, ("top-left",))))
@@ -119,7 +119,7 @@ def test_a_draft_is_penalised_token_by_token_and_what_does_not_stand_is_forgotte
 
 
 def test_the_grammar_chooses_among_penalised_scores():
-    turn = replace(QUESTIONS[0], calls=PAPER_GRID)
+    turn = replace(QUESTIONS[0], crop_grammar=PAPER_GRID)
     vlm = penalising(1.2)
     ids = vlm.tokenizer("GET_CROPS", add_special_tokens=False)["input_ids"]
     forced = (*ids, *[0] * 3)
@@ -186,7 +186,7 @@ def test_texts_and_pictures_keep_their_order_and_spacing():
     theirs = [{"role": "user", "content": [{"type": k, k: v} for k, v in content]}]
     expected = vlm.processor.apply_chat_template(theirs, tokenize=False, add_generation_prompt=True)
     for policy, images in ((Full(), (a, b)), (AwaRes(), (a, b))):
-        look = policy.look(sample)
+        look = policy.turns(sample)
         turn = next(look)
         while not isinstance(turn, Turn):
             turn = next(look)
@@ -199,9 +199,9 @@ def test_text_before_the_only_picture_stays_before_it_in_every_view():
     image = picture(224, 224)
     content = [{"type": "text", "text": "Look: "}, {"type": "image", "url": image}, {"type": "text", "text": " What is it?"}]
     sample = job_of([{"role": "user", "content": content}], {}, "x").sample
-    turn = next(AwaRes().look(sample))
+    turn = next(AwaRes().turns(sample))
     assert rendered(tiny_vlm(), [turn], []).count("Look: <|vision_start|>") == 1
-    assert sample.ask((image, image)).before == ("Look: ",) and sample.ask((image, image)).text == " What is it?"
+    assert sample.ask((image, image)).image_prefixes == ("Look: ",) and sample.ask((image, image)).text == " What is it?"
 
 
 @pytest.mark.parametrize(

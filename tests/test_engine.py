@@ -122,8 +122,8 @@ def test_choosing_never_passes_the_oldest_by():
 
 
 def test_a_session_is_as_it_was_when_memory_ran_out_in_the_middle_of_keeping(monkeypatch):
-    vlm, first = tiny_vlm(), Turn((picture(84, 84),), "Which?", system=PAPER_GRID.prompt, last=False)
-    second = Turn((picture(56, 84),), last=False)
+    vlm, first = tiny_vlm(), Turn((picture(84, 84),), "Which?", system=PAPER_GRID.prompt, is_final=False)
+    second = Turn((picture(56, 84),), is_final=False)
 
     def started():
         sessions = [Session(), Session()]

@@ -27,7 +27,7 @@ from awares_bench.inference.layerwise_batch import StagedBatch
 from awares_bench.inference.local_model import VLM, mrope_positions
 from awares_bench.inference.padded_batch import Batch
 from awares_bench.inference.session import Session
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench.methods.pruner import Pruner, ReleasedQuirks, VisualTokens
 from awares_bench.models.prompt_chunk import Chunk, Span
 
 GOLDEN = Path(os.environ.get("AWARES_GOLDEN") or Path(__file__).parent / "golden")
@@ -60,7 +60,7 @@ def model(name: str, attention: str = "sdpa") -> VLM:
     return VLM(weights, SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=245, pad_token_id=243)))
 
 
-def prompt(vlm: VLM, name: str, pruner: Pruner | None = None) -> tuple[Chunk, Visual]:
+def prompt(vlm: VLM, name: str, pruner: Pruner | None = None) -> tuple[Chunk, VisualTokens]:
     """An input file -> the unpruned chunk and its image."""
     with np.load(GOLDEN / name) as file:
         ids, grids = file["input_ids"][0].tolist(), [tuple(g) for g in file["image_grid_thw"].tolist()]
@@ -146,11 +146,11 @@ def test_visionzip_select_qwen25(path):
     want, meta = read(path)
     pruner, n = visionzip(meta), len(want["scores"])
     assert n == int(meta["N"])
-    image = Visual(want["image_embeds"], (1, n), attention=want["scores"], metric=want["metric"])
-    dominant, contextual = pruner.counts(n, pruner.budget(n, pruner.retention))
+    image = VisualTokens(want["image_embeds"], (1, n), attention=want["scores"], vision_keys=want["metric"])
+    dominant, contextual = pruner.counts(n, pruner.tokens_to_keep(n, pruner.retention))
     assert torch.equal(pruner.select(image, dominant), want["dominant_sorted"])
     assert contextual == len(want["contextual"])
-    features, kept = pruner.reduce(image, pruner.budget(n, pruner.retention))
+    features, kept = pruner.reduce(image, pruner.tokens_to_keep(n, pruner.retention))
     assert torch.equal(kept, want["kept"])
     close(features, want["kept_embeds"])
     close(features[torch.isin(kept, want["contextual"])], want["contextual_embeds"])
@@ -176,7 +176,7 @@ def test_visionzip_select_llava(path):
     object.__setattr__(pruner, "given", (dominant, contextual))
     for b in range(len(want["cls_attention"])):
         attention, hidden = want["cls_attention"][b].sum(0), want["hidden_states"][b]
-        image = Visual(hidden[1:], (1, len(attention)), attention=attention, metric=want["metric"][b, 1:])
+        image = VisualTokens(hidden[1:], (1, len(attention)), attention=attention, vision_keys=want["metric"][b, 1:])
         top = pruner.select(image, dominant)
         assert torch.equal(top + 1, want["all_indices_sorted"][b, 1:])
         features, kept = pruner.reduce(image, dominant + contextual)
@@ -191,7 +191,9 @@ def test_visionzip_select_effivlm(path):
     pruner = Counted(0.5, compat="official")
     object.__setattr__(pruner, "given", (max(1, int(n * budget * 5.4 / 6.4)), max(1, int(n * budget / 6.4))))
     metric = want["metric"].mean(0).unflatten(0, (n, 4)).mean(1)
-    image = Visual(want["merged_tokens"], (1, n), attention=want["column_mean"].unflatten(0, (n, 4)).mean(1), metric=metric)
+    image = VisualTokens(
+        want["merged_tokens"], (1, n), attention=want["column_mean"].unflatten(0, (n, 4)).mean(1), vision_keys=metric
+    )
     features, kept = pruner.reduce(image, sum(pruner.given))
     assert torch.equal(kept, want["kept"])
     close(features, want["output_tokens"], 5e-3)
@@ -206,7 +208,7 @@ def test_visionzip_e2e(path, attention):
     n, start = len(image.features), chunk.spans[0].start
     close(image.features, want["image_features"])
     close(image.attention * 4 * n, want["scores"])  # theirs is summed over queries
-    close(image.metric, want["metric"])
+    close(image.vision_keys, want["metric"])
     cut = chunk.cut(pruner, pruner.retention)
     assert torch.equal(cut.spans[0].visual.places, want["kept"])
     assert torch.equal(cut.positions, want["position_ids"][:, 0])
@@ -236,11 +238,11 @@ def test_holov_select_qwen(path):
     want, meta = read(path)
     n, keep, start = len(want["attention"]), int(meta["keep"]), int(meta["image_token_start"])
     pruner = HoloV(float(meta["ratio"]), "fixed")
-    assert pruner.budget(n, pruner.retention) == keep and pruner.bands(n, keep) == int(meta["num_patches"])
+    assert pruner.tokens_to_keep(n, pruner.retention) == keep and pruner.bands(n, keep) == int(meta["num_patches"])
     positions = torch.arange(start + n + 3) * torch.tensor([[1], [2], [3]])
     embeds = torch.zeros(start + n + 3, want["image_tokens"].shape[1])
     embeds[start : start + n] = want["image_tokens"]
-    image = Visual(want["image_tokens"], (1, n), attention=want["attention"])
+    image = VisualTokens(want["image_tokens"], (1, n), attention=want["attention"])
     cut = Chunk(embeds, positions, 0, (Span(start, image, n),)).cut(pruner, pruner.retention)
     _, kept = pruner.reduce(image, keep)
     assert torch.equal(kept, want["final_positions"])
@@ -254,7 +256,7 @@ def test_holov_select_llava(path):
     pruner = Banded(0.5, "fixed")
     object.__setattr__(pruner, "given", int(meta["num_patches"]))
     for tokens, attention, output in zip(want["image_tokens"], want["attention"], want["output_tokens"], strict=True):
-        features, _ = pruner.reduce(Visual(tokens, (1, len(tokens)), attention=attention), int(meta["keep"]))
+        features, _ = pruner.reduce(VisualTokens(tokens, (1, len(tokens)), attention=attention), int(meta["keep"]))
         close(features, output)
 
 
@@ -265,7 +267,7 @@ def test_holov_e2e(path, attention):
     pruner = HoloV(float(meta["prune_rate"]), "official" if "asis" in path.stem.split("_") else "fixed")
     vlm = model("tiny-qwen2_5_vl", attention)
     chunk, image = prompt(vlm, meta["inputs"], pruner)
-    keep = pruner.budget(len(image.features), pruner.retention)
+    keep = pruner.tokens_to_keep(len(image.features), pruner.retention)
     assert (keep, pruner.bands(len(image.features), keep)) == (int(meta["keep_num"]), int(meta["num_patches"]))
     close(pruner.score(image), want["attention"])
     assert torch.equal(pruner.reduce(image, keep)[1], want["final_positions"])
@@ -300,8 +302,8 @@ def test_fastv_select(path):
     want, meta = read(path)
     start, n = int(meta["image_start"]), int(meta["image_len"])
     pruner, row = FastV(1 - float(meta["R_prune"])), want["last_row_per_head"]
-    image = Visual(torch.zeros(n, 1), (1, n), torch.arange(n), rows=Given(row[:, None, start : start + n]))
-    assert torch.equal(pruner.select(image, pruner.budget(n, pruner.retention)), want["kept_image"])
+    image = VisualTokens(torch.zeros(n, 1), (1, n), torch.arange(n), decoder_attention=Given(row[:, None, start : start + n]))
+    assert torch.equal(pruner.select(image, pruner.tokens_to_keep(n, pruner.retention)), want["kept_image"])
     length = row.shape[1]
     chunk = Chunk(torch.zeros(length, 1), torch.arange(length).expand(3, -1), length, (Span(start, image, n),))
     assert torch.equal(chunk.cut(pruner, pruner.retention).positions[0], want["keep_sequence"])
@@ -348,7 +350,7 @@ class Recorded:
     def __getattr__(self, name):
         return getattr(self.pruner, name)
 
-    def score(self, image: Visual) -> Tensor:
+    def score(self, image: VisualTokens) -> Tensor:
         self.scores.append(self.original(self.pruner, image))
         return self.scores[-1]
 
@@ -362,15 +364,15 @@ class Scheduled(SparseVLM):
 
     schedule, tokens, packed = {}, (), None
 
-    def stages(self, layers):
+    def cut_layers(self, layers):
         return self.schedule
 
-    def budget(self, visual, share):
+    def tokens_to_keep(self, visual, share):
         return int(share)
 
     @property
-    def repacks(self):
-        return super().repacks if self.packed is None else self.packed
+    def quirks(self):
+        return super().quirks if self.packed is None else ReleasedQuirks(renumber_positions=self.packed)
 
 
 def scheduled(schedule: dict[int, int], version: str = "1.5", packed: bool | None = None) -> Scheduled:
@@ -383,7 +385,7 @@ def scheduled(schedule: dict[int, int], version: str = "1.5", packed: bool | Non
 def text_chunk(embeds: Tensor, start: int, n: int) -> Chunk:
     """Embeddings with an image in them and plain positions."""
     embeds, length = embeds.float(), len(embeds)
-    image = Visual(embeds[start : start + n], (1, n), torch.arange(n))
+    image = VisualTokens(embeds[start : start + n], (1, n), torch.arange(n))
     return Chunk(embeds, torch.arange(length).expand(3, -1), length, (Span(start, image, n),))
 
 
@@ -394,7 +396,7 @@ def test_sparsevlm_stage(path):
     pruner, chunk = scheduled({0: keep}), text_chunk(want["hidden_states"], start, n)
     image, text = chunk.spans[0].visual, chunk.embeds[start + n :]
     assert torch.equal(pruner.raters(image.features, text), want["rater_idx"])
-    seen = replace(image, rows=Given(want["rater_attention"]))
+    seen = replace(image, decoder_attention=Given(want["rater_attention"]))
     score = pruner.score(seen)
     close(score, want["score"])
     assert torch.equal(pruner.select(seen, keep), want["keep_idx"])
@@ -402,7 +404,7 @@ def test_sparsevlm_stage(path):
     assert clusters == int(meta["cluster_num"])
     assert torch.equal(score.argsort(descending=True, stable=True)[keep:][:again], want["recycled_idx_by_score"])
     close(cluster(image.features[want["recycled_idx_by_score"]], clusters)[1], want["cluster_tokens"])
-    cut = chunk.cut(pruner, keep, lambda span: seen.rows)
+    cut = chunk.cut(pruner, keep, lambda span: seen.decoder_attention)
     close(cut.embeds, want["output_hidden"])
     assert torch.equal(torch.arange(len(cut.embeds)), want["output_positions_v1"])
 
@@ -419,7 +421,7 @@ def test_sparsevlm_headsel(path):
     pruner, rows = SparseVLM(0.5, "plus", "official"), Given(want["rater_attention"])
     assert int(meta["k"]) == len(pruner.heads(rows.per_head()))
     assert torch.equal(pruner.heads(rows.per_head()).sort().values, want["selected_heads"].sort().values)
-    image = Visual(torch.zeros(want["mean_selected"].shape[1], 1), (1, 1), rows=rows)
+    image = VisualTokens(torch.zeros(want["mean_selected"].shape[1], 1), (1, 1), decoder_attention=rows)
     close(pruner.score(image), want["mean_selected"].mean(0))
 
 

@@ -30,7 +30,7 @@ from .qwen_tokenizer import qwen_tokenizer
 from .test_vlm import TOLERANCE, TURNS, ours
 from .tiny import GEOMETRY, picture, tiny_vlm
 
-TURN = Turn((picture(112, 112),), "Which way?", system=PAPER_GRID.prompt, last=False, calls=PAPER_GRID)
+TURN = Turn((picture(112, 112),), "Which way?", system=PAPER_GRID.prompt, is_final=False, crop_grammar=PAPER_GRID)
 
 
 def byte_level(text: str, merges: int):
@@ -419,7 +419,11 @@ def pairs():
     with inclined_to_call(vlm):
         for i in range(24):
             turn = Turn(
-                (picture(84 + 28 * (i % 4), 112, i),), f"Which way, {i}?", system=PAPER_GRID.prompt, last=False, calls=PAPER_GRID
+                (picture(84 + 28 * (i % 4), 112, i),),
+                f"Which way, {i}?",
+                system=PAPER_GRID.prompt,
+                is_final=False,
+                crop_grammar=PAPER_GRID,
             )
             both = []
             for constrained in (False, True):
@@ -468,7 +472,8 @@ def test_the_second_turn_continues_a_constrained_call_as_it_does_a_plain_one():
 def test_in_a_batch_calls_and_answers_have_the_scores_of_each_alone():
     vlm = tiny_vlm()
     turns = [
-        Turn((picture(112, 84, i),), f"Which {i}?", system=PAPER_GRID.prompt, last=False, calls=PAPER_GRID) for i in range(3)
+        Turn((picture(112, 84, i),), f"Which {i}?", system=PAPER_GRID.prompt, is_final=False, crop_grammar=PAPER_GRID)
+        for i in range(3)
     ]
     turns = [turns[0], TURNS[1], turns[1], TURNS[3], turns[2]]
     budgets, second = [32, 3, 32, 9, 4], Turn((picture(84, 84),))
@@ -481,7 +486,7 @@ def test_in_a_batch_calls_and_answers_have_the_scores_of_each_alone():
             replies, scores = ours(vlm, requests)
             for b, i in enumerate(group):
                 out[i] = [(replies[b], scores[: len(replies[b].tokens), b])]
-            more = [b for b, i in enumerate(group) if not turns[i].last]
+            more = [b for b, i in enumerate(group) if not turns[i].is_final]
             if more:
                 replies, scores = ours(vlm, [Request(sessions[b], second, 4) for b in more])
                 for row, b in enumerate(more):

@@ -119,7 +119,7 @@ def test_a_batch_that_fails_goes_on_in_halves_and_says_so():
 class Odd(Policy):
     """Does one odd thing for each question."""
 
-    def look(self, sample):
+    def turns(self, sample):
         kind = sample.question
         if kind == "key":
             raise KeyError("missing")
@@ -132,7 +132,7 @@ class Odd(Policy):
         if kind == "image":
             yield Turn(("not an image",), kind)
         if kind == "budget":
-            yield Turn(sample.images, kind, budget="many")
+            yield Turn(sample.images, kind, min_reply_tokens="many")
         if kind == "none":
             return None
         if kind == "early":
@@ -170,8 +170,8 @@ def test_whatever_a_policy_does_for_one_document_is_that_documents_failure(batch
 
 def test_a_policy_whose_look_is_no_generator_fails_its_documents():
     class Plain(Policy):
-        def look(self, sample):
-            return {}["x"] if sample.question == "bad" else Full().look(sample)
+        def turns(self, sample):
+            return {}["x"] if sample.question == "bad" else Full().turns(sample)
 
     assert list(failures(ended([job(0), job(1, "bad"), job(2)], policy=Plain()))) == [1]
 
@@ -191,7 +191,7 @@ def test_what_no_document_can_be_answered_after_ends_the_run(monkeypatch):
 
 def test_a_pruner_that_does_not_fit_the_model_is_refused_before_any_document():
     class Deep(Pruner):
-        def stages(self, layers):
+        def cut_layers(self, layers):
             return {layers + 3: 0.5}
 
     with pytest.raises(ValueError, match="this model has 3 layers"):
@@ -217,10 +217,10 @@ def test_half_a_character_is_named(half):
 def test_noncharacters_are_read_like_other_text(text):
     """The second turn holds nothing of the first, whatever the first one says."""
     vlm, session = tiny_vlm(), Session()
-    vlm.reply([Request(session, Turn((), f"Which {text}?", last=False), 2)])
+    vlm.reply([Request(session, Turn((), f"Which {text}?", is_final=False), 2)])
     second = vlm.chunk(session, Turn((), f"And {text}?"), [])[len(session.pending) :]
     plain = Session()
-    vlm.reply([Request(plain, Turn((), "Which?", last=False), 2)])
+    vlm.reply([Request(plain, Turn((), "Which?", is_final=False), 2)])
     wanted = vlm.chunk(plain, Turn((), "And ?"), [])[len(plain.pending) :]
     more = len(vlm.tokenizer(f"And {text}?", add_special_tokens=False)["input_ids"])
     assert len(second) - more == len(wanted) - len(vlm.tokenizer("And ?", add_special_tokens=False)["input_ids"])

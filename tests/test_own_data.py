@@ -16,7 +16,7 @@ from lmms_eval.evaluator import simple_evaluate
 
 from awares_bench import cli
 from awares_bench.evaluation import demo, lmms_model, lmms_run, sweep
-from awares_bench.models import packaged
+from awares_bench.methods.resolution_gate import gate_path
 from awares_bench.tasks.nano import suite as nano_suite
 
 from .test_plugin import checkpoint, records  # noqa: F401  (checkpoint is a fixture)
@@ -144,7 +144,7 @@ def test_an_edited_method_or_a_file_it_reads_is_another_run(run, suites, tmp_pat
         first(method=f"{paths[0]}:Strip", output_dir=tmp_path / "run")
 
     gate = tmp_path / "gate.safetensors"
-    shutil.copy(packaged.gate("nano"), gate)
+    shutil.copy(gate_path("nano"), gate)
     identity = lmms_model.cares(gate=str(gate), output_dir=tmp_path / "gated").run.identity
     assert identity["files"] == {"gate": lmms_model.content.file(gate)} and set(identity["code"]) == {"cares"}
 

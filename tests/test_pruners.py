@@ -1,8 +1,6 @@
 """Every pruner in ``baselines``: the contract of ``awares_bench.methods.pruner.Pruner``, on logits."""
 
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.resources import files
 
 import pytest
 import torch
@@ -16,13 +14,14 @@ from awares_bench.baselines.holov import HoloV
 from awares_bench.baselines.pooling import Pooling
 from awares_bench.baselines.sparsevlm import SparseVLM
 from awares_bench.baselines.visionzip import VisionZip
-from awares_bench.bench.engine_bench import pruner_bench
+from awares_bench.bench import pruner_bench
 from awares_bench.bench.meter import Meter
 from awares_bench.inference.local_model import VLM, mrope_positions
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Turn
 from awares_bench.methods.images import half
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.methods.registry import pruner_classes
 from awares_bench.models.attention_scores import AttentionRows, Probe, column_attention, window_order
 from awares_bench.models.prompt_chunk import look
 
@@ -32,17 +31,7 @@ from .tiny import picture, tiny_vlm
 TOLERANCE = 1e-4
 
 
-def pruners() -> list[type[Pruner]]:
-    """The pruner class of every file of the room that has one."""
-    room = files("awares_bench.baselines").iterdir()
-    modules = [
-        import_module(f"awares_bench.baselines.{p.name[:-3]}") for p in room if p.name[0] != "_" and p.name.endswith(".py")
-    ]
-    found = [c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
-    return sorted((c for c in found if issubclass(c, Pruner)), key=lambda c: c.__name__)
-
-
-EVERY = pytest.mark.parametrize("cls", pruners(), ids=lambda c: c.__name__)
+EVERY = pytest.mark.parametrize("cls", pruner_classes(), ids=lambda c: c.__name__)
 VARIANTS = [SparseVLM(0.4, "plus"), SparseVLM(0.4, "1.5", "official"), HoloV(0.4, "official"), VisionZip(0.4, compat="official")]
 
 
@@ -55,12 +44,12 @@ def pruned(vlm, requests, pruner):
         vlm.trace = None
 
 
-def image(v: int = 45, grid: tuple[int, int] = (5, 9), seed: int = 0) -> Visual:
+def image(v: int = 45, grid: tuple[int, int] = (5, 9), seed: int = 0) -> VisualTokens:
     """A picture's tokens as every pruner may see them."""
     g = torch.Generator().manual_seed(seed)
     q, k = torch.randn(4, 3, 16, generator=g), torch.randn(2, v + 8, 16, generator=g)
     rows = AttentionRows(q, k, torch.arange(v + 5, v + 8), slice(3, v + 3), torch.rand(2, v + 8, 16, generator=g).unbind())
-    return Visual(
+    return VisualTokens(
         torch.randn(v, 12, generator=g),
         grid,
         torch.arange(v),
@@ -96,7 +85,7 @@ def test_the_other_versions_hold_in_batches_and_second_turns_too(pruner):
 
 def check_batch(pruner):
     vlm = tiny_vlm()
-    one = Turn((half(picture(252, 252, 7)),), "Which way?", last=False)
+    one = Turn((half(picture(252, 252, 7)),), "Which way?", is_final=False)
 
     def second_turn():
         session = Session()
@@ -119,7 +108,7 @@ def test_a_second_turn_on_the_cut_cache_is_what_a_mask_over_the_whole_conversati
     if cls in (Pooling, SparseVLM, VisionZip):
         pytest.skip("merging changes features; the batch test covers its second turns")
     vlm, pruner = tiny_vlm(), cls(0.4)
-    one, two = Turn((picture(140, 196, 5),), "What is it?", last=False), Turn((picture(84, 112, 6),))
+    one, two = Turn((picture(140, 196, 5),), "What is it?", is_final=False), Turn((picture(84, 112, 6),))
     session = Session()
     (reply,), _ = pruned(vlm, [Request(session, one, 4)], pruner)
     kept = [k.shape[1] for k in session.keys]
@@ -131,7 +120,7 @@ def test_a_second_turn_on_the_cut_cache_is_what_a_mask_over_the_whole_conversati
 def masked(vlm: VLM, pruner: Pruner, one: Turn, reply: list[int], two: Turn, cached: list[int]) -> torch.Tensor:
     chunks, at, visible = [], 0, []  # visible: per layer, the (L,) tokens it may see
     layers = len(vlm.decoder.layers)
-    stages = pruner.stages(layers)
+    stages = pruner.cut_layers(layers)
     for session, turn in ((Session(), one), (Session(turns=[one], replies=["x"]), two)):
         views = [vlm.pixels(i) for i in turn.images]
         grids = [g for _, g, _ in views]
@@ -163,7 +152,7 @@ def masked(vlm: VLM, pruner: Pruner, one: Turn, reply: list[int], two: Turn, cac
             for c, start in zip(chunks, offset, strict=True):
                 for span in c.spans:
                     columns = slice(start + span.start, start + span.stop)
-                    n = pruner.budget(span.full, stages[layer])
+                    n = pruner.tokens_to_keep(span.full, stages[layer])
                     best = weights[start + len(c.embeds) - 1, columns].argsort(descending=True, stable=True)[n:]
                     alive[start + span.start + best] = False
     assert [n + len(reply) - (cached[0] - visible[0] != len(reply)) for n in visible] == cached
@@ -174,7 +163,7 @@ def survivors(chunk, pruner, share) -> torch.Tensor:
     alive = torch.ones(len(chunk.embeds), dtype=torch.bool)
     for span in chunk.spans:
         alive[span.start : span.stop] = False
-        _, chosen = pruner.reduce(span.visual, pruner.budget(span.full, share))
+        _, chosen = pruner.reduce(span.visual, pruner.tokens_to_keep(span.full, share))
         alive[span.start + chosen] = True
     return alive
 
@@ -187,13 +176,13 @@ def test_tokens_keep_positions_raster_order_and_text(cls):
     grids = [g for _, g, _ in views]
     ids = vlm.chunk(Session(), turn, grids)
     chunk = vlm.embed(ids, mrope_positions(ids, grids, vlm.image_token), vlm.see([p for p, _, _ in views], grids, pruner))
-    cut = chunk.cut(pruner, 0.4, lambda span: image(span.full).rows)
+    cut = chunk.cut(pruner, 0.4, lambda span: image(span.full).decoder_attention)
     assert cut.after == chunk.after
     text = torch.tensor(ids) != vlm.image_token
     kept = text.clone()
     for whole, part in zip(chunk.spans, cut.spans, strict=True):
         places = part.visual.places
-        assert torch.equal(places, places.unique(sorted=True)) and 0 < len(places) <= pruner.budget(whole.full, 0.4)
+        assert torch.equal(places, places.unique(sorted=True)) and 0 < len(places) <= pruner.tokens_to_keep(whole.full, 0.4)
         assert torch.equal(cut.embeds[part.start : part.stop], part.visual.features)
         kept[whole.start + places] = True
     assert torch.equal(cut.positions, chunk.positions[:, kept])
@@ -206,12 +195,12 @@ def test_usage_is_the_mean_over_the_layers(cls):
     pruner, layers = cls(0.4), len(vlm.decoder.layers)
     (reply,), _ = pruned(vlm, [first(TURNS[0])], pruner)
     assert reply.usage.encoded == 64
-    stages, v = pruner.stages(layers), 64
+    stages, v = pruner.cut_layers(layers), 64
     entering = []
     for layer in range(layers):
         entering.append(v)
-        v = pruner.budget(64, stages[layer]) if layer in stages else v
-    low = high = sum(entering) / layers if stages else pruner.budget(64, 0.4)
+        v = pruner.tokens_to_keep(64, stages[layer]) if layer in stages else v
+    low = high = sum(entering) / layers if stages else pruner.tokens_to_keep(64, 0.4)
     if cls is Pooling:
         low *= 0.8  # cells fill a rectangle
     assert low <= reply.usage.prefill <= high
@@ -289,7 +278,7 @@ def test_column_attention_is_the_mean_of_the_softmax_whatever_the_block(block):
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 22])
 def test_attention_rows_are_those_of_the_softmax(block):
-    rows = image().rows
+    rows = image().decoder_attention
     scores = rows.q @ rows.keys.repeat_interleave(2, 0).transpose(1, 2) * 16**-0.5
     scores[:, torch.arange(53) > rows.rows[:, None]] = -torch.inf
     right, divisor = scores.softmax(-1)[..., 3:48], torch.rand(3, 45) + 1
@@ -312,7 +301,7 @@ def test_scores_of_an_image_do_not_depend_on_its_neighbours():
     for (p, g, _), seen in zip(views, together, strict=True):
         (alone,) = vlm.see([p], [g], pruner)
         torch.testing.assert_close(seen.attention, alone.attention, atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(seen.metric, alone.metric, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(seen.vision_keys, alone.vision_keys, atol=1e-5, rtol=1e-4)
     assert together[0].attention.sum().item() == pytest.approx(1 / 4, rel=1e-4)  # a mean over four patches each
 
 
@@ -336,7 +325,7 @@ def test_pooling_at_a_quarter_is_the_2x2_average():
 
 def test_a_contextual_token_is_the_mean_of_its_group():
     seen = replace(
-        image(8, (2, 4)), attention=torch.tensor([9.0, 8, 0, 0, 0, 0, 0, 0]), metric=torch.eye(8)[[0, 1, 2, 2, 2, 5, 5, 5]]
+        image(8, (2, 4)), attention=torch.tensor([9.0, 8, 0, 0, 0, 0, 0, 0]), vision_keys=torch.eye(8)[[0, 1, 2, 2, 2, 5, 5, 5]]
     )
     features, kept = VisionZip(0.5, 0.25).reduce(seen, 4)
     assert kept.tolist() == [0, 1, 2, 5]
@@ -369,7 +358,7 @@ def test_equal_scores_keep_the_first():
 @pytest.mark.parametrize("layers", [4, 28, 36])
 @pytest.mark.parametrize("retention", [0.05, 0.25, 0.5, 0.7, 0.9])
 def test_sparsevlm_keeps_its_retention_as_the_mean_over_the_layers(layers, retention):
-    stages, share, shares = SparseVLM(retention).stages(layers), 1.0, []
+    stages, share, shares = SparseVLM(retention).cut_layers(layers), 1.0, []
     for layer in range(layers):
         shares.append(share)
         share = stages.get(layer, share)
@@ -397,7 +386,7 @@ def test_a_layer_that_the_model_does_not_have_is_an_error():
 def test_the_bench_times_every_pruner_on_as_many_pictures_as_asked(capsys):
     result = pruner_bench.run("nano", tokens=16, batch=2, repeats=1)
     told, costs = capsys.readouterr().out, result["pruners"]
-    assert {c["pruner"] for c in costs} == {c.__module__.rsplit(".", 1)[1] for c in pruners()}
+    assert {c["pruner"] for c in costs} == {c.__module__.rsplit(".", 1)[1] for c in pruner_classes()}
     assert all(c["pruner"] in told and 0 < c["visual"] <= 8 for c in costs)
     assert all(c["share"] == pytest.approx(c["seconds"] / result["prefill_seconds"]) for c in costs)  # of one round
     assert all(0 < c["scoring_seconds"] < c["seconds"] for c in costs)
@@ -420,8 +409,8 @@ def test_deciding_takes_at_most_100_MiB_at_4096_tokens_of_7B():
             torch.rand(2, v + text, 128).unbind(),
         )  # fmt: skip
         (seen,) = meter(look, features, [(64, 64)], probe, None, 4)
-        for pruner in [c(r) for c in pruners() for r in (0.1, 0.7)] + [SparseVLM(0.5, "plus")]:
+        for pruner in [c(r) for c in pruner_classes() for r in (0.1, 0.7)] + [SparseVLM(0.5, "plus")]:
             meter(pruner.raters, features, torch.randn(text, 3584))
-            meter(pruner.reduce, replace(seen, rows=rows), pruner.budget(v, pruner.retention))
+            meter(pruner.reduce, replace(seen, decoder_attention=rows), pruner.tokens_to_keep(v, pruner.retention))
             assert meter.peak <= 100 * 2**20, f"{pruner}: {meter.peak / 2**20:.0f} MiB"
     print(f"{meter.peak / 2**20:.0f} MiB at most, {sum(meter.seconds):.0f} s")

@@ -61,7 +61,7 @@ class Watched:
         try:
             replies = self.vlm.reply(requests, pruner)
             for b, (key, reply) in enumerate(zip(keys, replies, strict=True)):
-                if requests[b].turn.said is None:
+                if requests[b].turn.forced_reply is None:
                     self.logits[key] = torch.stack([step[b] for step in self.vlm.trace[: max(1, len(reply.tokens))]])
         finally:
             self.vlm.trace = None
@@ -123,9 +123,9 @@ def test_a_method_counts_what_the_decoder_is_fed(name, given):
             spent = reply.usage
             assert spent.encoded == sum(vlm.visual_tokens(i) for i in turn.images)
             assert 0 < spent.prefill <= spent.encoded or not turn.images
-            if turn.probe is not None:
+            if turn.hidden_state_depth is not None:
                 continue
-            asked = [x for x in t.turns if x.model == turn.model and x.probe is None]
+            asked = [x for x in t.turns if x.model == turn.model and x.hidden_state_depth is None]
             key = (asked[0].text, asked.index(turn), turn.model)
             fed = np.mean([length - spent.text for length in watched.entering[key]])
             assert spent.prefill == pytest.approx(fed), (name, n)
@@ -158,7 +158,7 @@ def test_every_pruner_composes_with_policies_of_two_turns_and_with_a_proxy(prune
         for sample, a, b in zip(SAMPLES[:3], pruned, whole[:3], strict=True):
             for turn, cut, kept in zip(a.turns, a.replies, b.replies, strict=True):
                 assert cut.usage.encoded == kept.usage.encoded
-                if turn.probe is not None or not turn.images:  # a probe is not the conversation that is pruned
+                if turn.hidden_state_depth is not None or not turn.images:  # a probe is not the conversation that is pruned
                     assert cut.usage.prefill == kept.usage.prefill
                 else:
                     assert cut.usage.prefill < kept.usage.prefill, sample.key
@@ -212,8 +212,24 @@ POLICY = "from dataclasses import dataclass\nfrom awares_bench import Policy, Pr
         ("import nothing_of_that_name\n", ":Mine", r"cannot be imported: ModuleNotFoundError.*mend the file"),
         ("class Mine:\n    pass\n", ":Mine", r"is not a method; derive the class from awares_bench\.Policy or"),
         ("Mine = 3\n", ":Mine", "is not a method"),
-        (f"{POLICY}class Mine(Policy):\n    def look(self, sample): ...\n", ":Mine", r"write @dataclass\(frozen=True\)"),
-        (f"{POLICY}@dataclass(frozen=True)\nclass Mine(Policy):\n    pass\n", ":Mine", r"has no look\(self, sample\)"),
+        (f"{POLICY}class Mine(Policy):\n    def turns(self, sample): ...\n", ":Mine", r"write @dataclass\(frozen=True\)"),
+        (f"{POLICY}@dataclass(frozen=True)\nclass Mine(Policy):\n    pass\n", ":Mine", r"has no turns\(self, sample\)"),
+        (
+            f"{POLICY}@dataclass(frozen=True)\nclass Mine(Policy):\n    def look(self, sample): ...\n",
+            ":Mine",
+            r"rename it to turns\(self, sample\)",
+        ),
+        (
+            f"{POLICY}@dataclass(frozen=True)\nclass Mine(Pruner):\n    def stages(self, layers): ...\n",
+            ":Mine",
+            r"rename it to cut_layers\(self, layers\)",
+        ),
+        (
+            f"{POLICY}@dataclass(frozen=True)\nclass Mine(Pruner):\n    needs = ('metric',)\n",
+            ":Mine",
+            "needs 'metric'; a pruner may need attention, vision_keys, seed",
+        ),
+        ("from awares_bench.method import Policy\n", ":Mine", r"import Policy, Pruner, .* from awares_bench"),
         (f"{POLICY}@dataclass(frozen=True)\nclass Mine(Pruner):\n    pass\n", ":Mine", "has no score, select or reduce"),
         ("class Other: ...\n", ":Mine", "defines no 'Mine'; it defines Other"),
         ("class Other: ...\n", "", r"name the class: method=.*mine\.py:Class; mine\.py defines Other"),

@@ -61,47 +61,47 @@ def test_the_replies_lead_the_policies_where_the_labels_say(place):
     assert called == {"LR", "HR"}
     for row in examples.rows(str(place / "cropvlm.parquet"), ("replies",)):
         sample = examples.sample(row, 0, 2000)
-        look = whole().look(sample)
+        look = whole().turns(sample)
         next(look)
-        events, turn = cropper._after(look, cropper.Reply(row["replies"][0]))
-        assert [e.kind for e in events] == ["box"] and turn.images[0].size == half(sample.images[0]).size
-        left, top, right, bottom = map(int, events[0].detail.split(","))
+        events, turn = cropper.after_reply(look, cropper.Reply(row["replies"][0]))
+        assert not events and turn.images[0].size == half(sample.images[0]).size
+        ((left, top, right, bottom),) = turn.boxes
         assert all(left <= b[0] and top <= b[1] and right >= b[2] and bottom >= b[3] for b in row["boxes"])
 
 
 def test_a_part_asks_what_evaluation_asks_the_cropper_and_the_target_sees_what_it_sees(place):
     sample, said = Sample((picture(224, 224),), "what is it?", "k"), "[10, 20, 60, 70]."
-    part = cropper.Part(whole(), "cropper")
-    c = render(tiny_vlm(), part, sample, [said])
+    auxiliary_turn = cropper.AuxiliaryTurn(whole(), "cropper")
+    c = render(tiny_vlm(), auxiliary_turn, sample, [said])
     policy = whole()
-    first = next(policy.look(sample))
+    first = next(policy.turns(sample))
     assert first.model == "cropper" and c.ids[: c.prompt] == tiny_vlm().chunk(Session(), first, [c.views[0].grid])
     script = {first.text: [said], sample.question: ["42"]}
     ((_, outcome),) = Engine(Scripted(script), policy, 1).run([Job(sample, 8)])
-    shown = cropper.Target(tiny_copy(), part).shown(sample, said)
+    shown = cropper.FrozenTargetReward(tiny_copy(), auxiliary_turn).turn_after(sample, said)
     assert [i.tobytes() for i in shown.images] == [i.tobytes() for i in outcome.turns[1].images]
     assert shown.text == outcome.turns[1].text and shown.images[1].size == (112, 112)
     with pytest.raises(ValueError, match="not the other's"):
-        next(cropper.Part(whole(), "other").look(sample))
+        next(cropper.AuxiliaryTurn(whole(), "other").turns(sample))
 
 
 class Says:
     """A stand-in for a rollout: the reply's text and the events that evaluation notes."""
 
     def __init__(self, text, sample):
-        script = {next(whole().look(sample)).text: [text]}
-        ((_, self.trajectory),) = Engine(Scripted(script), cropper.Part(whole(), "cropper"), 1).run([Job(sample, 8)])
+        script = {next(whole().turns(sample)).text: [text]}
+        ((_, self.trajectory),) = Engine(Scripted(script), cropper.AuxiliaryTurn(whole(), "cropper"), 1).run([Job(sample, 8)])
 
 
 def test_the_reward_is_the_targets_likelihood_and_the_worth_of_the_form():
     vlm, sample = tiny_copy(), Sample((picture(224, 224),), "what is it?", "k")
-    target = cropper.Target(vlm, cropper.Part(whole(), "cropper"))
+    target = cropper.FrozenTargetReward(vlm, cropper.AuxiliaryTurn(whole(), "cropper"))
     texts = ["[10, 20, 60, 70].", "[10, 20, 10, 70].", "Not needed.", "[0, 0, 100, 100]."]
     parts = target(sample, "42", [Says(t, sample) for t in texts])
     assert [p["form"] for p in parts] == [1.0, 0.0, 0.25, 1.0]
     assert parts[1]["likelihood"] == pytest.approx(parts[2]["likelihood"], abs=1e-4)  # nothing is gained by a broken box
     for text, p in zip(texts, parts, strict=True):
-        turn = target.shown(sample, text if p["form"] else cropper.NOT_NEEDED)
+        turn = target.turn_after(sample, text if p["form"] else cropper.NOT_NEEDED)
         views = [vlm.pixels(i) for i in turn.images]
         said = [*vlm.tokenizer("42")["input_ids"], vlm.tokenizer.eos_token_id]
         ids = torch.tensor([vlm.chunk(Session(), turn, [g for _, g, _ in views]) + said])
@@ -134,7 +134,7 @@ def test_a_cropper_goes_through_both_trainers_into_evaluation(place):
     sample = Sample((picture(224, 224),), "what is it?", "k")
     policy = whole(cropper=UNDER_TEST)
     ((_, outcome),) = Engine(tiny_vlm(), policy, 1, models={"cropper": vlm}).run([Job(sample, 2)])
-    (alone,) = vlm.reply([Request(Session(), next(policy.look(sample)), 32)])
+    (alone,) = vlm.reply([Request(Session(), next(policy.turns(sample)), 32)])
     assert outcome.replies[0].text == alone.text and alone.text.startswith("[")
     assert "--model cropvlm" in (place / "crop" / "checkpoint" / "README.md").read_text()
 
@@ -161,7 +161,7 @@ def test_a_role_that_the_policy_does_not_have_is_refused(place):
 
 def test_rollouts_of_a_part_note_what_the_box_came_to():
     vlm = tiny_copy()
-    part = cropper.Part(whole(), "cropper")
-    ((one, two),), _ = rollouts(vlm, part, [Sample((picture(224, 224),), "what?", "k")], 2, Features(vlm), 6)
+    auxiliary_turn = cropper.AuxiliaryTurn(whole(), "cropper")
+    ((one, two),), _ = rollouts(vlm, auxiliary_turn, [Sample((picture(224, 224),), "what?", "k")], 2, Features(vlm), 6)
     for r in (one, two):  # random weights write no box
         assert [e.kind for e in r.trajectory.events][:1] == ["malformed_box"] and len(r.trajectory.turns) == 1

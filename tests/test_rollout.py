@@ -32,8 +32,10 @@ def talker():
 class OftenCalls(AwaRes):
     """Reads a call for one crop, for two, or for none into a first reply."""
 
-    def look(self, sample):
-        reply = yield Turn((half(sample.images[0]),), sample.question, system=PAPER_GRID.prompt, last=False, budget=32)
+    def turns(self, sample):
+        reply = yield Turn(
+            (half(sample.images[0]),), sample.question, system=PAPER_GRID.prompt, is_final=False, min_reply_tokens=32
+        )
         crops = ("top-left", "right")[: sum(reply.tokens) % 3]
         return (yield Turn(tuple(PAPER_GRID.cut(sample.images[0], crops)))) if crops else reply
 
@@ -91,7 +93,7 @@ def test_a_forced_call_leads_to_the_answer_of_the_conversation_that_holds_it():
     call = "GET_CROPS: ['1', '6']"
     sampler, session = Sampler(vlm, Features(vlm), 0.0), Session()
     policy = AwaRes()
-    look = policy.look(sample)
+    look = policy.turns(sample)
     one = next(look)
     (said,) = sampler.reply([Request(session, one, 6)], forced=[call])
     step = look.send(said)
@@ -114,16 +116,16 @@ def test_a_forced_call_leads_to_the_answer_of_the_conversation_that_holds_it():
 def test_conversations_that_do_not_move_together_are_refused():
     vlm = talker()
     sampler, session = Sampler(vlm, Features(vlm)), Session()
-    sampler.reply([Request(session, Turn((picture(56, 56),), "q", last=False), 2)])
+    sampler.reply([Request(session, Turn((picture(56, 56),), "q", is_final=False), 2)])
     with pytest.raises(ValueError, match="move together"):
         sampler.reply([Request(session, Turn(), 2), Request(Session(), Turn((picture(56, 56),), "q"), 2)])
 
 
 def test_a_reply_put_into_the_models_mouth_is_fed_and_not_scored():
     class Put(AwaRes):
-        def look(self, sample):
+        def turns(self, sample):
             said = PAPER_GRID.format(("left",))
-            yield Turn((half(sample.images[0]),), sample.question, last=False, said=said)
+            yield Turn((half(sample.images[0]),), sample.question, is_final=False, forced_reply=said)
             return (yield Turn(tuple(PAPER_GRID.cut(sample.images[0], ("left",)))))
 
     vlm = talker()

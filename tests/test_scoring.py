@@ -106,7 +106,7 @@ def test_rows_side_by_side_are_the_rows_alone_and_those_of_transformers():
 def test_a_rendered_conversation_is_what_the_engine_feeds():
     vlm, image = tiny_vlm(), picture(224, 224)
     c = render(vlm, AwaRes(), Sample((image,), "What is it?", "k"), ["GET_CROPS: ['1', '6']", "42"], 5.0)
-    one = Turn((half(image),), "What is it?", system=PAPER_GRID.prompt, last=False)
+    one = Turn((half(image),), "What is it?", system=PAPER_GRID.prompt, is_final=False)
     two = Turn(tuple(PAPER_GRID.cut(image, ("top-right", "bottom"))))
     grids = [vlm.pixels(i)[1] for t in (one, two) for i in t.images]
     head, call = vlm.chunk(Session(), one, grids[:1]), vlm.tokenizer("GET_CROPS: ['1', '6']")["input_ids"]

@@ -11,7 +11,7 @@ from awares_bench.inference.local_model import VLM, CheckpointError, mrope_posit
 from awares_bench.inference.padded_batch import Batch
 from awares_bench.inference.ragged_batch import RaggedBatch
 from awares_bench.inference.session import Request, Session
-from awares_bench.methods.conversation import Failure, Sample, Trajectory, Turn, messages
+from awares_bench.methods.conversation import Failure, Sample, Trajectory, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
 from awares_bench.models import qwen2_5_vl_vision
@@ -58,7 +58,7 @@ BOTH = pytest.mark.usefixtures("layout")
 def test_one_turn_has_the_logits_of_generate(turn):
     vlm = tiny_vlm()
     _, logits = ours(vlm, [first(turn)])
-    text = vlm.processor.apply_chat_template(messages([turn], []), tokenize=False, add_generation_prompt=True)
+    text = vlm.processor.apply_chat_template(chat_messages([turn], []), tokenize=False, add_generation_prompt=True)
     inputs = vlm.processor(text=[text], images=list(turn.images) or None, return_tensors="pt")
     out = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
     theirs = torch.stack(out.logits)
@@ -106,7 +106,7 @@ def test_a_second_turn_on_the_kept_cache_has_the_logits_of_a_fresh_prefill(budge
     vlm = tiny_vlm()
     image = picture(280, 224, 5)
     session = Session()
-    one = Turn((half(image),), "What is the value of the red bar?", system=PAPER_GRID.prompt, last=False)
+    one = Turn((half(image),), "What is the value of the red bar?", system=PAPER_GRID.prompt, is_final=False)
     (reply,), _ = ours(vlm, [fresh(session, one, budget)])
     two = Turn(tuple(PAPER_GRID.cut(image, ("top-left", "right"))))
     _, kept = ours(vlm, [fresh(session, two)])
@@ -129,13 +129,13 @@ def test_a_second_turn_on_the_kept_cache_has_the_logits_of_a_fresh_prefill(budge
 
 def test_the_second_chunk_continues_the_rendered_conversation():
     vlm = tiny_vlm()
-    one = Turn((picture(112, 112),), "q?", system=PAPER_GRID.prompt, last=False)
+    one = Turn((picture(112, 112),), "q?", system=PAPER_GRID.prompt, is_final=False)
     two = Turn((picture(56, 56),))
     grids = [vlm.pixels(i)[1] for t in (one, two) for i in t.images]
     reply = "GET_CROPS: ['3']"
     ids = vlm.chunk(Session(), one, grids[:1]) + vlm.tokenizer(reply)["input_ids"]
     ids += vlm.chunk(Session(turns=[one], replies=[reply]), two, grids[1:])
-    text = vlm.processor.apply_chat_template(messages([one, two], [reply]), tokenize=False, add_generation_prompt=True)
+    text = vlm.processor.apply_chat_template(chat_messages([one, two], [reply]), tokenize=False, add_generation_prompt=True)
     whole = vlm.processor(text=[text], images=[*one.images, *two.images], return_tensors="pt")["input_ids"][0].tolist()
     assert ids == whole
 
@@ -144,7 +144,7 @@ def test_the_second_chunk_continues_the_rendered_conversation():
 def test_a_mixed_batch_has_the_logits_of_each_row_alone():
     vlm = tiny_vlm()
     image = picture(252, 252, 7)
-    one = Turn((half(image),), "Which way?", system=PAPER_GRID.prompt, last=False)
+    one = Turn((half(image),), "Which way?", system=PAPER_GRID.prompt, is_final=False)
 
     def second_turn():
         session = Session()
@@ -161,9 +161,9 @@ def test_a_mixed_batch_has_the_logits_of_each_row_alone():
 
 def test_a_cache_stays_where_it_is_and_another_layout_goes_on_from_it():
     vlm, image = tiny_vlm(), picture(280, 224, 5)
-    one = Turn((half(image),), "What is the value of the red bar?", system=PAPER_GRID.prompt, last=False)
+    one = Turn((half(image),), "What is the value of the red bar?", system=PAPER_GRID.prompt, is_final=False)
     crops = tuple(PAPER_GRID.cut(image, ("top-left",)))
-    other = Turn((picture(112, 112),), "q?", last=False)
+    other = Turn((picture(112, 112),), "q?", is_final=False)
 
     def begun(kind):
         sessions = [Session(), Session()]
@@ -178,7 +178,7 @@ def test_a_cache_stays_where_it_is_and_another_layout_goes_on_from_it():
     for kind in ("keys", "values"):
         for a, b in zip(getattr(line, kind), getattr(rectangle, kind), strict=True):
             assert (a - b).abs().max() < TOLERANCE
-    second = Turn(crops, last=False)
+    second = Turn(crops, is_final=False)
     _, kept = ours(vlm, [Request(line, second, 4)])
     _, moved = ours(vlm, [Request(rectangle, second, 4)])
     assert (kept - moved).abs().max() < TOLERANCE

@@ -20,7 +20,7 @@ from torch import Tensor
 from awares_bench.inference.decoding import padded, penalised
 from awares_bench.inference.local_model import VLM, mrope_positions
 from awares_bench.inference.session import Session
-from awares_bench.methods.conversation import Reply, Sample, Turn
+from awares_bench.methods.conversation import Failure, Reply, Sample, Turn
 
 Grid = tuple[int, int, int]
 
@@ -86,7 +86,7 @@ def render(vlm: VLM, policy, sample: Sample, replies: list[str], call_weight: fl
         except ValueError as error:
             raise ValueError(f"sample {sample.key!r}: {error}") from error
     out, session, end = Conversation(), Session(), vlm.tokenizer.eos_token_id
-    for turn, reply, weight in turns(policy.look(sample), replies, call_weight):
+    for turn, reply, weight in turns(policy.turns(sample), replies, call_weight):
         views = [View.of(vlm, image) for image in turn.images]
         ids = vlm.chunk(session, turn, [v.grid for v in views])
         out.shown(ids[1:] if session.replies else ids, views)  # the end of the reply before is written already
@@ -108,19 +108,21 @@ def turns(look, replies: list[str], call_weight: float) -> Iterator[tuple[Turn, 
             step = look.send(told)
             while not isinstance(step, Turn):
                 step = look.send(None)
-        except StopIteration:
+        except StopIteration as stop:
+            if isinstance(stop.value, Failure):
+                raise ValueError(stop.value.error) from None
             if sent < len(replies):
                 raise ValueError(f"the row has {len(replies)} replies, the policy ends after {sent}: {replies!r}") from None
             return
-        if step.said is None:
+        if step.forced_reply is None:
             if sent == len(replies):
                 raise ValueError(f"the row has {len(replies)} replies, the policy asks for more: {replies!r}")
             sent += 1
             yield step, replies[sent - 1], 1.0 if sent == len(replies) else call_weight
             told = Reply(replies[sent - 1])
         else:
-            yield step, step.said, 0.0  # the policy puts it into the model's mouth
-            told = Reply(step.said)
+            yield step, step.forced_reply, 0.0  # the policy puts it into the model's mouth
+            told = Reply(step.forced_reply)
 
 
 class Features:

@@ -78,7 +78,7 @@ class Sampler:
         if pruner is not None:
             raise ValueError("rollouts see every visual token: train without a pruner")
         if forced is None:  # a policy may put a reply into the model's mouth
-            forced = [r.turn.said for r in requests]
+            forced = [r.turn.forced_reply for r in requests]
         views = [tuple(View.of(vlm, image, self._views) for image in r.turn.images) for r in requests]
         ids = [vlm.chunk(r.session, r.turn, [v.grid for v in vs]) for r, vs in zip(requests, views, strict=True)]
         new = all(not r.session.replies for r in requests)
@@ -245,7 +245,7 @@ class InStep(Engine):
             else:
                 yield index, started
         while waiting:
-            if any(r.turn.model or r.turn.probe is not None for r in waiting):
+            if any(r.turn.model or r.turn.hidden_state_depth is not None for r in waiting):
                 raise ValueError(
                     f"{type(self.policy).__name__} asks another model or probes; rollouts know the trained model only"
                 )

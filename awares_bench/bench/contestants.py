@@ -20,13 +20,15 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from awares_bench.awares import CALL_BUDGET
 from awares_bench.inference.local_model import VLM
 from awares_bench.inference.session import Prepared, Request, Session
-from awares_bench.methods.conversation import Turn, messages
+from awares_bench.methods.conversation import Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
 from awares_bench.methods.usage import Usage
 from awares_bench.models.cpu_kernels import product
-from awares_bench.models.geometry import decoder_flops, encode_flops, geometry, random_model
+from awares_bench.models.flops import decoder_flops, vision_flops
 from awares_bench.models.packaged import resolve
+
+from .synthetic_models import geometry, random_model
 
 CROP = "bottom-right"
 PHASES = ("preprocess", "encode", "prefill", "decode")
@@ -92,7 +94,7 @@ class Pages:
         self.answer = tuple(digits * self.answer_length)[: self.answer_length]
         self.full_turns = [Turn((image,), "What is the total of the second column?") for image in self.images]
         shown = [replace(t, images=(half(i),)) for t, i in zip(self.full_turns, self.images, strict=True)]
-        self.first = [replace(t, system=PAPER_GRID.prompt, last=False, calls=PAPER_GRID) for t in shown]
+        self.first = [replace(t, system=PAPER_GRID.prompt, is_final=False, crop_grammar=PAPER_GRID) for t in shown]
         self.second = [Turn(tuple(PAPER_GRID.cut(image, (CROP,)))) for image in self.images]
 
     def full(self) -> list[list[Usage]]:
@@ -138,7 +140,11 @@ class Pages:
     def generate_full(self) -> list[list[Usage]]:
         """One turn, the whole page, through ``model.generate``."""
         return [
-            [self.generate([messages([t], []) for t in self.full_turns], [t.images for t in self.full_turns], self.answer)[0]]
+            [
+                self.generate(
+                    [chat_messages([t], []) for t in self.full_turns], [t.images for t in self.full_turns], self.answer
+                )[0]
+            ]
         ]
 
     def generate_low_then_everything(self) -> list[list[Usage]]:
@@ -146,9 +152,9 @@ class Pages:
         turns: list[list[Usage]] = [[], []]
         for one, two, calls in zip(self.first, self.second, self.calls, strict=True):
             said = self.call if calls else self.answer
-            turns[0].append(self.generate([messages([one], [])], [one.images], said)[0])
+            turns[0].append(self.generate([chat_messages([one], [])], [one.images], said)[0])
             if calls:
-                talk = messages([one, two], [PAPER_GRID.format(CROP)])
+                talk = chat_messages([one, two], [PAPER_GRID.format(CROP)])
                 turns[1].append(self.generate([talk], [(*one.images, *two.images)], self.answer)[0])
         return turns
 
@@ -208,7 +214,9 @@ class Pages:
             ours = torch.stack(self.vlm.trace)
         finally:
             self.vlm.trace = None
-        _, theirs = self.generate([messages([t], []) for t in self.full_turns], [t.images for t in self.full_turns], self.answer)
+        _, theirs = self.generate(
+            [chat_messages([t], []) for t in self.full_turns], [t.images for t in self.full_turns], self.answer
+        )
         steps = min(len(ours), len(theirs))
         return float((ours[:steps] - theirs[:steps]).abs().max())
 
@@ -238,9 +246,10 @@ class Pages:
         return self._spent(images, len(self._ids(images, turn, session)), past, said)
 
     def _spent(self, images: list, new: int, past: int, said: tuple) -> np.ndarray:
-        config = self.vlm.model.config
-        steps = sum(decoder_flops(config, 1, past + new + n) for n in range(len(said)))
-        return np.array([encode_flops(config, [self._grid(i) for i in images]), decoder_flops(config, new, past), steps])
+        config = self.vlm.model.config.to_dict()
+        tower = sum(vision_flops(self.vlm.visual_tokens(image), config["vision_config"]) for image in images)
+        steps = decoder_flops(np.ones(len(said)), config["text_config"], past + new + np.arange(len(said))).sum()
+        return np.array([tower, decoder_flops(new, config["text_config"], past), steps])
 
     def _grid(self, image) -> tuple[int, int, int]:
         return self.vlm.pixels(image)[1]

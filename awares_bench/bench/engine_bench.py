@@ -24,7 +24,7 @@ from awares_bench.inference.local_model import VLM
 from awares_bench.methods.conversation import Sample
 from awares_bench.methods.registry import method_class
 from awares_bench.methods.usage import Usage
-from awares_bench.models.geometry import encode_flops
+from awares_bench.models.flops import vision_flops
 from awares_bench.models.packaged import NANO
 
 from .contestants import PHASES, Contestant, Pages, alternate, load, matmul_rates
@@ -175,9 +175,9 @@ def _vision(vlm: VLM, repeats: int, contestants: list[Contestant], ratios: list[
     for name, sides in ((f"{BATCH} pictures of 224x224", [224] * BATCH), ("one picture of 1036x1036", [1036])):
         views = [vlm.pixels(Image.effect_noise((side, side), 64).convert("RGB"))[:2] for side in sides]
         patches, grids = [p for p, _ in views], [g for _, g in views]
-        visual = sum(r * c for _, r, c in grids) // 4
+        tokens = [rows * columns // 4 for _, rows, columns in grids]
 
-        def timed(call, visual: int = visual) -> list[list[Usage]]:
+        def timed(call, visual: int = sum(tokens)) -> list[list[Usage]]:
             vlm.synchronise()
             start = time.perf_counter()
             call()
@@ -190,7 +190,7 @@ def _vision(vlm: VLM, repeats: int, contestants: list[Contestant], ratios: list[
                 torch.cat(patches).to(vlm.device, vlm.model.dtype), grid_thw=torch.tensor(grids, device=vlm.device)
             )
 
-        flops = (encode_flops(vlm.model.config, grids), 0.0, 0.0)
+        flops = (sum(vision_flops(n, vlm.model.config.vision_config.to_dict()) for n in tokens), 0.0, 0.0)
         ours = Contestant(f"ours, {name}", lambda p=patches, g=grids, t=timed: t(lambda: vlm.encode(p, g)), flops)
         stock = Contestant(f"transformers, {name}", lambda f=looped, t=timed: t(f), flops)
         alternate([ours, stock], repeats)

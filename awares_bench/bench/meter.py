@@ -14,7 +14,7 @@ from torch import Tensor
 from awares_bench.inference.layerwise_batch import StagedBatch
 from awares_bench.inference.local_model import VLM
 from awares_bench.inference.memory import peak, process_status, start_peak
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench.methods.pruner import Pruner, VisualTokens
 from awares_bench.models.attention_scores import AttentionRows
 from awares_bench.models.prompt_chunk import Chunk
 
@@ -115,7 +115,7 @@ def metered(pruner: Pruner, meter: Meter) -> Pruner:
     """The same pruner, whose ``reduce`` is metered."""
     kind = type(pruner)
 
-    def reduce(self, image: Visual, n: int) -> tuple[Tensor, Tensor]:
+    def reduce(self, image: VisualTokens, n: int) -> tuple[Tensor, Tensor]:
         return meter.scoring(kind.reduce, self, image, n)
 
     return type(kind.__name__, (kind,), {"reduce": reduce, "__module__": kind.__module__})(**vars(pruner))

@@ -27,16 +27,16 @@ from awares_bench.evaluation.provenance import provenance
 from awares_bench.inference.layerwise_batch import StagedBatch
 from awares_bench.inference.local_model import VLM, mrope_positions
 from awares_bench.inference.session import Session
-from awares_bench.methods.pruner import Pruner, Visual
-from awares_bench.methods.registry import method_class, own_names
+from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.methods.registry import pruner_classes
 from awares_bench.models.attention_scores import Probe, probed
 from awares_bench.models.cpu_kernels import fast_products
-from awares_bench.models.geometry import geometry, random_model
 from awares_bench.models.packaged import NANO
 from awares_bench.models.prompt_chunk import look
 from awares_bench.models.qwen2_5_vl_vision import windowed_attention
 
 from .meter import Meter, MeteredBatch, clock, metered
+from .synthetic_models import geometry, random_model
 
 TEXT = 64
 """Text tokens after the image: a question and the template."""
@@ -64,11 +64,6 @@ class Cost:
     """Seconds of each round, with the cut."""
     scoring_rounds: list[float] = field(default_factory=list)
     """Without the cut."""
-
-
-def pruners() -> list[type[Pruner]]:
-    """The pruners of this package, by name."""
-    return [cls for cls in map(method_class, own_names()) if issubclass(cls, Pruner)]
 
 
 def small(size: str):
@@ -108,7 +103,7 @@ def run(
     """Measure every pruner on ``batch`` pictures of about ``tokens`` visual tokens -> what is printed, as a dictionary."""
     if min(tokens, batch, repeats) < 1:
         raise ValueError(f"tokens is {tokens}, batch is {batch} and repeats is {repeats}; each must be at least 1")
-    contestants = [cls(retention) for cls in pruners()]
+    contestants = [cls(retention) for cls in pruner_classes()]
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     kind = getattr(torch, ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype)
     vlm, config = VLM(*random_model(small(size), kind, device)), geometry(size)
@@ -205,7 +200,7 @@ class _Layers:
 
 def _decide(meter: Meter, pruner: Pruner, whole, patches: list[Tensor], grid: tuple, ids: list[int], placed: tuple) -> int:
     """Meter what ``pruner`` adds: the probe and the cut before the decoder, or raters, attention rows and cuts inside it."""
-    vlm, stages, pruner = meter.vlm, pruner.stages(whole.text_config.num_hidden_layers), metered(pruner, meter)
+    vlm, stages, pruner = meter.vlm, pruner.cut_layers(whole.text_config.num_hidden_layers), metered(pruner, meter)
     chunks = [vlm.embed(ids, placed, [image]) for image in _see(vlm, pruner, patches, grid, meter)]
     if not stages:
         return [meter.cutting(chunk.cut, pruner, pruner.retention) for chunk in chunks][-1].visual
@@ -214,9 +209,9 @@ def _decide(meter: Meter, pruner: Pruner, whole, patches: list[Tensor], grid: tu
     return batch.chunks[-1].visual
 
 
-def _see(vlm: VLM, pruner: Pruner, patches: list[Tensor], grid: tuple, meter: Meter) -> list[Visual]:
+def _see(vlm: VLM, pruner: Pruner, patches: list[Tensor], grid: tuple, meter: Meter) -> list[VisualTokens]:
     """As ``VLM.see``, with the probe metered."""
-    wanted = "attention" in pruner.needs, "metric" in pruner.needs
+    wanted = "attention" in pruner.needs, "vision_keys" in pruner.needs
     with probed(vlm.model, -1, *wanted) as probe:
         module = vlm.model.model.visual.blocks[-1].attn
         if any(wanted):

@@ -499,6 +499,8 @@ def _result(record: Record) -> GenerationResult:
         "aux_encoded_tokens": sum(u.get("aux_encoded", 0) for u in spent),
         "aux_decoder_tokens": sum(u.get("aux_decoder", 0) for u in spent),
         "crops": record.crops,
+        "boxes": record.boxes,
+        "malformed_call": record.malformed_call,
         "turns": len(spent),
         "replies": record.replies,
         "usage": spent,

@@ -15,10 +15,9 @@ from pathlib import Path
 from traceback import extract_tb
 
 from awares_bench.errors import RunError
-from awares_bench.methods.conversation import Event, Failure, Reply, Sample, Trajectory, Turn
-from awares_bench.methods.crop_grid import CropRequestError
-from awares_bench.methods.images import as_rgb, half_size
-from awares_bench.methods.policy import Look, Policy
+from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Sample, Trajectory, Turn
+from awares_bench.methods.images import as_rgb
+from awares_bench.methods.policy import Policy, TurnGenerator
 from awares_bench.methods.pruner import Pruner
 from awares_bench.methods.usage import Usage
 
@@ -27,9 +26,6 @@ from .session import Prepared, Request, Session
 
 AHEAD = 4
 """Batches of conversations that are started at a time: their pictures are in memory, and batches are chosen among them."""
-
-LOW_RATIO = 0.35
-"""Above this share of the full tokens, limits of the processor bend the half-size view away from a quarter."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Job:
 class _Run:
     index: int
     job: Job
-    look: Look
+    look: TurnGenerator
     turn: Turn
     session: Session = field(default_factory=Session)
     others: dict[str, Session] = field(default_factory=dict)  # conversations with auxiliary models, by name
@@ -61,13 +57,13 @@ class _Run:
     def request(self) -> Request:
         """What answers the turn it waits for: a turn to another model, and every probe, is in a conversation of its own."""
         turn, session = self.turn, self.session
-        if turn.model or turn.probe is not None:
+        if turn.model or turn.hidden_state_depth is not None:
             session = self.others.setdefault(turn.model, Session())
-            if turn.last:
+            if turn.is_final:
                 del self.others[turn.model]
         until = self.job.until if turn.until is None else turn.until
         penalty = None if turn.model else self.job.repetition_penalty
-        return Request(session, turn, max(self.job.max_new_tokens, turn.budget or 0), until, penalty=penalty)
+        return Request(session, turn, max(self.job.max_new_tokens, turn.min_reply_tokens or 0), until, penalty=penalty)
 
 
 class Engine:
@@ -144,20 +140,20 @@ class Engine:
 
     def _next(self, waiting: list[_Run], threads: ThreadPoolExecutor | None) -> list[_Run]:
         """Take the next batch out of those that wait, its requests made and being prepared."""
-        kinds = [(run.turn.model, run.turn.probe is not None) for run in waiting]
+        kinds = [(run.turn.model, run.turn.hidden_state_depth is not None) for run in waiting]
         batch = [
             waiting[i] for i in choose(kinds, [r.cost for r in waiting], [bool(r.session.turns) for r in waiting], self.budget)
         ]
         for run in batch:
             waiting.remove(run)
             run.asked = run.request()
-            if threads and run.turn.probe is None:
+            if threads and run.turn.hidden_state_depth is None:
                 run.ahead = threads.submit(self.models.get(run.turn.model, self.vlm).prepare, run.asked)
         return batch
 
     def _answer(self, batch: list[_Run]) -> list[tuple[_Run, Reply | Failure]]:
         """The reply to each turn of a batch of one kind. A batch that fails, out of memory or otherwise, goes on in halves."""
-        name, probing = batch[0].turn.model, batch[0].turn.probe is not None
+        name, probing = batch[0].turn.model, batch[0].turn.hidden_state_depth is not None
         vlm, lost = self.models.get(name, self.vlm), []
         for run in batch:
             if run.ahead is not None:
@@ -178,7 +174,7 @@ class Engine:
                 failure = Failure(f"out of memory with this document alone, about {costs[0]} tokens ({error}); lower max_pixels")
         else:
             for run, request, reply in zip(batch, requests, replies, strict=True):
-                if request.session is not run.session and request.turn.last:
+                if request.session is not run.session and request.turn.is_final:
                     run.events += request.session.events
                 if name in self.models and not isinstance(reply, Failure):
                     reply = replace(reply, usage=reply.usage.as_auxiliary())
@@ -193,9 +189,9 @@ class Engine:
         for run in batch:
             if short:
                 detail = f"{len(batch)} rows of up to {max(costs)} tokens did not fit; went on with half"
-                run.events.append(Event("out_of_memory", detail))
+                run.events.append(Event(EventKind.OUT_OF_MEMORY, detail))
             else:
-                run.events.append(Event("batch_failed", f"{len(batch)} rows went on in halves: {failure.error}"))
+                run.events.append(Event(EventKind.BATCH_FAILED, f"{len(batch)} rows went on in halves: {failure.error}"))
         middle = len(batch) // 2
         return [*lost, *self._answer(batch[:middle]), *self._answer(batch[middle:])]
 
@@ -207,10 +203,11 @@ class Engine:
             if not job.sample.question.strip():
                 if not converted:
                     return Failure("the document holds neither a question nor an image; exclude it")
-                events.append(Event("no_question", "the question is empty: answered from the image alone"))
-            job = replace(job, sample=replace(job.sample, images=tuple(image for image, _ in converted)))
-            run = _Run(index, job, self.policy.look(job.sample), Turn(), events=events)
-            run.full_tokens = sum(self.vlm.visual_tokens(image) for image in job.sample.images)
+                events.append(Event(EventKind.NO_QUESTION, "the question is empty: answered from the image alone"))
+            images = tuple(image for image, _ in converted)
+            full_tokens = sum(self.vlm.visual_tokens(image) for image in images)
+            job = replace(job, sample=replace(job.sample, images=images, full_tokens=full_tokens))
+            run = _Run(index, job, self.policy.turns(job.sample), Turn(), events=events, full_tokens=full_tokens)
         except Exception as error:
             return _failure(error)
         outcome = self._advance(run, None)
@@ -225,18 +222,18 @@ class Engine:
                     run.events.append(step)
                     step = run.look.send(None)
             except StopIteration as stop:
+                if isinstance(stop.value, Failure):
+                    return stop.value
                 if not isinstance(stop.value, Reply):
                     return Failure(f"{type(self.policy).__name__} ended with {stop.value!r}, which is not a Reply")
                 return self._finish(run, stop.value)
             if not isinstance(step, Turn):
                 return Failure(f"{type(self.policy).__name__} yielded {step!r}, which is neither a Turn nor an Event")
             run.turn = step
-            text = len(step.text) + len(step.system or "") + sum(map(len, step.before))
+            text = len(step.text) + len(step.system or "") + sum(map(len, step.image_prefixes))
             visual = sum(self.vlm.visual_tokens(image) for image in step.images)
-            run.cost = run.session.length + visual + text // 4 + max(run.job.max_new_tokens, step.budget or 0)
+            run.cost = run.session.length + visual + text // 4 + max(run.job.max_new_tokens, step.min_reply_tokens or 0)
             return None
-        except CropRequestError as error:
-            return Failure(f"malformed crop request and on_malformed='error': {error}")
         except Exception as error:  # the policy is anyone's code
             return _failure(error)
 
@@ -245,17 +242,8 @@ class Engine:
         text, cap = answer.text, run.job.max_new_tokens
         if answer.tokens and answer.usage.output > cap:  # a server's own count; its text may be other tokens when read again
             text = self.vlm.text(answer.tokens[:cap], run.job.until)
-            events.append(Event("answer_cut", f"the answer had {answer.usage.output} tokens, the task allows {cap}"))
-        first = next(i for i, turn in enumerate(run.turns) if not turn.model and turn.probe is None)
-        images, share = run.turns[first].images, run.replies[first].usage.encoded / max(run.full_tokens, 1)
-        halved = [half_size(*image.size) for image in run.job.sample.images]
-        if images and [image.size for image in images] == halved and share > LOW_RATIO:
-            events.append(
-                Event("low_view_not_a_quarter", f"the first view costs {share:.2f} of the full tokens: processor limits bite")
-            )
-        crops = next((tuple(e.detail.split(",")) for e in events if e.kind == "crops"), ())
-        events = [e for e in events if e.kind != "crops"]
-        return Trajectory(tuple(run.turns), tuple(run.replies), text, tuple(events), run.full_tokens, crops)
+            events.append(Event(EventKind.ANSWER_CUT, f"the answer had {answer.usage.output} tokens, the task allows {cap}"))
+        return Trajectory(tuple(run.turns), tuple(run.replies), text, tuple(events), run.full_tokens)
 
 
 def _failure(error: Exception) -> Failure:
@@ -297,11 +285,11 @@ class Scripted:
         out = []
         for r in requests:
             visual = sum(self.visual_tokens(i) for i in r.turn.images)
-            text = r.turn.said
+            text = r.turn.forced_reply
             if text is None:
-                asked = [*(t for t in r.session.turns if t.said is None), r.turn]
+                asked = [*(t for t in r.session.turns if t.forced_reply is None), r.turn]
                 text = self.script[(r.session.turns or asked)[0].text][len(asked) - 1]
-            tokens = tuple(text) if r.turn.said is None else ()
+            tokens = tuple(text) if r.turn.forced_reply is None else ()
             r.session.turns.append(r.turn)
             out.append(Reply(text, tokens, Usage(encoded=visual, prefill=float(visual), output=len(tokens))))
         return out
@@ -309,6 +297,6 @@ class Scripted:
     def probe(self, requests: list[Request]) -> list[Reply]:
         visual = [sum(self.visual_tokens(i) for i in r.turn.images) for r in requests]
         return [
-            Reply("", usage=Usage(encoded=v, prefill=v * r.turn.probe), hidden=self.hidden)
+            Reply("", usage=Usage(encoded=v, prefill=v * r.turn.hidden_state_depth), hidden=self.hidden)
             for v, r in zip(visual, requests, strict=True)
         ]

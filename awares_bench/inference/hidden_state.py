@@ -23,7 +23,7 @@ class _Reached(Exception):
 def layer_of(share: float, layers: int) -> int:
     """Share of a decoder's depth, in (0, 1] -> number of layers to run, at least one. 0.5 of 28 is 14."""
     if not 0 < share <= 1:
-        raise RunError(f"probe is {share!r}; it is a share of the decoder's layers, above 0 and at most 1")
+        raise RunError(f"hidden_state_depth is {share!r}; it is a share of the decoder's layers, above 0 and at most 1")
     return max(1, round(share * layers))
 
 
@@ -42,7 +42,7 @@ def last_hidden(vlm: VLM, request: Request) -> Reply:
 
     merge = vlm.processor.image_processor.merge_size
     chunk = vlm.embed(ids, mrope_positions(ids, grids, vlm.image_token, merge), images)
-    run = layer_of(turn.probe, len(vlm.decoder.layers))
+    run = layer_of(turn.hidden_state_depth, len(vlm.decoder.layers))
     hidden = _until(vlm.decoder, run, chunk.embeds[None], chunk.positions[:, None])[0, -1].float().tolist()
     marks.append(time.perf_counter())
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from awares_bench.methods.pruner import Pruner
+from awares_bench.methods.pruner import Pruner, quirks_of
 from awares_bench.models.attention_scores import AttentionRows
 from awares_bench.models.prompt_chunk import Chunk, Span
 
@@ -28,6 +28,7 @@ class StagedBatch(Batch):
     def __init__(self, vlm: VLM, sessions: list[Session], chunks: list[Chunk], pruner: Pruner, stages: dict[int, float]):
         super().__init__(vlm, sessions, chunks)
         self.pruner, self.stages, self.chunks = pruner, stages, chunks
+        self.renumber = quirks_of(pruner).renumber_positions
         self.columns = self.mask.shape[1]  # of the prompt, at the first layer
         self.raters, self.asked = self._choose_raters()
         layers = len(vlm.decoder.layers)
@@ -66,7 +67,7 @@ class StagedBatch(Batch):
                 hidden = self._layer(layer, hidden, rope)
             self.chunks = [self._cut(layer, b, hidden[b], positions[:, b], rope) for b in self.rows]
             hidden, positions = self._padded(self.chunks)
-            if self.pruner.repacks:
+            if self.renumber:
                 positions = self._repack(layer, positions)
         self.visual = torch.tensor(entering, dtype=torch.float64).mean(0).tolist()
         return self.vlm.model.lm_head(decoder.norm(hidden[:, -1:])).float()
@@ -82,7 +83,7 @@ class StagedBatch(Batch):
         hidden, rope = embeds, None
         for layer in range(len(self.vlm.decoder.layers)):
             shift = self.shifts[layer][self.rows]
-            if rope is None or self.pruner.repacks:
+            if rope is None or self.renumber:
                 rope = self.vlm.decoder.rotary_emb(hidden, positions + shift[None, :, None])
             hidden = self._layer(layer, hidden, rope)
         return self.vlm.model.lm_head(self.vlm.decoder.norm(hidden[:, -last:])).float()
@@ -131,7 +132,7 @@ class StagedBatch(Batch):
         return AttentionRows(self.queries[b].transpose(0, 1), keys, past + new + self.raters[b], columns, rope)
 
     def _repacked(self, layer: int) -> bool:
-        return self.pruner.repacks and layer > min(self.stages)
+        return self.renumber and layer > min(self.stages)
 
     def _repack(self, layer: int, positions: Tensor) -> Tensor:
         """Positions that count the tokens of layer ``layer + 1`` one by one; later tokens of these layers go on from there."""

@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from awares_bench.errors import RunError
-from awares_bench.methods.conversation import Event, Failure, Reply, Turn, messages
+from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn, chat_messages
 from awares_bench.methods.crop_grid import CropGrid
 from awares_bench.methods.images import within_aspect
-from awares_bench.methods.pruner import Pruner, Visual
+from awares_bench.methods.pruner import Pruner, VisualTokens
 from awares_bench.methods.usage import Usage
 from awares_bench.models.attention_scores import probed
 from awares_bench.models.checkpoint import CheckpointError as CheckpointError
@@ -196,11 +196,11 @@ class VLM:
         The chat template renders the whole conversation with holes for the replies; what follows the last hole is new.
         """
         turns, hole = [*session.turns, turn], _HOLE
-        while any(hole in text for t in turns for text in (t.text, t.system or "", *t.before)):
+        while any(hole in text for t in turns for text in (t.text, t.system or "", *t.image_prefixes)):
             hole += "\ufdd0"
-        history = messages(turns, [hole] * len(session.replies))
+        history = chat_messages(turns, [hole] * len(session.replies))
         text = self.processor.apply_chat_template(history, tokenize=False, add_generation_prompt=True).split(hole)[-1]
-        if turn.tight:  # the end of the model's reply, the line break to leave out, the new message
+        if turn.omit_newline:  # the end of the model's reply, the line break to leave out, the new message
             text = text.replace(f"{_END}\n", _END, 1)
         marker = self.tokenizer.convert_ids_to_tokens(self.image_token)
         pieces = text.split(marker)
@@ -231,7 +231,7 @@ class VLM:
     @torch.inference_mode()
     def see(
         self, patches: list[Tensor], grids: list[tuple[int, int, int]], pruner: Pruner | None = None, keys: list[bytes] = ()
-    ) -> list[Visual]:
+    ) -> list[VisualTokens]:
         """Patches of several images -> each image's merged features and what ``pruner`` needs beside them, in raster order.
 
         keys: of the images in the feature store; what it holds is not encoded again, unless the pruner looks into the tower.
@@ -239,7 +239,7 @@ class VLM:
         if not patches:
             return []
         vision, needs = self.model.config.vision_config, pruner.needs if pruner else ()
-        wanted = ["attention" in needs, "metric" in needs]
+        wanted = ["attention" in needs, "vision_keys" in needs]
         probing = probed(self.model, pruner.vision_block, *wanted) if any(wanted) else nullcontext()
         with windowed_attention(self.model), probing as probe:
             features = self._tower(patches, grids, () if any(wanted) else keys)
@@ -268,7 +268,7 @@ class VLM:
         return torch.cat(found)
 
     @torch.inference_mode()
-    def embed(self, ids: list[int], placed: tuple[Tensor, int], images: list[Visual]) -> Chunk:
+    def embed(self, ids: list[int], placed: tuple[Tensor, int], images: list[VisualTokens]) -> Chunk:
         """Token ids, their positions and the images among them -> what the decoder gets."""
         tokens = torch.tensor(ids, device=self.device)
         embeds, spans = self.decoder.get_input_embeddings()(tokens), []
@@ -285,7 +285,7 @@ class VLM:
     def reply(self, requests: list[Request], pruner: Pruner | None = None) -> list[Reply | Failure]:
         """Answer one turn of each session, all in one batch, whatever their sizes, turns and image counts.
 
-        A session keeps its cache when ``turn.last`` is false; its next turn then prefills only what is new. A pruner cuts
+        A session keeps its cache when ``turn.is_final`` is false; its next turn then prefills only what is new. A pruner cuts
         the images of this turn; what a session already holds stays as it is. A reply whose scores are not finite is a failure.
 
         Raises MemoryError when the device has no room; the sessions are then as they were.
@@ -356,11 +356,11 @@ class VLM:
             if writer.fault:
                 out.append(Failure(writer.fault))
                 continue
-            text = r.turn.said if writer.said else self.text(writer.written, r.until)
+            text = r.turn.forced_reply if writer.said else self.text(writer.written, r.until)
             output = () if writer.said else tuple(writer.written)
             usage = Usage(visual[b], batch.visual[b], len(ids[b]) - visual[b], len(output), *costs[b], passes=writer.passes)
             out.append(Reply(text, output, usage, writer.ended))
-            if r.turn.last:
+            if r.turn.is_final:
                 r.session.keys, r.session.values, r.session.held = [], [], []
             else:
                 batch.keep(b, r.session, writer.written)
@@ -375,10 +375,10 @@ class VLM:
             room = rooms[b]
             if room < r.budget and not reply.complete:
                 detail = f"the reply was cut after {room} tokens: the checkpoint's context was full"
-                r.session.events.append(Event("context_full", detail))
+                r.session.events.append(Event(EventKind.CONTEXT_FULL, detail))
             if again:
                 r.session.events.append(
-                    Event("features_reused", f"{again} pictures were encoded before; their encode time is not here")
+                    Event(EventKind.FEATURES_REUSED, f"{again} pictures were encoded before; their encode time is not here")
                 )
         return out
 
@@ -390,7 +390,7 @@ class VLM:
     def stages(self, pruner: Pruner | None) -> dict[int, float]:
         """The pruner's decoder stages on this model. Raises ValueError for a layer that the decoder does not have."""
         layers = len(self.decoder.layers)
-        stages = pruner.stages(layers) if pruner else {}
+        stages = pruner.cut_layers(layers) if pruner else {}
         for layer in stages:
             if not 0 <= layer < layers - 1:
                 raise ValueError(
@@ -399,13 +399,13 @@ class VLM:
         return stages
 
     def probe(self, requests: list[Request]) -> list[Reply]:
-        """The hidden state of the last token of each turn after ``turn.probe`` of the decoder's layers; nothing is kept."""
+        """The hidden state of the last token of each turn after ``turn.hidden_state_depth`` of the decoder's layers; nothing is kept."""
         from .hidden_state import last_hidden  # needs this file
 
         return [last_hidden(self, r) for r in requests]
 
     def _grammar(self, request: Request) -> CallGrammar | None:
-        grid = request.turn.calls
+        grid = request.turn.crop_grammar
         if grid is None or not self.constrained:
             return None
         if grid not in self._grammars:

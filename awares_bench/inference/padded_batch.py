@@ -137,7 +137,7 @@ class Batch:
         if len(live) > len(self.rows) // 2:
             return
         for i, b in enumerate(self.rows):
-            if b not in live and not writers[b].request.turn.last:
+            if b not in live and not writers[b].request.turn.is_final:
                 self.done[b] = self._row(i)
         keep = torch.tensor([self.rows.index(b) for b in live], device=self.vlm.device)
         self.cache.batch_select_indices(keep)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from awares_bench.methods.conversation import Event
+from awares_bench.methods.conversation import Event, EventKind
 
 from .call_grammar import CallGrammar
 from .session import Request
@@ -38,19 +38,19 @@ class Writer:
 
     def __post_init__(self):
         if self.said:
-            self.written = list(self.tokenizer(self.request.turn.said, add_special_tokens=False)["input_ids"])
+            self.written = list(self.tokenizer(self.request.turn.forced_reply, add_special_tokens=False)["input_ids"])
             self.live, self.ended = False, True
 
     @property
     def said(self) -> bool:
         """The turn says the reply for the model: it stands as it is, and its tokens open the next chunk."""
-        return self.request.turn.said is not None
+        return self.request.turn.forced_reply is not None
 
     @property
     def events(self) -> list[Event]:
         """``call_overruled``, once, when the reply is not what the model alone would have written."""
         return (
-            [Event("call_overruled", f"the grammar of calls held the model: {'; '.join(self.overruled)}")]
+            [Event(EventKind.CALL_OVERRULED, f"the grammar of calls held the model: {'; '.join(self.overruled)}")]
             if self.overruled
             else []
         )

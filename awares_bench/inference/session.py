@@ -17,7 +17,7 @@ class Session:
 
     keys, values: per layer (H, L, D) without padding, empty before the first turn and after the last.
     held: what keys and values are views of, where rows have caches of their own (``ragged.py``).
-    shifts: per layer, what to add to positions; empty unless a pruner repacks them.
+    shifts: per layer, what to add to positions; empty unless a pruner renumbers them.
     pending: tokens sampled but not yet in the cache; they open the next chunk.
     seen: token ids shown and written so far, where there is a repetition penalty.
     """

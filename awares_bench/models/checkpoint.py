@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils.quantization_config import QuantizationMethod
 
-from awares_bench.methods.conversation import Turn, messages
+from awares_bench.methods.conversation import Turn, chat_messages
 
 from .packaged import resolve
 
@@ -328,7 +328,7 @@ def _check_template(processor, shown: str) -> None:
         raise CheckpointError(
             f"{shown!r} has a tokenizer and no chat template (chat_template.jinja, chat_template.json, or in tokenizer_config.json); {copy}"
         )
-    asked = messages([Turn((Image.new("RGB", (56, 56)),), "question")], [])
+    asked = chat_messages([Turn((Image.new("RGB", (56, 56)),), "question")], [])
     with _saying(f"the chat template of {shown!r} cannot show a picture and a question; {copy}"):
         text = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     if text.count(processor.image_token) != 1 or "question" not in text:
