@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench import Pruner, VisualTokens
+from awares_bench.methods.pruner import ReleasedQuirks
 
 LAYERS = (2, 6, 15)
 """Decoder layers after which the released code cuts; of the depth of Qwen2.5-VL-7B where the decoder is shallower."""
@@ -40,9 +41,9 @@ class SparseVLM(Pruner):
     compat: Literal["corrected", "official"] = "corrected"
 
     @property
-    def repacks(self) -> bool:
+    def quirks(self) -> ReleasedQuirks:
         """Released v1.5 numbers the tokens anew after each cut."""
-        return self.compat == "official" and self.version == "1.5"
+        return ReleasedQuirks(renumber_positions=self.compat == "official" and self.version == "1.5")
 
     def cut_layers(self, layers: int) -> dict[int, float]:
         """Three cuts, fewer in a decoder too shallow for them."""

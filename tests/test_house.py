@@ -39,14 +39,14 @@ def test_the_core_imports_no_room_and_no_room_imports_another():
             assert rooms <= allowed, f"{path} imports {rooms - allowed}"
 
 
-def test_lmms_eval_appears_in_the_adapter_and_its_entry_point_only():
+def test_lmms_eval_appears_in_the_adapter_its_runner_and_its_entry_point_only():
     users = {
         p.name
         for folder in ("awares_bench", *ROOMS)
         for p in files(folder)
         if any(m.split(".")[0] == "lmms_eval" for m in imported(p))
     }
-    assert users == {"lmms_model.py", "lmms_manifest.py"}
+    assert users == {"lmms_model.py", "lmms_run.py", "lmms_manifest.py"}
 
 
 def test_reports_never_import_torch():

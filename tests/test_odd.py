@@ -474,7 +474,7 @@ def test_a_sweep_counts_what_was_scored_tries_again_and_is_done_when_healed(tmp_
     (tmp_path / "recipe.yaml").write_text(text)
     recipe = sweep.read(tmp_path / "recipe.yaml")
     out = tmp_path / "out"
-    assert [c["status"] for c in sweep.run(recipe, out)] == ["done"] and not sweep._done(out, recipe.cells[0])
+    assert [c["status"] for c in sweep.run(recipe, out)] == ["done"] and not sweep._is_done(out, recipe.cells[0])
     assert results(out / "lmms")["n-samples"]["odd"]["effective"] == len(odd.ANSWERED)
     ran = out / "runs" / "full"
     assert len(records(ran)) == len(odd.KINDS)

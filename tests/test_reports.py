@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import permutation_test
 
+from awares_bench.models.flops import decoder_flops, vision_flops
 from awares_bench.reports import report
 from awares_bench.reports.data import compact as records
 from awares_bench.reports.data import discover as find
@@ -89,7 +91,7 @@ def test_flops_of_one_token_are_counted_by_hand():
     embed = patches * 2 * (3 * 2 * 14 * 14) * 8
     blocks = patches * 2 * 2 * (4 * 64 + 3 * 8 * 16) + patches * 4 * 8 * (4 + 4)  # both kinds of attention see four patches
     merger = 2 * (32 * 32 + 32 * 4)
-    assert flops.vision(np.array([1.0]), vision)[0] == embed + blocks + merger
+    assert vision_flops(np.array([1.0]), vision)[0] == embed + blocks + merger
     text = {
         "hidden_size": 8,
         "num_attention_heads": 2,
@@ -99,7 +101,23 @@ def test_flops_of_one_token_are_counted_by_hand():
         "vocab_size": 10,
     }
     linear = 2 * (8 * 8 + 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16)
-    assert flops.decoder(np.array([5.0]), np.array([2.0]), text)[0] == 3 * 5 * (linear + 4 * 8 * 2.5) + 2 * 2 * 8 * 10
+    assert decoder_flops(np.array([5.0]), text, scored=np.array([2.0]))[0] == 3 * 5 * (linear + 4 * 8 * 2.5) + 2 * 2 * 8 * 10
+
+
+def test_flops_of_a_published_checkpoint_are_counted_and_those_of_another_family_are_missing():
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "patch_size": 14, "window_size": 112, "in_chans": 3}
+    vision |= {"fullatt_block_indexes": [7, 15, 23, 31], "out_hidden_size": 3584}  # as released: no in_channels
+    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+    text |= {"num_hidden_layers": 28, "vocab_size": 152064}
+    shapes = flops.shapes({"model_config": {"vision_config": vision, **text}})
+    assert set(shapes["text_config"]) == set(text) and set(shapes["vision_config"]) == set(vision) - {"in_chans"}
+    document = {"encoded": 1200, "later_encoded": 300, "prefill": 1200, "text": 60, "output": 20, "turns": 2}
+    weights = 1280 * 6.5e9 + 4800 * 0.63e9  # every token meets the decoder's, every patch the tower's; attention is small beside
+    assert flops.of_documents(pd.DataFrame([document]), shapes)[0] == pytest.approx(2 * weights, rel=0.05)
+    assert flops.shapes({"model_config": {"vision_config": {"depth": 27, "hidden_size": 1152}, "text_config": text}}) is None
+    assert flops.shapes({"identity": {"pretrained": "no/such"}}) is flops.shapes({}) is None
+    wide = {**text, "head_dim": 256}  # twice hidden_size / heads: wider attention, and the same everything else
+    assert decoder_flops(1, wide) - decoder_flops(1, text) == 28 * (2 * (2 * 3584 * 3584 + 2 * 3584 * 512) + 4 * 3584 / 2)
 
 
 def test_a_pair_of_differences_is_tested_as_mcnemar_would():
@@ -110,6 +128,19 @@ def test_a_pair_of_differences_is_tested_as_mcnemar_would():
     assert row["difference"] == pytest.approx(n / 40)
     assert row["p"] == pytest.approx(2 * 0.5**n, abs=4 * math.sqrt(2 * 0.5**n / stats.FLIPS))
     assert row["variance"] == pytest.approx(np.var([1.0] * n + [0.0] * 34, ddof=1))
+
+
+def test_p_values_are_scipys_exact_ones():
+    rng = np.random.default_rng(3)
+    tasks = {task: rng.integers(-2, 4, n) / 3 for task, n in (("s", 12), ("t", 10))}
+    frame = pd.DataFrame(
+        {"method": m, "task": task, "doc_id": i, "score": d if m == "a" else 0.0}
+        for task, differences in tasks.items() for i, d in enumerate(differences) for m in "ab"
+    )  # fmt: skip
+    rows = stats.compare(frame, "b").set_index("task")
+    for task, d in tasks.items():
+        exact = permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
+        assert 0.01 < exact < 1 and rows.loc[task, "p"] == pytest.approx(exact, abs=4 * math.sqrt(exact / stats.FLIPS))
 
 
 def test_the_interval_of_a_difference_is_narrower_when_paired():

@@ -172,8 +172,8 @@ def test_records_of_another_version_and_broken_lines_are_refused(tmp_path):
     write_run(tmp_path, "a", {"nano_doc": DOCUMENTS})
     path = tmp_path / "runs" / "a" / "records.jsonl"
     whole = path.read_text()
-    path.write_text(whole.replace('"version": 1', '"version": 99', 1))
-    with pytest.raises(ReportError, match=r"a: .*version 99; this release reads version 1"):
+    path.write_text(whole.replace('"version": 2', '"version": 99', 1))
+    with pytest.raises(ReportError, match=r"a: .*version 99; this release reads versions 1 and 2"):
         find.runs([tmp_path])
     path.write_text('{"task": "na\n' + whole)
     with pytest.raises(ReportError, match=r"a: .*line 1 is not JSON"):

@@ -47,6 +47,11 @@ class CropGrid:
         """id -> name, ``all`` included."""
         return {str(i): name for i, name in enumerate(self.names)} | {ALL: ALL}
 
+    @cached_property
+    def quarters(self) -> dict[str, tuple[int, int, int, int]]:
+        """name -> (left, top, right, bottom) in quarters of the side, ``all`` included."""
+        return dict(self.regions) | {ALL: (0, 0, 4, 4)}
+
     @property
     def prompt(self) -> str:
         """The system message of the paper (supplement 7.3)."""
@@ -118,11 +123,10 @@ class CropGrid:
         of one pixel a side every region is that pixel.
         """
         names = (names,) if isinstance(names, str) else names
-        regions = dict(self.regions) | {ALL: (0, 0, 4, 4)}
-        unknown = [n for n in names if n not in regions]
+        unknown = [n for n in names if n not in self.quarters]
         if unknown:
-            raise CropRequestError(f"unknown crop {unknown[0]!r}; allowed: {', '.join(regions)}")
-        return [_box(regions[name], width, height) for name in names]
+            raise CropRequestError(f"unknown crop {unknown[0]!r}; allowed: {', '.join(self.quarters)}")
+        return [_box(self.quarters[name], width, height) for name in names]
 
     def cut(self, image, names) -> list:
         """The named regions of a PIL image, at its own pixel density."""
@@ -130,8 +134,13 @@ class CropGrid:
 
     def area(self, names) -> float:
         """Sum of the regions' areas as a fraction of the image; overlaps count twice, as their tokens do."""
-        regions = dict(self.regions) | {ALL: (0, 0, 4, 4)}
-        return sum((r - l) * (b - t) for l, t, r, b in (regions[n] for n in names)) / 16  # noqa: E741
+        return sum((right - left) * (bottom - top) for left, top, right, bottom in (self.quarters[n] for n in names)) / 16
+
+    def union_area(self, names) -> float:
+        """Share of the image that the regions cover together, 0 to 1; overlaps count once."""
+        boxes = (self.quarters[n] for n in names)
+        cells = {(x, y) for left, top, right, bottom in boxes for x in range(left, right) for y in range(top, bottom)}
+        return len(cells) / 16
 
     def holds(self, names: tuple[str, ...], evidence: list[Box], width: int, height: int, slack: int = 2) -> bool:
         """Whether each evidence box lies in one of the named regions, give or take ``slack`` pixels on each side."""
@@ -173,6 +182,18 @@ class CropGrid:
 _BEGINS = re.compile(r"\s*GET_CROPS\b", re.IGNORECASE)
 _CALL = re.compile(r"GET_CROPS\s*:?\s*\[(?P<inside>[^\[\]]*)(?P<closed>\])?", re.IGNORECASE)
 _ENTRY = re.compile(r"\s*(?P<quote>['\"]?)\s*(?P<word>[A-Za-z0-9 _-]+?)\s*(?P=quote)\s*")
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes, 0 to 1."""
+    across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(0, across) * max(0, down)
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def hull(boxes: list[Box]) -> Box:
+    """The smallest box around one or more boxes."""
+    return (min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes))
 
 
 def _quote(reply: str) -> str:

@@ -16,12 +16,27 @@ from pathlib import Path
 
 from .options import options, unknown_option
 from .policy import Policy
-from .pruner import Pruner
+from .pruner import NEEDS, Pruner
 
 GROUP = "awares_bench.methods"
 
 BLOCK = ("Paper", "Code", "Needs", "Cost", "Differs")
 """What a method's module docstring says beside its first line."""
+
+MOVED = {
+    "awares_bench.method": "import Policy, Pruner, TurnGenerator (was Look) and VisualTokens (was Visual) from awares_bench",
+    "awares_bench.trajectory": "import Event, Reply, Sample and Turn from awares_bench",
+    "awares_bench.crops": "import from awares_bench.methods.crop_grid",
+    "awares_bench.images": "import from awares_bench.methods.images",
+}
+"""Modules of earlier releases that a method may import -> what to write instead."""
+
+
+RENAMED = {
+    Policy: {"look": "turns(self, sample)"},
+    Pruner: {"budget": "tokens_to_keep(self, visual, share)", "stages": "cut_layers(self, layers)"},
+}
+"""What earlier releases called of a method: old name -> new one. Under its old name it would never be called."""
 
 
 def names() -> list[str]:
@@ -65,6 +80,11 @@ def method_class(name: str) -> type[Policy] | type[Pruner]:
     return own[0]
 
 
+def pruner_classes() -> list[type[Pruner]]:
+    """The pruners of this package, by file name."""
+    return [found for found in map(method_class, own_names()) if issubclass(found, Pruner)]
+
+
 @cache  # a class is the same class whenever its file is named
 def _from_file(place: str) -> type[Policy] | type[Pruner]:
     file, _, wanted = place.partition(".py:")
@@ -80,7 +100,9 @@ def _from_file(place: str) -> type[Policy] | type[Pruner]:
             f"{path}, line {error.lineno}: {error.msg}; the file is not valid Python, so no method can be read"
         ) from error
     except Exception as error:  # a stranger's code may raise anything when it is imported
-        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}; mend the file first") from error
+        raise ValueError(
+            f"{path} cannot be imported: {type(error).__name__}: {error}; {_remedy(error, 'mend the file first')}"
+        ) from error
     if not wanted:
         own = [c.__name__ for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
         raise ValueError(f"name the class: method={path}:Class; {path.name} defines {', '.join(own) or 'no class'}")
@@ -94,10 +116,14 @@ def _of_entry_point(entry: EntryPoint) -> type[Policy] | type[Pruner]:
     try:
         found = entry.load()
     except Exception as error:  # a stranger's package may raise anything when it is imported
-        raise ValueError(
-            f"method {entry.name!r} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}; mend or remove its package"
-        ) from error
+        message = f"method {entry.name!r} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}"
+        raise ValueError(f"{message}; {_remedy(error, 'mend or remove its package')}") from error
     return _checked(found, entry.value)
+
+
+def _remedy(error: Exception, otherwise: str) -> str:
+    """What to do about a method that cannot be imported: the new place of a module that moved, else ``otherwise``."""
+    return MOVED.get(error.name or "", otherwise) if isinstance(error, ModuleNotFoundError) else otherwise
 
 
 def _checked(found: object, place: str) -> type[Policy] | type[Pruner]:
@@ -106,10 +132,17 @@ def _checked(found: object, place: str) -> type[Policy] | type[Pruner]:
         raise ValueError(f"{place} is not a method; derive the class from awares_bench.Policy or awares_bench.Pruner")
     if not (is_dataclass(found) and found.__dataclass_params__.frozen and "__dataclass_fields__" in vars(found)):
         raise ValueError(f"{place} must be a frozen dataclass; write @dataclass(frozen=True) above the class")
+    for old, new in RENAMED[Policy if issubclass(found, Policy) else Pruner].items():
+        if inspect.isfunction(getattr(found, old, None)):
+            raise ValueError(f"{place} has a method {old}, the name of earlier releases; rename it to {new}")
     if issubclass(found, Policy) and found.turns is Policy.turns:
         raise ValueError(
             f"{place} has no turns(self, sample); a policy yields turns there and returns the reply that is the answer"
         )
+    needs = getattr(found, "needs", ())
+    unknown = [] if isinstance(needs, property) else [name for name in needs if name not in NEEDS]
+    if unknown:
+        raise ValueError(f"{place} needs {unknown[0]!r}; a pruner may need {', '.join(NEEDS)}")
     if issubclass(found, Pruner) and all(getattr(found, rung) is getattr(Pruner, rung) for rung in ("score", "select", "reduce")):
         raise ValueError(f"{place} has no score, select or reduce; a pruner writes one of them (see awares_bench.Pruner)")
     return found
@@ -117,11 +150,12 @@ def _checked(found: object, place: str) -> type[Policy] | type[Pruner]:
 
 @dataclass(frozen=True)
 class Method:
-    """What is run: a policy, and the pruner it is composed with, if any. ``parts`` are their names, the policy's first."""
+    """What is run: a policy, and the pruner it is composed with, if any."""
 
     policy: Policy
     pruner: Pruner | None
     parts: tuple[str, str | None]
+    """Their names, the policy's first."""
 
     @property
     def fields(self) -> dict[str, object]:

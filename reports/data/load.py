@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from awares_bench.evaluation.records import read_records
+from awares_bench.methods.conversation import EventKind
 
 from . import names
 
@@ -155,11 +156,11 @@ def _spent(record: dict) -> dict:
     turns = [_flat(u) for u in record["usage"]]
     keys = dict.fromkeys(("encoded", "prefill", "text", "output")) | {k: None for u in turns for k in u}
     kinds = [e["kind"] for e in record.get("events") or []]
-    crops = record.get("crops") or []
+    crops, malformed = record.get("crops") or [], EventKind.MALFORMED_CALL in kinds
     row = {
         "full_tokens": record.get("full_tokens"),
-        "called": bool(crops) or "malformed_call" in kinds,
-        "malformed": "malformed_call" in kinds,
+        "called": bool(crops) or malformed,
+        "malformed": malformed,
         "crops": ",".join(crops),
         "events": ",".join(kinds),
         "turns": len(turns) or None,

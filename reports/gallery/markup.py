@@ -105,6 +105,7 @@ def _side(image: Image.Image, side: Side, named: bool) -> str:
         f'<span class="tag">{ratio}</span>',
         f'<span class="tag">{"called" if row["called"] else "answered directly"}</span>',
     ]
+    tags += [f'<span class="tag">box: {",".join(map(str, box))}</span>' for box in texts.get("boxes") or []]
     tags += [f'<span class="tag event">{html.escape(e["kind"])}: {html.escape(e["detail"])}</span>' for e in texts["events"]]
     turns = [_turn(image, i, side, names) for i in range(len(texts["replies"]))]
     places = boxes(image, names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
 import json
@@ -21,7 +22,7 @@ from ..data import discover
 from ..data.load import ReportError, Run, samples_lines
 from . import markup
 
-SHOWN = ("question", "replies", "usage", "events", "image_sizes", "models")
+SHOWN = ("question", "replies", "usage", "events", "image_sizes", "models", "boxes")
 
 ALLOWED = (
     ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Compare,
@@ -196,3 +197,23 @@ def pictures(run: Run, folder: Path | None = None) -> Callable[[str, int, str], 
 def _words(text: str) -> str:
     """The words alone: tasks set options and line breaks in their own way."""
     return " ".join(re.findall(r"\w+", text))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a run folder, OUT/runs/NAME")
+    parser.add_argument("--where", metavar="EXPR", help="such as \"task=='nano_doc' and not correct\"")
+    parser.add_argument(
+        "--compare", metavar="RUN2", help="a second run beside it; without --where, the documents on which they differ"
+    )
+    parser.add_argument("--count", type=int, default=60, help="documents at the most, tasks in turn (default: 60)")
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="folder with TASK.parquet, when the task's own data is not at hand"
+    )
+    parser.add_argument("--out", type=Path, default=Path("gallery.html"))
+
+
+def main(args: argparse.Namespace) -> int:
+    """``awares-bench show``."""
+    count = write(args.run, args.out, args.where, args.compare, args.images, args.count)
+    print(f"{count} documents in {args.out}")
+    return 0

@@ -178,7 +178,7 @@ def cost(runs: list[Run], frame: pd.DataFrame, times: bool = True) -> Table:
     more = [c for c in more if c not in known and c in frame and frame[c].fillna(0).any()]
     rows, said = [], []
     for method, own in frame.groupby("method", sort=False, observed=True):
-        config = flops.config_of(abouts.get(method, {}))
+        config = flops.shapes(abouts.get(method, {}))
         row: dict = {"method": method, "documents": len(own)}
         row |= {k: _known_mean(own[k]) for k in (*known, *more)}
         row["RTR"] = _known_mean(own["rtr"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import shutil
 from collections.abc import Callable
@@ -85,3 +86,18 @@ def write(out: Path, suite: int, documents: int, progress: Callable = iter) -> N
             target = out / source.name
             if not (target.exists() and target.samefile(str(source))):
                 shutil.copyfile(str(source), target)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, required=True, help="suite number; 0 is the shipped suite")
+    parser.add_argument("--documents", type=int, default=200, help="documents per task")
+    parser.add_argument("--out", type=Path, required=True)
+
+
+def main(args: argparse.Namespace) -> int:
+    """``awares-bench nano-data``."""
+    from tqdm import tqdm
+
+    write(args.out, args.seed, args.documents, tqdm)
+    print(f"{args.documents} documents per task in {args.out}; try: awares-bench demo --suite {args.out}")
+    return 0
