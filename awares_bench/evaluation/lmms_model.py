@@ -34,13 +34,14 @@ from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.generation import Settings, settings
 from awares_bench.inference.image_features import FeatureStore
 from awares_bench.inference.loading import auxiliary_checkpoints, load_vlm
-from awares_bench.inference.local_model import LocalModel, check_text
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods import registry
 from awares_bench.methods.conversation import Failure, Sample
 from awares_bench.methods.crop_grid import Box
 from awares_bench.methods.images import whole_images
 from awares_bench.methods.policy import Policy
 from awares_bench.methods.pruner import Pruner
+from awares_bench.models.base import check_text
 
 from . import content, run_options, summary
 from .lmms_manifest import COMPOSED

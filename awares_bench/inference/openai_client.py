@@ -6,10 +6,13 @@ errors. Not tried again: an address that cannot be one, a key or a model that th
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from urllib.parse import urlsplit
 
 from openai import APIStatusError, OpenAI
+from PIL import Image
 
 from awares_bench.errors import RunError
 
@@ -36,6 +39,13 @@ def open_client(base_url: str, retries: int = RETRIES, timeout: float = 600.0) -
     if not possible:
         raise RunError(f"the server's address is {base_url!r}; it must be such as http://localhost:8000/v1")
     return OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=retries, timeout=timeout)
+
+
+def image_part(image: Image.Image) -> dict:
+    """The part of a message that shows ``image``, as PNG: the server sees the same pixels."""
+    data = io.BytesIO()
+    image.save(data, "PNG", compress_level=1)
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"}}
 
 
 def is_refusal(error: APIStatusError) -> bool:

@@ -7,8 +7,6 @@ where it reports them. A server's phases cannot be told apart: its seconds, queu
 
 from __future__ import annotations
 
-import base64
-import io
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,7 +23,7 @@ from awares_bench.models.checkpoint import family_of, open_processor
 from awares_bench.models.packaged import resolve
 
 from .decoding import own_penalty, penalty_of
-from .openai_client import RETRIES, is_refusal, open_client, reason, refusal, refuses_all
+from .openai_client import RETRIES, image_part, is_refusal, open_client, reason, refusal, refuses_all
 from .session import Prepared, Request
 
 
@@ -235,15 +233,9 @@ def _payload(talk: list[dict]) -> list[dict]:
     for message in talk:
         content = message["content"]
         if not isinstance(content, str):
-            content = [_picture(part["image"]) if part["type"] == "image" else part for part in content]
+            content = [image_part(within_aspect(part["image"])[0]) if part["type"] == "image" else part for part in content]
         out.append({"role": message["role"], "content": content})
     return out
-
-
-def _picture(image) -> dict:
-    data = io.BytesIO()
-    within_aspect(image)[0].save(data, "PNG", compress_level=1)
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"}}
 
 
 def _cut(text: str, until: tuple[str, ...]) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import base64
-import io
 from dataclasses import replace
 from itertools import combinations
 
@@ -12,6 +10,7 @@ from PIL import Image
 
 from awares_bench.errors import AwaresError
 from awares_bench.inference.local_model import LocalModel
+from awares_bench.inference.openai_client import image_part
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Reply, Sample, Turn
 from awares_bench.methods.crop_grid import ALL, PAPER_GRID, Box, hull, iou
@@ -121,13 +120,7 @@ with coordinates from 0 to 1000."""
 
 def ground(endpoint: Endpoint, image: Image.Image, question: str, answer: str) -> list[Box] | None:
     """Question and answer boxes from a grounding model, in pixels; None when the reply is no such dict. Raises JudgeError."""
-    encoded = io.BytesIO()
-    image.save(encoded, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
-    parts = [
-        {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": GROUND.format(question=question, answer=answer)},
-    ]
+    parts = [image_part(image), {"type": "text", "text": GROUND.format(question=question, answer=answer)}]
     reply = endpoint.say(parts, max_tokens=512)
     try:
         regions = ast.literal_eval(reply[reply.index("{") : reply.rindex("}") + 1])
