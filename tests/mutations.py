@@ -38,7 +38,7 @@ MUTATIONS = [
     ("continuations of a group see each other", "training/packing.py", "for start, end in lines[path]:", "for start, end in known.values():", "test_scoring"),
     ("first token predicted from another continuation", "training/packing.py", "(before if at == start else left + at - start - 1, ", "(left + at - start - 1, ", "test_scoring"),
     ("call weighted as the answer", "training/packing.py", "1.0 if sent == len(replies) else call_weight", "1.0", "test_scoring"),
-    ("direct answers charged whatever the label", "training/rewards.py", "if missed and not called(r)", "if not called(r)", "test_grpo"),
+    ("direct answers charged whatever the label", "training/rewards.py", "if needs_crops and not called(r)", "if not called(r)", "test_grpo"),
     ("auxiliary model free of charge", "awares_bench/inference/engine.py", "reply.usage.as_auxiliary()", "Usage()", "test_policies"),
     ("random crop forgets the document", "baselines/random_crop.py", "rng, chosen = random.Random(f\"{self.draw}/{sample.key}\"), []", "rng, chosen = random.Random(f\"{self.draw}\"), []", "test_policies"),
     ("CARES rounds down", "baselines/cares.py", "math.ceil(expected / STEP - 1e-6)", "math.floor(expected / STEP)", "test_policies"),

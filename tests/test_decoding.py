@@ -196,6 +196,7 @@ def test_texts_and_pictures_keep_their_order_and_spacing():
 
 
 def test_text_before_the_only_picture_stays_before_it_in_every_view():
+    from awares_bench.evaluation.lmms_model import job_of
 
     image = picture(224, 224)
     content = [{"type": "text", "text": "Look: "}, {"type": "image", "url": image}, {"type": "text", "text": " What is it?"}]

@@ -323,32 +323,34 @@ def summarise(recipe: Curate, labelled: list[dict], cropped: list[dict]) -> dict
     """Counts, label shares, crop shares, and the agreement of two judges."""
     labels = Counter(r["label"] or "dropped" for r in labelled)
     chosen = Counter("+".join(r["crops"]) or "none" for r in cropped)
-    known = [r for r in labelled if r["label"]]
-    hr = sum(r["label"] == "HR" for r in known)
+    with_label = [r for r in labelled if r["label"]]
+    hard = sum(r["label"] == "HR" for r in with_label)
     out = {
         "rows": len(labelled),
         "failed": sum(r["error"] is not None for r in labelled),
         "labels": dict(labels),
-        "share_HR": round(hr / len(known), 4) if known else None,
+        "share_HR": round(hard / len(with_label), 4) if with_label else None,
         "right_low": _share(labelled, "right_low"),
         "right_full": _share(labelled, "right_full"),
-        "lucky": round(sum(r["label"] == "HR" and r["right_low"] for r in known) / len(known), 4) if known else None,
+        "lucky": round(sum(r["label"] == "HR" and r["right_low"] for r in with_label) / len(with_label), 4)
+        if with_label
+        else None,
         "crops": dict(chosen.most_common()),
         "share_without_crops": round(chosen["none"] / len(cropped), 4) if cropped else None,
         "mean_area_of_HR": round(sum(PAPER_GRID.area(r["crops"]) for r in cropped) / len(cropped), 4) if cropped else None,
     }
     if recipe.second_judge:
-        both = [(r["label"], r["second"]) for r in labelled if r["label"] and r["second"]]
+        pairs = [(r["label"], r["second"]) for r in labelled if r["label"] and r["second"]]
         out["agreement"] = {
-            "share": round(sum(a == b for a, b in both) / len(both), 4) if both else None,
-            "judge, second": {f"{a}, {b}": n for (a, b), n in sorted(Counter(both).items())},
+            "share": round(sum(a == b for a, b in pairs) / len(pairs), 4) if pairs else None,
+            "judge, second": {f"{a}, {b}": n for (a, b), n in sorted(Counter(pairs).items())},
         }
     return out
 
 
 def _share(rows: list[dict], name: str) -> float | None:
-    known = [r[name] for r in rows if r[name] is not None]
-    return round(sum(map(bool, known)) / len(known), 4) if known else None
+    values = [r[name] for r in rows if r[name] is not None]
+    return round(sum(map(bool, values)) / len(values), 4) if values else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
