@@ -216,19 +216,19 @@ def _report(args) -> int:
     if not args.runs:
         report.curves(args.logs, args.out, formats)
     else:
-        _, _, said = report.write(
+        _, _, warnings = report.write(
             args.runs,
             args.out,
-            tuple(args.allow),
-            metrics,
-            not args.no_times,
-            formats,
-            args.gap / 100,
-            args.records,
-            tuple(args.logs),
+            allow=tuple(args.allow),
+            metrics=metrics,
+            times=not args.no_times,
+            formats=formats,
+            gap=args.gap / 100,
+            records=args.records,
+            logs=tuple(args.logs),
         )
         print((args.out / "table.md").read_text(encoding="utf-8"))
-        for sentence in said:
+        for sentence in warnings:
             print(f"note: {sentence}", file=sys.stderr)
         print(args.out / "index.html")
     return 0

@@ -40,16 +40,18 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """A method's run. name: its row in every table. about: run.json and lmms-eval's settings (``{}`` where unknown).
-
-    documents: a row per document, see ``load``. samples: task -> lmms-eval's samples file (none for compact records).
-    """
+    """A method's run."""
 
     name: str
+    """Its row in every table."""
     about: dict
+    """run.json, and lmms-eval's settings under ``evaluation``; ``{}`` where unknown."""
     documents: pd.DataFrame
+    """A row per document, see ``load``."""
     folder: Path | None
+    """The run's, a foreign model's output or that of compact records."""
     samples: dict[str, Path]
+    """Task -> lmms-eval's samples file; none for compact records."""
 
 
 def samples_lines(path: Path) -> Iterator[dict]:
@@ -65,10 +67,10 @@ def samples_lines(path: Path) -> Iterator[dict]:
 
 def samples_files(folder: Path) -> dict[str, Path]:
     """Task -> its newest samples file below an lmms-eval output folder, in the order of the paper's table."""
-    found: dict[str, Path] = {}
+    newest: dict[str, Path] = {}
     for path in sorted(folder.rglob("*_samples_*.jsonl"), key=lambda p: p.name):
-        found[path.stem.split("_samples_", 1)[1]] = path
-    return {t: found[t] for t in sorted(found, key=lambda t: (ORDER.index(t) if t in ORDER else len(ORDER), t))}
+        newest[path.stem.split("_samples_", 1)[1]] = path
+    return {t: newest[t] for t in sorted(newest, key=lambda t: (ORDER.index(t) if t in ORDER else len(ORDER), t))}
 
 
 def load(method: str, run: Path | None, lmms_output: Path, metrics: dict[str, str] | None = None) -> pd.DataFrame:
@@ -101,10 +103,10 @@ def load(method: str, run: Path | None, lmms_output: Path, metrics: dict[str, st
                 f"{method}, {task}: {len(scored)} scores but no record for {len(missing)} of them (document {missing[0]} first). "
                 "lmms-eval may have answered them from its own cache: rerun without --use_cache"
             )
-        for doc_id, (score, told) in sorted(scored.items()):
+        for doc_id, (score, telemetry) in sorted(scored.items()):
             record = records.get((task, doc_id))
             row = {"method": method, "task": task, "doc_id": doc_id, "score": score}
-            rows.append(row | (_spent(told) if record is None else _spent(vars(record))))
+            rows.append(row | (_spent(telemetry) if record is None else _spent(vars(record))))
     return typed(pd.DataFrame(rows))
 
 
@@ -144,10 +146,10 @@ def _scored(path: Path, task: str, metrics: dict[str, str], telemetry: bool) -> 
 
 def _telemetry(sample: dict) -> dict:
     """A line of lmms-eval's samples file -> the fields of a record; a foreign model's tell the tokens it wrote at most."""
-    told = next(iter(sample.get("token_counts") or []), None) or {}
+    counts = next(iter(sample.get("token_counts") or []), None) or {}
     answer = sample.get("filtered_resps")
-    usage = told.get("usage") or ([{"output": told["output_tokens"]}] if told.get("output_tokens") is not None else [])
-    return {**told, "usage": usage, "answer": answer, "question": str(sample.get("input", ""))}
+    usage = counts.get("usage") or ([{"output": counts["output_tokens"]}] if counts.get("output_tokens") is not None else [])
+    return {**counts, "usage": usage, "answer": answer, "question": str(sample.get("input", ""))}
 
 
 def _spent(record: dict) -> dict:
