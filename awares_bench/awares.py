@@ -64,7 +64,7 @@ class AwaRes(Policy):
                 raise
             if self.on_malformed == "answer":
                 return reply
-            names = ("all",)
+            names: tuple[str, ...] = ("all",)
         else:
             if request is None:
                 return reply

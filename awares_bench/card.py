@@ -63,7 +63,7 @@ def card(answer: Answer) -> str:
     said = "" if answer.text is None else f"answer: <code>{_text(answer.text)}</code>"
     turns = [_turn(answer, i) for i in range(len(answer.turns))]
     places = boxes(answer.image, answer.crops) if answer.image is not None else []
-    if places:
+    if answer.image is not None and places:
         drawn = image_tag(outlined(answer.image, places))
         turns.insert(1, f'<div class="turn"><small>where it looked, on the full image</small><br>{drawn}</div>')
     elif answer.image is not None and not turns:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -104,7 +105,7 @@ def _figures(
 ) -> Iterator[tuple[str, pd.DataFrame, Callable[[pd.DataFrame], Figure]]]:
     """(name, data, data -> Figure) of every figure; empty data where the runs do not hold what it shows."""
     caveats = tuple(n for n in notes if not n.startswith("Processor limits"))
-    common = {"title": names.suite(frame), "notes": caveats}
+    common: dict[str, Any] = {"title": names.suite(frame), "notes": caveats}
     hollow = accuracy_rtr.published(paper)
 
     accuracy = partial(accuracy_rtr.draw, paper=hollow if len(hollow) else None, **common)

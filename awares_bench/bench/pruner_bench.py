@@ -149,7 +149,8 @@ class _Layers:
     """Seconds of the vision blocks and decoder layers that ran in a round, by hooks, and of a whole model made of them."""
 
     def __init__(self, vlm: VLM):
-        self.now, self.hooks, self.rounds = clock(vlm), [], []
+        self.now, self.hooks = clock(vlm), []
+        self.rounds: list = []
         self.forget()
         tower = vlm.model.model.visual
         named = [("patch", tower.patch_embed), ("window", tower.blocks[0]), ("full", tower.blocks[1]), ("merger", tower.merger)]

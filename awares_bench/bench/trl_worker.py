@@ -178,7 +178,8 @@ def main(job: dict) -> None:
         environment_factory=Crops,
     )
     trainer.model.model.visual.requires_grad_(False)  # as ours
-    tokens, seen = Tokens(trainer.model, trainer.ref_model), {}
+    tokens = Tokens(trainer.model, trainer.ref_model)
+    seen: dict = {}
     generate, padding = trainer.model.generate, processor.tokenizer.pad_token_id
 
     def watched(*args, **kwargs):

@@ -12,6 +12,7 @@ import io
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from openai import APIConnectionError, APIStatusError, OpenAI
 from PIL import Image
@@ -150,7 +151,13 @@ class Endpoint:
     def _create(self, payload: list[dict], request: Request, events: list[Event]):
         """The completion of a conversation. Raises what the client raises."""
         penalty = self.repetition_penalty if request.penalty is None else request.penalty
-        asked = {"model": self.model, "messages": payload, "max_tokens": request.budget, "temperature": 0.0, "seed": 0}
+        asked: dict[str, Any] = {
+            "model": self.model,
+            "messages": payload,
+            "max_tokens": request.budget,
+            "temperature": 0.0,
+            "seed": 0,
+        }
         create, own = self.client.chat.completions.create, penalty == self.own_penalty
         if penalty == self.own_penalty == 1:
             return create(**asked)
@@ -176,7 +183,7 @@ class Endpoint:
     def _alive(self) -> bool:
         """Whether the server answers a small picture now."""
         try:
-            talk = _payload(messages([Turn((Image.new("RGB", (56, 56)),), "?")], []))
+            talk: Any = _payload(messages([Turn((Image.new("RGB", (56, 56)),), "?")], []))
             once = self.client.with_options(max_retries=0)
             once.chat.completions.create(model=self.model, messages=talk, max_tokens=1, temperature=0.0, seed=0)
         except (APIStatusError, APIConnectionError):

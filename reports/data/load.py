@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -158,7 +159,7 @@ def _spent(record: dict) -> dict:
     keys = dict.fromkeys(("encoded", "prefill", "text", "output")) | {k: None for u in turns for k in u}
     kinds = [e["kind"] for e in record.get("events") or []]
     crops = record.get("crops") or []
-    row = {
+    row: dict[str, Any] = {
         "full_tokens": record.get("full_tokens"),
         "called": bool(crops) or "malformed_call" in kinds,
         "malformed": "malformed_call" in kinds,
@@ -174,10 +175,9 @@ def _spent(record: dict) -> dict:
         row[key] = _sum(key, turns)
         if not key.startswith("peak_"):
             row[f"later_{key}"] = _sum(key, turns[1:]) if len(turns) > 1 else (None if row[key] is None else 0)
-    phases = [row[k] for k in keys if k.endswith("_seconds")]
-    row["seconds"] = None if not phases or None in phases else sum(phases)
-    later = [row[f"later_{k}"] for k in keys if k.endswith("_seconds")]
-    row["later_seconds"] = None if not later or None in later else sum(later)
+    phases = [k for k in keys if k.endswith("_seconds")]
+    row["seconds"] = _sum_known([row[k] for k in phases])
+    row["later_seconds"] = _sum_known([row[f"later_{k}"] for k in phases])
     row["rtr"] = record.get("rtr")
     return row
 
@@ -196,9 +196,15 @@ def _flat(usage: dict, before: str = "") -> dict[str, float | None]:
 def _sum(key: str, turns: list[dict]) -> float | None:
     """Over turns: the sum, of a peak the maximum; null where a turn does not know."""
     values = [u.get(key) for u in turns]
-    if not values or None in values:
-        return None
-    return max(values) if key.startswith("peak_") else sum(values)
+    if not key.startswith("peak_"):
+        return _sum_known(values)
+    known = [v for v in values if v is not None]
+    return max(known) if known and len(known) == len(values) else None
+
+
+def _sum_known(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) if known and len(known) == len(values) else None
 
 
 TEXT = ("method", "label", "family", "task", "crops", "events")

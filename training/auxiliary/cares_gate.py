@@ -102,7 +102,7 @@ def utilities(
     vlm: VLM, samples: Sequence[tuple[Sample, list[str]]], sizes: Sequence[int], batch_size: int, tokens: int
 ) -> Iterator[tuple[int, list[float]]]:
     """Samples with their answers -> (index, ANLS of the target's answer at each size); those that cannot be answered are left out."""
-    found: dict[int, list[float]] = {}
+    found: dict[int, list[float | None]] = {}
     jobs = [(n, size) for n in range(len(samples)) for size in sizes]
     engines = {size: Engine(vlm, AtSize(longest=size), batch_size) for size in sizes}
     for size, engine in engines.items():
@@ -110,7 +110,8 @@ def utilities(
         for i, outcome in tqdm(engine.run(Job(samples[n][0], tokens) for n in mine), total=len(mine), desc=f"size {size}"):
             score = None if isinstance(outcome, Failure) else anls(outcome.answer, samples[mine[i]][1])
             found.setdefault(mine[i], []).append(score)
-    yield from ((n, scores) for n, scores in sorted(found.items()) if None not in scores)
+    known = ((n, [s for s in scores if s is not None]) for n, scores in sorted(found.items()))
+    yield from ((n, scores) for n, scores in known if len(scores) == len(sizes))
 
 
 def hidden_states(vlm: VLM, samples: Sequence[Sample], view: int, depth: float) -> np.ndarray:

@@ -61,7 +61,7 @@ def crops_for(boxes: list[Box], width: int, height: int, mapping: str) -> tuple[
     names = (*PAPER_GRID.names, ALL)
     like = dict(zip(names, (iou(hull(boxes), b) for b in PAPER_GRID.boxes(width, height, names)), strict=True))
     if mapping == "iou_argmax":
-        return (max(like, key=like.get),)
+        return (max(names, key=like.__getitem__),)
     if mapping == "iou_literal":
         found = tuple(n for n in names if like[n] >= 0.5)
         return (ALL,) if ALL in found else found
@@ -83,7 +83,7 @@ def answers_with(
     sampler, sessions = Sampler(vlm, features, 0.0), [Session() for _ in tried]
     looks = [policy.look(sample) for _ in tried]
     turns = [_next_turn(look, None) for look in looks]
-    calls = [PAPER_GRID.format(names) for names in tried]
+    calls: list[str | None] = [PAPER_GRID.format(names) for names in tried]
     said = sampler.reply([Request(s, t, 1) for s, t in zip(sessions, turns, strict=True)], forced=calls)
     turns = [_next_turn(look, reply) for look, reply in zip(looks, said, strict=True)]
     return sampler.reply([Request(s, t, max_new_tokens) for s, t in zip(sessions, turns, strict=True)])
@@ -125,7 +125,7 @@ def ground(endpoint: Endpoint, image: Image.Image, question: str, answer: str) -
     encoded = io.BytesIO()
     image.save(encoded, "PNG")
     url = "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
-    parts = [
+    parts: list[dict] = [
         {"type": "image_url", "image_url": {"url": url}},
         {"type": "text", "text": GROUND.format(question=question, answer=answer)},
     ]

@@ -27,7 +27,7 @@ from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import VLM
 from awares_bench.methods.conversation import Failure, Trajectory
 from awares_bench.methods.crop_grid import PAPER_GRID
-from awares_bench.methods.registry import method_class
+from awares_bench.methods.registry import build
 from awares_bench.tasks.nano import world
 
 from .. import examples
@@ -177,12 +177,13 @@ def answer(recipe: Curate, table, some: list[dict], vlm: VLM) -> list[dict]:
     for name in ("low", "full"):
         samples = [examples.sample(table[r["index"]], r["index"], recipe.largest_side) for r in some]
         jobs = [Job(type(s)(s.images, s.question + recipe.suffix, s.key), recipe.max_new_tokens) for s in samples]
-        policy, likely = method_class(name)(), name == "low" and recipe.sure
+        policy, likely = build(name, {}).policy, name == "low" and recipe.sure
         for i, outcome in _likely(vlm, policy, jobs, recipe.batch) if likely else Engine(vlm, policy, recipe.batch).run(jobs):
-            failed = isinstance(outcome, Failure)
-            found[i][name] = None if failed else outcome.answer
-            found[i]["error"] = outcome.error if failed else found[i].get("error")
-            if likely and not failed:
+            if isinstance(outcome, Failure):
+                found[i] |= {name: None, "error": outcome.error}
+                continue
+            found[i] |= {name: outcome.answer, "error": found[i].get("error")}
+            if likely:
                 found[i]["sure"] = math.exp(sum(outcome.replies[-1].logps))
     return found
 
@@ -241,7 +242,8 @@ def crop(recipe: Curate, table, some: list[dict], model: Callable[[], VLM]) -> l
     rule = judges.judge(recipe.judge) if recipe.judge in judges.RULES else judges.anls
     for r in some:
         row = table[r["index"]]
-        boxes, names = None, ()
+        boxes = None
+        names: tuple[str, ...] = ()
         if recipe.oracle == "search":
             vlm = model()
             sample = examples.sample(row, r["index"], recipe.largest_side)
@@ -270,7 +272,7 @@ def _write(recipe: Curate, table, labelled: list[dict], crops: dict[int, tuple[s
     if not keep:
         raise examples.DataError(f"no row got a label with crops to match; see the chunks in {out}")
     picked = table.select([r["index"] for r in keep])
-    extra = {"id": [], "question": [], "answers": [], "label": [], "crops": [], "replies": []}
+    extra: dict[str, list] = {"id": [], "question": [], "answers": [], "label": [], "crops": [], "replies": []}
     for r in keep:
         row, names = table[r["index"]], crops.get(r["index"], ()) if r["label"] == "HR" else ()
         accepted = examples.answers(row)
