@@ -16,7 +16,7 @@ from awares_bench.baselines.holov import HoloV
 from awares_bench.baselines.pooling import Pooling
 from awares_bench.baselines.sparsevlm import SparseVLM
 from awares_bench.baselines.visionzip import VisionZip
-from awares_bench.bench.engine_bench import pruner_bench
+from awares_bench.bench import pruner_bench
 from awares_bench.bench.meter import Meter
 from awares_bench.inference.local_model import VLM, mrope_positions
 from awares_bench.inference.session import Request, Session
