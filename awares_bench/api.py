@@ -14,7 +14,6 @@ import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import yaml
 from PIL import Image
@@ -130,7 +129,7 @@ class Model:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         until: str | tuple[str, ...] = (),
-        **options: Any,
+        **options,
     ) -> Answer:
         """The answer of a method to a question about one picture.
 
@@ -153,7 +152,7 @@ class Model:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         until: str | tuple[str, ...] = (),
-        **options: Any,
+        **options,
     ) -> list[Answer]:
         """Answers to pairs of (image, question), in their order; one that cannot be given has its ``error``, and the others go on.
 
@@ -209,7 +208,7 @@ def load(
     limits of the processor. constrained: hold calls for crops to their grammar. repetition_penalty: None for the checkpoint's.
     Raises ValueError (a CheckpointError where the checkpoint is at fault) or OSError, with what to do.
     """
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
+    options = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
     options |= {"min_pixels": min_pixels, "max_pixels": max_pixels, "constrained": constrained}
     loaded: dict[tuple, VLM] = {}
     vlm, _ = load_vlm(pretrained, options, loaded, repetition_penalty)
@@ -223,7 +222,7 @@ def methods() -> list[str]:
 
 
 def compare(
-    model: Model, image: object, question: str, methods: Iterable[str] = ("full", "low", "awares"), **options: Any
+    model: Model, image: object, question: str, methods: Iterable[str] = ("full", "low", "awares"), **options
 ) -> Comparison:
     """Several methods on one question, one after the other.
 
@@ -248,7 +247,7 @@ def check(method: str, options: dict[str, object]) -> None:
         settings({k: v for k, v in options.items() if k in GENERATION})
 
 
-def each(model: Model, image: object, question: str, methods: Iterable[tuple[str, dict[str, Any]]]) -> Comparison:
+def each(model: Model, image: object, question: str, methods: Iterable[tuple[str, dict[str, object]]]) -> Comparison:
     """The answer of each method, given by its name and options; one that cannot be given has its ``error``."""
     try:
         picture = _contents(image)  # an open file is read once

@@ -6,7 +6,6 @@ import argparse
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from awares_bench.evaluation.doctor import installed
 
@@ -174,7 +173,7 @@ def _ask(args) -> int:
     from .errors import AnswerError
 
     given = dict(api.read_option(one) for one in args.option)
-    of_checkpoint: dict[str, Any] = {k: given.pop(k) for k in api.LOAD_OPTIONS if k in given}
+    of_checkpoint = {k: given.pop(k) for k in api.LOAD_OPTIONS if k in given}
     others = [] if args.compare is None else [api.read_method(text) for text in args.compare.split(",")]
     asked = [(args.method, given), *others]
     for name, options in asked:  # before a checkpoint is loaded
@@ -217,7 +216,7 @@ def _report(args) -> int:
     if not args.runs:
         report.curves(args.logs, args.out, formats)
     else:
-        _, _, warnings = report.write(
+        _, _, said = report.write(
             args.runs,
             args.out,
             allow=tuple(args.allow),
@@ -225,11 +224,11 @@ def _report(args) -> int:
             times=not args.no_times,
             formats=formats,
             gap=args.gap / 100,
-            records=args.records,
+            compact=args.records,
             logs=tuple(args.logs),
         )
         print((args.out / "table.md").read_text(encoding="utf-8"))
-        for sentence in warnings:
+        for sentence in said:
             print(f"note: {sentence}", file=sys.stderr)
         print(args.out / "index.html")
     return 0
@@ -264,14 +263,14 @@ def _bench(args) -> int:
     if args.what == "pruners":
         from awares_bench.bench.pruner_bench import run as bench_pruners
 
-        shape = (args.geometry or "nano", args.tokens, args.batch)
-        bench_pruners(*shape, args.retention, args.repeats, args.device, args.dtype, args.json)
+        more = (args.device, args.dtype, args.json)
+        bench_pruners(args.geometry or "nano", args.tokens, args.batch, args.retention, args.repeats, *more)
         return 0
     if args.what == "grpo":
         from awares_bench.bench import grpo_bench
 
-        start = args.pretrained or "nano"
-        grpo_bench.run(start, args.trl_python, args.prompts, args.group, args.repeats, args.device, args.json)
+        more = (args.trl_python, args.prompts, args.group, args.repeats, args.device, args.json)
+        grpo_bench.run(args.pretrained or "nano", *more)
         return 0
     from awares_bench.bench.engine_bench import run
 
@@ -279,8 +278,8 @@ def _bench(args) -> int:
     if unknown := [p for p in parts if p not in known]:
         raise ValueError(f"--parts holds {unknown[0]!r}; known: {', '.join(known)}")
     pretrained = args.pretrained or (None if args.geometry else "nano")
-    sizes = (args.tokens, args.batch, args.call_rate, args.answer, args.repeats)
-    run(pretrained, args.geometry, args.layers, args.dtype, args.device, *sizes, parts, args.documents, args.json)
+    more = (args.tokens, args.batch, args.call_rate, args.answer, args.repeats, parts, args.documents, args.json)
+    run(pretrained, args.geometry, args.layers, args.dtype, args.device, *more)
     return 0
 
 

@@ -58,18 +58,18 @@ class CropVLM(Policy):
         (image,) = sample.images
         ask = ASK.format(question=sample.question.capitalize())
         said = yield Turn((within(image, self.longest),), ask, model="cropper", budget=BOX_BUDGET, until=())
-        views = [half(image) if self.view == "low" else image]
+        views = (half(image) if self.view == "low" else image,)
         if said.text.strip(" .").lower() != NOT_NEEDED:
             try:
                 box = parse_box(said.text, *image.size)
             except ValueError as error:
                 yield Event("malformed_box", f"{error}; the image is shown in full, without a crop")
-                views = [image]
+                views = (image,)
             else:
                 yield Event("box", ",".join(map(str, box)))
                 crop = image.crop(box)
-                views.append(within(crop, self.crop_longest) if self.crop_longest else crop)
-        return (yield sample.ask(tuple(views)))
+                views = (*views, within(crop, self.crop_longest) if self.crop_longest else crop)
+        return (yield sample.ask(views))
 
 
 def parse_box(text: str, width: int, height: int) -> Box:

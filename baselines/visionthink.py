@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 from PIL import Image
 
@@ -79,7 +78,7 @@ class VisionThink(Policy):
             raise ValueError(f"budget is {self.budget!r}; it is a number of tokens, at least 1")
 
     def look(self, sample: Sample) -> Look:
-        how: dict[str, Any] = {"budget": self.budget, "until": ()}
+        how = {"budget": self.budget, "until": ()}
         views = tuple(enlarged(half(image)) for image in sample.images)
         question = f"\n{sample.question}" if views else BEFORE + sample.question
         first = yield Turn(views, question, system=SYSTEM, before=(BEFORE,), last=False, **how)

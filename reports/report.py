@@ -12,7 +12,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from . import page
-from .data import compact, comparability, discover, names, published, stats, summary
+from .data import comparability, discover, names, published, stats, summary
+from .data.compact import write as write_compact
 from .data.load import ReportError, Run
 from .plots import (
     accuracy_rtr,
@@ -37,13 +38,13 @@ def write(
     times: bool = True,
     formats: tuple[str, ...] = style.FORMATS,
     gap: float = 0.01,
-    records: Path | None = None,
+    compact: Path | None = None,
     logs: tuple[Path, ...] = (),
 ) -> tuple[list[Run], pd.DataFrame, list[str]]:
     """Runs (see ``discover.runs``) -> files in ``out``: tables (csv, md, tex), figures (``formats`` and csv), summary.json, index.html.
 
     allow: names of ``comparability.REASONS``, printed below everything. metrics: task -> metric, of tasks that ``load`` does not know.
-    times: whether seconds are reported. gap: the difference in accuracy (a fraction) whose price in documents is told. records: folder
+    times: whether seconds are reported. gap: the difference in accuracy (a fraction) whose price in documents is told. compact: folder
     for compact records, which this function reads again. logs: of training runs.
     Returns runs, documents and what the reader should be warned of. Raises ReportError for what must not be reported.
     """
@@ -65,8 +66,8 @@ def write(
         notes.append(f"Processor limits (pixels): {'; '.join(limits)}.")
 
     out.mkdir(parents=True, exist_ok=True)
-    if records:
-        compact.write(runs, records)
+    if compact:
+        write_compact(runs, compact)
     paper = published.cells(runs, frame)
     (out / "summary.json").write_text(json.dumps(summary.summary(frame), indent=1) + "\n")
     candidates = [

@@ -482,7 +482,7 @@ def test_a_sweep_counts_what_was_scored_tries_again_and_is_done_when_healed(tmp_
     from awares_bench.reports import report
     from awares_bench.reports.data import discover
 
-    _, frame, notes = report.write([out], tmp_path / "report", metrics={"odd": "here"}, formats=(), records=tmp_path / "compact")
+    _, frame, notes = report.write([out], tmp_path / "report", metrics={"odd": "here"}, formats=(), compact=tmp_path / "compact")
     (note,) = [n for n in notes if "left out" in n]
     assert note.startswith("10 documents left out of full, which could not answer them: odd 1, 3, ") and "lone surrogate" in note
     assert len(frame) == len(odd.ANSWERED)

@@ -231,9 +231,9 @@ def test_what_records_newly_hold_is_reported_and_what_they_lack_is_a_dash(three)
 
 def test_the_report_is_rebuilt_to_the_byte_from_runs_and_from_compact_records(three, tmp_path):
     first, second, third = tmp_path / "a", tmp_path / "b", tmp_path / "c"
-    report.write([three], first, records=first / "records", formats=("svg",))
-    report.write([three], second, records=second / "records", formats=("svg",))
-    report.write([first / "records"], third, records=third / "records", formats=("svg",))
+    report.write([three], first, compact=first / "records", formats=("svg",))
+    report.write([three], second, compact=second / "records", formats=("svg",))
+    report.write([first / "records"], third, compact=third / "records", formats=("svg",))
     made = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
     assert {
         "index.html",

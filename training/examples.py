@@ -61,8 +61,7 @@ def rows(data: str, needs: tuple[str, ...], columns: dict[str, str] | None = Non
         one = Image(decode=False)
         table = _rooted(table, pictures, path.parent).cast_column(pictures, one if pictures == "image" else Sequence(one))
     for name in needs:
-        if name == "image" and pictures:
-            name = pictures
+        name = pictures if name == "image" else name
         if name == pictures:  # without reading the pictures themselves
             bad = [i for i, null in enumerate(table.data.column(name).is_null().to_pylist()) if null]
         else:
@@ -95,7 +94,7 @@ def pictures(row: dict, largest_side: int, index: int | None = None) -> tuple[Pi
     """The images of a row, RGB and upright, none longer than ``largest_side`` pixels. Raises DataError that names the row."""
     stored = row.get("images") if row.get("images") is not None else [row.get("image")]
     out = []
-    for item in stored or ():
+    for item in stored:
         try:
             image, _ = as_rgb(item)
         except OSError as error:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
 from awares_bench.methods.options import unknown_option
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-R = TypeVar("R", bound="DataclassInstance")
+R = TypeVar("R")
 
 
 class RecipeError(ValueError):
@@ -115,7 +111,7 @@ class Tuning(Run):
             )
 
 
-def load(cls: type[R], path: Path | str, overrides: Sequence[str] = ()) -> R:
+def load(cls: type[R], path: Path | str, overrides: list[str] = ()) -> R:
     """Read a recipe, a file or the name of one that ships; ``overrides`` are ``key=value`` strings in YAML syntax that win over the file.
 
     Raises RecipeError: not a mapping, an unknown key (with the nearest known one), a missing key, a wrong type, a value out
@@ -158,7 +154,7 @@ def _checked(f: Field, hint: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
         hint = next(kind for kind in get_args(hint) if kind is not type(None))
-    kind: Any = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}[
+    kind = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}[
         getattr(hint, "__name__", str(hint)).split("[")[0]
     ]
     if kind == (int, float) and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string

@@ -20,7 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from awares_bench.awares import CALL_BUDGET
 from awares_bench.inference.local_model import VLM
 from awares_bench.inference.session import Prepared, Request, Session
-from awares_bench.methods.conversation import Failure, Turn, messages
+from awares_bench.methods.conversation import Turn, messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
 from awares_bench.methods.usage import Usage
@@ -125,11 +125,7 @@ class Pages:
         return [i for i, calls in enumerate(self.calls) if calls]
 
     def _reply(self, requests: list[Request]) -> list[Usage]:
-        replies = self.vlm.reply(requests) if requests else []
-        failures = [r.error for r in replies if isinstance(r, Failure)]
-        if failures:
-            raise RuntimeError(f"{len(failures)} of {len(replies)} pages could not be answered: {failures[0]}")
-        return [r.usage for r in replies if not isinstance(r, Failure)]
+        return [r.usage for r in self.vlm.reply(requests)] if requests else []
 
     # -------------------------------------------------------------- transformers' own loop
 
@@ -218,7 +214,7 @@ class Pages:
                 else:
                     new = one + len(self._ids(crop, self.second[i], said))
                     total += self._spent([*low, *crop], new, 0, self.answer)
-        return float(total[0]), float(total[1]), float(total[2])
+        return tuple(total)
 
     def _ids(self, images: list, turn: Turn, session: Session) -> list[int]:
         return self.vlm.chunk(session, turn, [self._grid(image) for image in images])

@@ -7,11 +7,9 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import transformers
@@ -21,7 +19,7 @@ from awares_bench.evaluation.records import cpu_name, provenance
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import VLM
 from awares_bench.methods.conversation import Sample
-from awares_bench.methods.registry import build
+from awares_bench.methods.registry import method_class
 from awares_bench.methods.usage import Usage
 from awares_bench.models.geometry import encode_flops
 
@@ -85,19 +83,13 @@ def run(
         "repeats": repeats,
     }
     print("\n".join(f"{k:<16} {v}" for k, v in about.items()))
-    rows: list[Row] = []
-    figures: list[Figure] = []
+    rows, figures = [], []
     if "vision" in parts:
         _vision(vlm, repeats, rows, figures)
     if "turns" in parts:
         _turns(Pages(vlm, tokens, batch, call_rate, answer), "stock" in parts, repeats, rows, figures)
     notes = _suite(vlm, pretrained, documents, repeats, rows, figures) if pretrained and "suite" in parts else []
-    result: dict[str, Any] = {
-        "about": about,
-        "rows": [r.as_dict(rates) for r in rows],
-        "figures": [asdict(f) for f in figures],
-        "notes": notes,
-    }
+    result = {"about": about, "rows": [r.as_dict(rates) for r in rows], "figures": [asdict(f) for f in figures], "notes": notes}
     result["peak_memory_bytes"] = vlm.peak_memory()
     _print(result)
     if json_file:
@@ -130,8 +122,8 @@ def _vision(vlm: VLM, repeats: int, rows: list[Row], figures: list[Figure]) -> N
             )
 
         flops = (encode_flops(vlm.model.config, grids), 0.0, 0.0)
-        ours = Row(f"ours, {name}", partial(timed, partial(vlm.encode, patches, grids)), flops)
-        stock = Row(f"transformers, {name}", partial(timed, looped), flops)
+        ours = Row(f"ours, {name}", lambda p=patches, g=grids, t=timed: t(lambda: vlm.encode(p, g)), flops)
+        stock = Row(f"transformers, {name}", lambda f=looped, t=timed: t(f), flops)
         alternate([ours, stock], repeats)
         rows += [ours, stock]
         ratio = _ratio(stock, ours)
@@ -184,10 +176,9 @@ def _turns(pages: Pages, stock: bool, repeats: int, rows: list[Row], figures: li
 
 def _suite(vlm: VLM, pretrained: str, documents: int, repeats: int, rows: list[Row], figures: list[Figure]) -> list[str]:
     """Documents per second on the nano suite at full resolution, beside lmms-eval's own model on the same weights."""
-    room = Path(str(files("awares_bench.tasks.nano") / "nano_chart.yaml")).parent
-    answers: dict[str, list[str]] = {}
+    room, answers = Path(str(files("awares_bench.tasks.nano") / "nano_chart.yaml")).parent, {}
     samples = _nano_samples(room, documents)
-    policy = build("full", {}).policy
+    policy = method_class("full")()
 
     def answered(samples: list[Sample]) -> dict:
         return dict(Engine(vlm, policy, BATCH).run(Job(s, 16) for s in samples))

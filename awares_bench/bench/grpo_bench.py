@@ -21,7 +21,6 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -61,24 +60,22 @@ class Worker:
                 stderr=file,
                 text=True,
             )
-        assert self.process.stdin is not None and self.process.stdout is not None  # pipes, as asked for above
-        self.requests, self.answers = self.process.stdin, self.process.stdout
         self.version = self.read()["trl"]
 
     def read(self) -> dict:
-        line = self.answers.readline()
+        line = self.process.stdout.readline()
         if not line:
             self.process.wait()
             raise TRLError("TRL's side ended without an answer:\n" + "\n".join(self.errors.read_text().splitlines()[-12:]))
         return json.loads(line)
 
     def step(self) -> dict:
-        self.requests.write("step\n")
-        self.requests.flush()
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
         return self.read()
 
     def close(self) -> None:
-        self.requests.close()
+        self.process.stdin.close()
         self.process.wait()
 
 
@@ -118,12 +115,7 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         nano_rows(prompts, labelled=True).to_parquet(folder / "rows.parquet")
-        said: dict[str, Any] = {
-            "start": pretrained,
-            "data": str(folder / "rows.parquet"),
-            "out": str(folder / "ours"),
-            "device": device,
-        }
+        said = {"start": pretrained, "data": str(folder / "rows.parquet"), "out": str(folder / "ours"), "device": device}
         said |= {"prompts": prompts, "group": group, "micro_batch": prompts, "tuning": "full", "lr": 5e-5, "beta": 0.05}
         said |= {"steps": repeats + 1, "max_new_tokens": CALL_BUDGET, "answer": "exact", "log_every": 10**6, "save_every": 10**6}
         recipe = check(grpo.GRPO, said)
@@ -151,7 +143,7 @@ def _job(trainer: grpo.GRPOTrainer, recipe: grpo.GRPO, folder: Path) -> dict:
         turn.images[0].save(view)
         image.save(full)
         named = PAPER_GRID.ids
-        boxes = dict(zip(named, PAPER_GRID.boxes(image.width, image.height, tuple(named.values())), strict=True))
+        boxes = dict(zip(named, PAPER_GRID.boxes(*image.size, tuple(named.values())), strict=True))
         truth = {"answer": prompt.truth.answers[0], "label": prompt.truth.label}
         rows.append({"question": turn.text, "view": str(view), "full": str(full), "boxes": boxes} | truth)
     whole = max(trainer.vlm.visual_tokens(p.sample.images[0]) for p in trainer.train_dataset)

@@ -18,11 +18,11 @@ import sys
 from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import partial, reduce
+from functools import reduce
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -136,7 +136,6 @@ class MethodModel(lmms):
         self._vlms = {} if vlms is None else vlms
         served = self._served(chosen)
         self._store = _whole("reuse_features", chosen["reuse_features"], least=0) * 2**30
-        self.vlm: Any  # a VLM, or an Endpoint where a server answers
         self.vlm, weights = served or self._load(chosen["pretrained"], chosen, chosen["repetition_penalty"])
         if self.vlm.repetition_penalty != self.vlm.own_penalty and not chosen["label"]:
             self.label += f" repetition_penalty={self.vlm.repetition_penalty:g}"
@@ -235,7 +234,7 @@ class MethodModel(lmms):
         todo = {
             key: args
             for key, args in unique.items()
-            if not self.run.holds(key, asked[key[0]].decisive, partial(self._content, args))
+            if not self.run.holds(key, asked[key[0]].decisive, lambda args=args: self._content(args))
         }
         if self._rank == 0 and len(todo) < len(unique):
             print(
@@ -249,10 +248,9 @@ class MethodModel(lmms):
                 "recorded without them by an earlier release; they are given again",
                 file=sys.stderr,
             )
-        order = list(todo)
-        failed: dict[tuple, str] = {}
-        limit = self.max_batch_tokens
-        engine = Engine(self.vlm, self.policy, self.batch_size, pruner=self.pruner, models=self.models, max_batch_tokens=limit)
+        order, failed = list(todo), {}
+        more = {"pruner": self.pruner, "models": self.models, "max_batch_tokens": self.max_batch_tokens}
+        engine = Engine(self.vlm, self.policy, self.batch_size, **more)
         local = [vlm for vlm in (self.vlm, *self.models.values()) if isinstance(vlm, VLM)]
         for vlm in local if todo else []:
             vlm.warm_up()
@@ -298,7 +296,7 @@ class MethodModel(lmms):
         none of its task's own (an agentic round) would be scored whatever is returned, so it raises RuntimeError; so does
         a task of which nothing is left.
         """
-        told: dict[str, list] = {
+        told = {
             "lost": [(r.args[4], r.args[3], error) for r, error in failed],
             "held": [(r.args[4], r.args[3]) for r in requests],
             "foreign": [(r.args[4], r.args[3]) for r, _ in failed if not (r.metadata.get("__padding_only__") or _is_own(r))],
@@ -510,7 +508,7 @@ def _evidence(column: object) -> tuple[Box, ...] | None:
     """A document's ``evidence`` column -> boxes; None when it is missing or is not a list of four numbers each."""
     if not isinstance(column, (list, tuple)) or not all(isinstance(box, (list, tuple)) and len(box) == 4 for box in column):
         return None
-    return tuple((int(l), int(t), int(r), int(b)) for l, t, r, b in column)  # noqa: E741
+    return tuple(tuple(int(v) for v in box) for box in column)
 
 
 def _result(record: Record) -> GenerationResult:

@@ -231,7 +231,7 @@ def _differences(before: dict, now: dict) -> str:
 def provenance() -> dict:
     """When, with what and on what: time, command, package versions, commit of a checkout, hardware."""
     packages = ("awares-bench", "lmms-eval", "torch", "transformers", "datasets", "pillow", "numpy")
-    versions: dict[str, str | None] = {}
+    versions = {}
     for name in packages:
         try:
             versions[name] = version(name)

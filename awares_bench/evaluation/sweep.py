@@ -169,8 +169,7 @@ def run(recipe: Recipe, out: Path) -> list[dict]:
     say = _speaker()
     if len(todo) < len(recipe.cells):
         say(f"{len(recipe.cells) - len(todo)} of {len(recipe.cells)} cells are done in {out}")
-    ended, began, loaded, index = [], time.time(), None, None
-    vlms: dict = {}
+    ended, vlms, began, loaded, index = [], {}, time.time(), None, None
     for number, cell in enumerate(todo, 1):
         if _weights(cell) != loaded:
             vlms.clear()  # the weights before this are not needed again

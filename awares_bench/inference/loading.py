@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from awares_bench.methods.policy import UNDER_TEST, Policy
 from awares_bench.models.packaged import resolve
 
@@ -30,7 +28,7 @@ def auxiliary_checkpoints(policy: Policy) -> dict[str, str]:
     return {role: checkpoint for role, checkpoint in policy.models.items() if checkpoint != UNDER_TEST}
 
 
-def whole(name: str, value: Any, least: int = 1) -> int:
+def whole(name: str, value: object, least: int = 1) -> int:
     """An option that is a whole number. Raises ValueError that says which."""
     try:
         number = int(value)

@@ -12,7 +12,6 @@ import io
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from openai import APIConnectionError, APIStatusError, OpenAI
 from PIL import Image
@@ -151,13 +150,7 @@ class Endpoint:
     def _create(self, payload: list[dict], request: Request, events: list[Event]):
         """The completion of a conversation. Raises what the client raises."""
         penalty = self.repetition_penalty if request.penalty is None else request.penalty
-        asked: dict[str, Any] = {
-            "model": self.model,
-            "messages": payload,
-            "max_tokens": request.budget,
-            "temperature": 0.0,
-            "seed": 0,
-        }
+        asked = {"model": self.model, "messages": payload, "max_tokens": request.budget, "temperature": 0.0, "seed": 0}
         create, own = self.client.chat.completions.create, penalty == self.own_penalty
         if penalty == self.own_penalty == 1:
             return create(**asked)
@@ -183,7 +176,7 @@ class Endpoint:
     def _alive(self) -> bool:
         """Whether the server answers a small picture now."""
         try:
-            talk: Any = _payload(messages([Turn((Image.new("RGB", (56, 56)),), "?")], []))
+            talk = _payload(messages([Turn((Image.new("RGB", (56, 56)),), "?")], []))
             once = self.client.with_options(max_retries=0)
             once.chat.completions.create(model=self.model, messages=talk, max_tokens=1, temperature=0.0, seed=0)
         except (APIStatusError, APIConnectionError):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
 
 from .conversation import Event, Reply, Sample, Turn
 from .options import check_choices
 
-Look = Generator[Turn | Event, Any, Reply]
-"""Yields a Turn and is sent its Reply, or yields an Event and is sent None (no type says which, hence Any); returns the reply that is the answer."""
+Look = Generator[Turn | Event, Reply | None, Reply]
+"""Yields a Turn and is sent its Reply, or yields an Event and is sent None; returns the reply that is the answer."""
 
 UNDER_TEST = "pretrained"
 """As the checkpoint of an auxiliary model: the model under test itself, whose tokens then count as its own."""
@@ -29,5 +28,5 @@ class Policy:
         """Auxiliary models that a turn may be sent to: the name in ``Turn.model`` -> checkpoint folder or hub name."""
         return {}
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         check_choices(self)

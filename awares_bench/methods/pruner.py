@@ -29,9 +29,9 @@ class Visual:
     features: Tensor
     grid: tuple[int, int]
     places: Tensor | None = None
-    attention: Tensor = None  # type: ignore[assignment]  # the next three are None where no pruner needs them,
-    metric: Tensor = None  # type: ignore[assignment]  # and a pruner reads what it needs
-    rows: AttentionRows = None  # type: ignore[assignment]
+    attention: Tensor | None = None
+    metric: Tensor | None = None
+    rows: AttentionRows | None = None
     seed: int = 0
 
 
@@ -54,15 +54,11 @@ class Pruner:
     vision_block: ClassVar[int] = -1
     """The block that attention and metric are taken from."""
 
-    @property
-    def repacks(self) -> bool:
-        """Give the tokens after a decoder stage the positions 0, 1, 2, ...; only to reproduce released code."""
-        return False
+    repacks: ClassVar[bool] = False
+    """Give the tokens after a decoder stage the positions 0, 1, 2, ...; only to reproduce released code."""
 
-    @property
-    def offset(self) -> int:
-        """Tokens by which the cut is moved against the image; only to reproduce released code."""
-        return 0
+    offset: ClassVar[int] = 0
+    """Tokens by which the cut is moved against the image; only to reproduce released code."""
 
     def score(self, image: Visual) -> Tensor:
         """-> (V,) scores; the highest are kept, the first of equals."""
@@ -87,9 +83,9 @@ class Pruner:
 
     def raters(self, visual: Tensor, text: Tensor) -> Tensor:
         """Text tokens whose attention is asked for at the stages: visual (V, D) and text after it (T, D), embedded -> (R,)."""
-        return visual.new_tensor([len(text) - 1]).long()
+        return visual.new_tensor([len(text) - 1], dtype=int)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         if isinstance(self.retention, bool) or not isinstance(self.retention, (int, float)) or not 0 < self.retention <= 1:
             raise ValueError(f"retention is {self.retention!r}; it must be a number above 0 and at most 1, such as 0.5")
         check_choices(self)

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -159,7 +158,7 @@ def _spent(record: dict) -> dict:
     keys = dict.fromkeys(("encoded", "prefill", "text", "output")) | {k: None for u in turns for k in u}
     kinds = [e["kind"] for e in record.get("events") or []]
     crops = record.get("crops") or []
-    row: dict[str, Any] = {
+    row = {
         "full_tokens": record.get("full_tokens"),
         "called": bool(crops) or "malformed_call" in kinds,
         "malformed": "malformed_call" in kinds,
@@ -171,15 +170,15 @@ def _spent(record: dict) -> dict:
         "prompt": zlib.crc32(str(record["question"]).encode()),
         "content": zlib.crc32(record["content"].encode()) if record.get("content") else None,
     }
+    spent: dict[str, float | None] = {}
     for key in keys:
-        row[key] = _sum(key, turns)
+        spent[key] = _sum(key, turns)
         if not key.startswith("peak_"):
-            row[f"later_{key}"] = _sum(key, turns[1:]) if len(turns) > 1 else (None if row[key] is None else 0)
+            spent[f"later_{key}"] = _sum(key, turns[1:]) if len(turns) > 1 else (None if spent[key] is None else 0)
     phases = [k for k in keys if k.endswith("_seconds")]
-    row["seconds"] = _sum_known([row[k] for k in phases])
-    row["later_seconds"] = _sum_known([row[f"later_{k}"] for k in phases])
-    row["rtr"] = record.get("rtr")
-    return row
+    spent["seconds"] = _sum_known([spent[k] for k in phases])
+    spent["later_seconds"] = _sum_known([spent[f"later_{k}"] for k in phases])
+    return row | spent | {"rtr": record.get("rtr")}
 
 
 def _flat(usage: dict, before: str = "") -> dict[str, float | None]:

@@ -120,8 +120,7 @@ def cost(runs: list[Run], frame: pd.DataFrame, times: bool = True) -> Table:
     tokens += [c for c in later if not c.endswith("seconds") and c not in tokens and c in frame and frame[c].fillna(0).any()]
     rows, printed_rows = [], []
     for method, own in frame.groupby("method", sort=False, observed=True):
-        # Full precision, for CSV.
-        config = flops.config_of(abouts.get(method, {}))
+        config = flops.shapes(abouts.get(method, {}))
         row: dict = {"method": method, "documents": len(own)}
         row |= {k: _known_mean(own[k]) for k in tokens}
         row["RTR"] = _known_mean(own["rtr"])

@@ -72,8 +72,7 @@ class Target:
     @torch.no_grad()
     def __call__(self, sample: Sample, answer: str, group: list[Rollout]) -> list[dict[str, float]]:
         """Parts and ``reward`` of each rollout. answer: the probability of the whole answer; form: see ``VALID``."""
-        out, conversations, vlm = [], [], self.vlm
-        known: dict = {}
+        out, conversations, known, vlm = [], [], {}, self.vlm
         for rollout in group:
             kinds = {e.kind for e in rollout.trajectory.events}
             form = next((worth for kind, worth in VALID.items() if kind in kinds), 0.25)

@@ -90,8 +90,7 @@ def from_records(run: Path, suite: Path) -> dict[str, dict]:
     """Records of an evaluation on a nano suite -> figures per task and over all. Raises ValueError when nothing matches."""
     import pandas
 
-    known: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
-    decisions: dict[str, list[Decision]] = {}
+    known, decisions = {}, {}
     for path in sorted(Path(suite).glob("*.parquet")):
         columns = pandas.read_parquet(path, columns=["low_is_enough", "evidence"])
         known[path.stem] = [
@@ -102,8 +101,7 @@ def from_records(run: Path, suite: Path) -> dict[str, dict]:
         task = next((t for t in known if r.task == t or r.task.endswith(t)), None)
         if task and r.error is None:
             bad = any(e["kind"] in ("malformed_call", "call_in_answer") for e in r.events)
-            label, crops = known[task][r.doc_id]
-            decisions.setdefault(task, []).append(Decision(tuple(r.crops), label, crops, malformed=bad))
+            decisions.setdefault(task, []).append(Decision(tuple(r.crops), *known[task][r.doc_id], malformed=bad))
     if not decisions:
         raise ValueError(f"no record in {run} belongs to a task of {suite} ({', '.join(known) or 'no parquet files'})")
     return {t: figures(d) for t, d in decisions.items()} | {"all": figures([x for d in decisions.values() for x in d])}

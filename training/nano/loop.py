@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -44,7 +43,7 @@ def autocast(device: str) -> torch.autocast:
     """bf16 autocast where the device multiplies bf16 in hardware; elsewhere off, since an emulated bf16 is 3 times slower than fp32."""
     fast = True
     if device == "cpu":
-        known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        known = getattr(torch.cpu, "get_capabilities", dict)()
         fast = bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16"))  # bf16: ARM's name
     return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=fast)
 
@@ -89,7 +88,7 @@ def train(
         start, spent = state["step"], state["seconds"]
 
     def save(step: int) -> None:
-        state: dict[str, Any] = {name: module.state_dict() for name, module in modules.items()}
+        state = {name: module.state_dict() for name, module in modules.items()}
         state |= {"optimizer": optimizer.state_dict(), "step": step, "seconds": spent + time.time() - began}
         torch.save(state, out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", checkpoint)

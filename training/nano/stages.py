@@ -212,8 +212,7 @@ def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, qu
         return writer.row([([view] if i == 0 else [], text, answer, 1.0) for i, (text, answer, _) in enumerate(asked)])
     text, answer, evidence = asked[0]
     names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size)
-    call_weight = phase.call
-    later: list[tuple] = []
+    call_weight, later = phase.call, []
     if questions > 1:
         if rng.random() < phase.wide:
             names, call_weight = rng.choice(_holding(evidence, image.size)), 0.0

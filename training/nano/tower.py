@@ -156,8 +156,7 @@ def walls(step: int, seed: int, count: int, vocabulary: Vocabulary) -> dict:
 
 
 def batch(step: int, seed: int, scenes: int, vocabulary: Vocabulary) -> dict:
-    w = world
-    out: dict[str, list] = {"pixel_values": [], "grid": [], "targets": [], "view": []}
+    w, out = world, {"pixel_values": [], "grid": [], "targets": [], "view": []}
     for i in range(scenes):
         rng = random.Random(f"tower/{seed}/{step}/{i}")
         image, panels = w.scene(rng, w.FAMILIES[i % len(w.FAMILIES)], rng.randint(4, 10), shared_keys=True)
