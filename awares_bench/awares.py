@@ -68,7 +68,7 @@ class AwaRes(Policy):
                 return Failure(f"malformed crop request and on_malformed='error': {error}")
             if self.on_malformed == "answer":
                 return reply
-            names = ("all",)
+            names: tuple[str, ...] = ("all",)
         else:
             if request is None:
                 return reply

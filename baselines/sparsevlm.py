@@ -85,18 +85,19 @@ class SparseVLM(Pruner):
         while recycle and self.compat == "corrected" and kept > 1 and kept + recycled(total - kept)[1] > n:
             kept -= 1
         order = self.score(image).argsort(descending=True, stable=True)
-        again, clusters = recycled(total - kept)
-        if not recycle or not again or (self.compat == "corrected" and kept + clusters > n):
+        count, clusters = recycled(total - kept)
+        if not recycle or not count or (self.compat == "corrected" and kept + clusters > n):
             chosen = order[:kept].sort().values
             return image.features[chosen], chosen
-        again = order[kept : kept + again]
+        again = order[kept : kept + count]
         centres, means = cluster(image.features.index_select(0, again), clusters)
         centres = again.index_select(0, centres)
         if self.compat == "corrected":
             indices = torch.cat([order[:kept], centres]).sort().values
             merged = torch.searchsorted(indices, centres)
         else:
-            indices, merged = torch.cat([order[:kept].sort().values, centres]), slice(kept, None)
+            indices = torch.cat([order[:kept].sort().values, centres])
+            merged = torch.arange(kept, len(indices), device=indices.device)
         features = image.features.index_select(0, indices)  # one copy; the centres' rows then take their clusters' means
         features[merged] = means.to(features.dtype)
         return features, indices

@@ -58,6 +58,12 @@ def test_reports_never_import_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd="/").returncode == 0
 
 
+def test_the_stair_of_packages_has_no_step_up_and_no_circle():
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
 def test_a_bare_import_is_light():
     code = "import sys, awares_bench, awares_bench.methods.crop_grid, awares_bench.evaluation.lmms_manifest; sys.exit(bool({'torch', 'transformers', 'lmms_eval'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd="/").returncode == 0

@@ -14,12 +14,8 @@ from scipy.stats import permutation_test
 
 from awares_bench.models.flops import decoder_flops, vision_flops
 from awares_bench.reports import report
-from awares_bench.reports.data import compact as records
-from awares_bench.reports.data import discover as find
-from awares_bench.reports.data import flops, stats
-from awares_bench.reports.data import published as paper
-from awares_bench.reports.tables import details, render
-from awares_bench.reports.tables import main as tables
+from awares_bench.reports.data import compact, discover, flops, published, stats, summary
+from awares_bench.reports.tables import details, main, render
 
 from .runs import DOCUMENTS, full, low, write_run
 
@@ -34,13 +30,13 @@ def three(tmp_path):
 
 
 def framed(path) -> tuple[list, pd.DataFrame]:
-    runs = find.runs([path])
-    return runs, find.together(runs)
+    runs, _ = discover.runs([path])
+    return runs, discover.together(runs)
 
 
 def test_the_summary_is_the_hand_computation(three):
     _, frame = framed(three)
-    cell = tables.summary(frame)["awares"]["nano_doc"]
+    cell = summary.summary(frame)["awares"]["nano_doc"]
     assert cell == {
         "accuracy": 0.625,
         "rtr": (0.25 + 0.5 + 1.25 + 0.25) / 4,
@@ -48,7 +44,7 @@ def test_the_summary_is_the_hand_computation(three):
         "call_rate": 0.5,
         "malformed_rate": 0.0,
     }
-    assert tables.summary(frame)["awares"]["mean"] == cell | {"documents": 8}
+    assert summary.summary(frame)["awares"]["mean"] == cell | {"documents": 8}
 
 
 def test_the_mean_is_over_tasks_not_documents_and_null_without_all_of_them():
@@ -56,7 +52,7 @@ def test_the_mean_is_over_tasks_not_documents_and_null_without_all_of_them():
     frame = pd.DataFrame(
         [{"method": m, "task": t, "score": s, "rtr": r, "called": False, "malformed": False} for m, t, s, r in rows]
     )
-    found = tables.summary(frame)
+    found = summary.summary(frame)
     mean = found["m"]["mean"]
     assert (mean["accuracy"], mean["rtr"], mean["documents"], mean["malformed_rate"]) == (0.5, 0.625, 4, None)
     assert found["n"]["mean"]["accuracy"] is None and found["n"]["mean"]["documents"] == 1
@@ -64,17 +60,17 @@ def test_the_mean_is_over_tasks_not_documents_and_null_without_all_of_them():
 
 def test_the_main_table_holds_percents_ratios_and_paired_differences(three):
     _, frame = framed(three)
-    row = tables.main(frame, paper.cells(*framed(three))).numbers.set_index("method").loc["awares"]
+    row = main.accuracy(frame, published.cells(*framed(three))).numbers.set_index("method").loc["awares"]
     assert row[["nano_doc acc", "nano_doc RTR", "mean acc", "mean RTR"]].tolist() == [62.5, 0.5625, 62.5, 0.5625]
     assert row["vs awares_full difference"] == -37.5 and "paper acc" not in row
-    printed = tables.main(frame, paper.cells(*framed(three))).printed
+    printed = main.accuracy(frame, published.cells(*framed(three))).printed
     assert printed.iloc[0].tolist()[:3] == ["full resolution", "100.0", "1.00"]
     assert printed[("against AwaRes", "points")].tolist() == ["+37.5", "−12.5", "–"]
 
 
 def test_the_cost_table_adds_turns_and_takes_both_ratios(three):
     runs, frame = framed(three)
-    row = tables.cost(runs, frame).numbers.set_index("method").loc["awares"]
+    row = main.cost(runs, frame).numbers.set_index("method").loc["awares"]
     tokens = (16 + 32 + 80 + 16) / 4
     assert (row["encoded"], row["prefill"], row["text"], row["output"]) == (tokens, tokens, 15, 3)
     assert row["ratio of sums"] == tokens / 64 and row["RTR"] == 0.5625
@@ -202,7 +198,7 @@ def test_the_paper_stands_beside_ours_with_its_doubts(tmp_path):
         {"method": "sparsevlm", "fields": {"retention": 0.5}, "pretrained": "q"},
     )
     runs, frame = framed(tmp_path)
-    rows = tables.against_paper(frame, paper.cells(runs, frame)).numbers.set_index("quantity")
+    rows = main.against_paper(frame, published.cells(runs, frame)).numbers.set_index("quantity")
     assert (
         rows.at["accuracy", "paper"] == 83.6
         and rows.at["accuracy", "ours"] == 100
@@ -213,7 +209,7 @@ def test_the_paper_stands_beside_ours_with_its_doubts(tmp_path):
 
 
 def test_published_averages_are_the_means_of_their_cells():
-    cells = paper.numbers().query("quantity == 'accuracy'")
+    cells = published.numbers().query("quantity == 'accuracy'")
     for (source, method, keep, variant), own in cells.groupby(["source", "method", "retention", "variant"], dropna=False):
         tasks = own[own["task"] != "mean"]["value"]
         if len(tasks) == 6:
@@ -222,8 +218,8 @@ def test_published_averages_are_the_means_of_their_cells():
 
 
 def test_nothing_published_is_set_beside_nano(three):
-    assert paper.cells(*framed(three)).empty
-    assert tables.against_paper(framed(three)[1], paper.cells(*framed(three))) is None
+    assert published.cells(*framed(three)).empty
+    assert main.against_paper(framed(three)[1], published.cells(*framed(three))) is None
 
 
 def test_ablations_name_what_differs_and_the_papers_variant(three):
@@ -242,11 +238,11 @@ def test_ablations_name_what_differs_and_the_papers_variant(three):
 def test_a_foreign_model_has_a_score_and_no_invented_tokens(three):
     foreign = three / "elsewhere"
     shutil.copytree(three / "lmms" / "awares_full", foreign / "qwen")
-    runs = find.runs([three, f"qwen2_5_vl={foreign / 'qwen'}"])
-    frame = find.together(runs)
-    cell = tables.summary(frame)["qwen2_5_vl"]["mean"]
+    runs, _ = discover.runs([three, f"qwen2_5_vl={foreign / 'qwen'}"])
+    frame = discover.together(runs)
+    cell = summary.summary(frame)["qwen2_5_vl"]["mean"]
     assert (cell["accuracy"], cell["rtr"], cell["call_rate"]) == (1.0, None, 0.0)
-    row = tables.cost(runs, frame).printed.set_index(("", "method")).loc["qwen2_5_vl"]
+    row = main.cost(runs, frame).printed.set_index(("", "method")).loc["qwen2_5_vl"]
     assert row["tokens", "prefill"] == "–" and row["milliseconds", "mean"] == "–"
 
 
@@ -257,7 +253,7 @@ def test_what_records_newly_hold_is_reported_and_what_they_lack_is_a_dash(three)
         for usage in line["usage"]:
             usage |= {"auxiliary": {"encoded": 5}, "peak_memory_bytes": 2**21}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    table = tables.cost(*framed(three))
+    table = main.cost(*framed(three))
     row = table.numbers.set_index("method").loc["awares"]
     assert row["auxiliary_encoded"] == 7.5 and row["peak_memory_bytes"] == 2**21
     printed = table.printed.set_index(("", "method"))
@@ -291,15 +287,15 @@ def test_compact_records_name_no_folder_of_the_machine(three, tmp_path):
     told |= {"command": "awares-bench run --out /data/me/x,output_dir=/data/me/y"}
     told["identity"]["pretrained"] = "/data/me/model"
     (three / "runs" / "awares" / "run.json").write_text(json.dumps(told))
-    records.write(find.runs([three]), tmp_path / "small")
-    about = records.read(tmp_path / "small")[0].about
+    compact.write(discover.runs([three])[0], tmp_path / "small")
+    about = compact.read(tmp_path / "small")[0].about
     assert about["command"] == "awares-bench run --out …/x,output_dir=…/y" and about["identity"]["pretrained"] == "…/model"
-    assert str(tmp_path) not in (tmp_path / "small" / records.RUNS).read_text()
+    assert str(tmp_path) not in (tmp_path / "small" / compact.RUNS).read_text()
 
 
 def test_compact_records_keep_names_and_every_number(three, tmp_path):
     write_run(three, "cell-7", {"nano_doc": low(), "nano_chart": low()}, {"method": "visionzip", "fields": {"retention": 0.5}})
-    records.write(find.runs([three]), tmp_path / "small")
+    compact.write(discover.runs([three])[0], tmp_path / "small")
     before, after = framed(three)[1].drop(columns="answer"), framed(tmp_path / "small")[1].drop(columns="answer")
     assert "VisionZip 50 %" in set(after["label"])
     pd.testing.assert_frame_equal(before, after[before.columns], check_dtype=False, check_categorical=False)
@@ -343,5 +339,5 @@ def test_the_command_writes_a_report_and_refuses_with_a_sentence(three, tmp_path
 def test_the_committed_nano_records_can_be_read():
     folder = Path(__file__).parents[1] / "reports" / "published" / "nano" / "records"
     _, frame = framed(folder)
-    found = tables.summary(frame)
+    found = summary.summary(frame)
     assert 0.9 < found["full"]["mean"]["accuracy"] <= 1 and found["full"]["mean"]["rtr"] == 1

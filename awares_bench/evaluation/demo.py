@@ -106,7 +106,7 @@ def report(out: Path) -> None:
 
     shown = "awares" if "awares" in settings["methods"] else settings["methods"][0]
     suite = Path(settings["suite"])
-    count = select.write(str(out / "runs" / shown), out / "gallery.html", images=suite, chosen=markup.choose)
+    count = select.write(str(out / "runs" / shown), out / "gallery.html", images=suite, choose=markup.choose)
     _, frame, said = reports.write(runs, out)
     frame.to_csv(out / "documents.csv", index=False, float_format="%.9g")
     print((out / "table.md").read_text(encoding="utf-8"))

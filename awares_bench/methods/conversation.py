@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import zip_longest
+from typing import Any
 
 from PIL import Image
 
@@ -37,13 +38,13 @@ class Sample:
     full_tokens: int | None = None
     """Visual tokens of the images at full size, as the model under test counts them; None where no engine has said."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.parts and len(self.parts) != len(self.images) + 1:
             raise ValueError(
                 f"{len(self.images)} images have {len(self.images) + 1} parts of text around them; got {len(self.parts)}"
             )
 
-    def ask(self, images: tuple[Image.Image, ...], **options) -> Turn:
+    def ask(self, images: tuple[Image.Image, ...], **options: Any) -> Turn:
         """The turn that asks the question with ``images`` in the places of its own, further ones after the last.
 
         options: of the Turn.

@@ -8,9 +8,14 @@ lmms-eval adapter, typo included, because the published weights were evaluated w
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Box = tuple[int, int, int, int]
 """(left, top, right, bottom) in pixels, right and bottom exclusive."""
@@ -128,11 +133,11 @@ class CropGrid:
             raise CropRequestError(f"unknown crop {unknown[0]!r}; allowed: {', '.join(self.quarters)}")
         return [_box(self.quarters[name], width, height) for name in names]
 
-    def cut(self, image, names) -> list:
+    def cut(self, image: Image.Image, names: tuple[str, ...] | list[str] | str) -> list[Image.Image]:
         """The named regions of a PIL image, at its own pixel density."""
-        return [image.crop(box) for box in self.boxes(*image.size, names)]
+        return [image.crop(box) for box in self.boxes(image.width, image.height, names)]
 
-    def area(self, names) -> float:
+    def area(self, names: Iterable[str]) -> float:
         """Sum of the regions' areas as a fraction of the image; overlaps count twice, as their tokens do."""
         return sum((right - left) * (bottom - top) for left, top, right, bottom in (self.quarters[n] for n in names)) / 16
 
@@ -155,7 +160,8 @@ class CropGrid:
 
         slack: pixels by which a box may stick out of its region on each side.
         """
-        best, best_area = (ALL,), 1.0
+        best: tuple[str, ...] = (ALL,)
+        best_area = 1.0
         for n in range(1, most + 1):
             for names in combinations(self.names, n):
                 if self.area(names) < best_area and self.holds(names, evidence, width, height, slack):

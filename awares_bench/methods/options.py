@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import fields
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
-def check_choices(method: object) -> None:
+def check_choices(method: Any) -> None:
     hints = get_type_hints(type(method))
     for f in fields(method):
         hint, value = hints[f.name], getattr(method, f.name)

@@ -6,13 +6,15 @@ import ast
 import difflib
 import inspect
 import sys
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 from .options import options, unknown_option
 from .policy import Policy
@@ -92,6 +94,7 @@ def _from_file(place: str) -> type[Policy] | type[Pruner]:
     if not path.is_file():
         raise ValueError(f"no file {path} (from method={place}); pass method=path/to/file.py:Class")
     spec = spec_from_file_location(f"awares_bench_method_{path.stem}_{abs(hash(path.resolve()))}", path)
+    assert spec is not None and spec.loader is not None  # a path that ends in .py has both
     module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses and type hints look for its names
     try:
         spec.loader.exec_module(module)
@@ -130,7 +133,7 @@ def _checked(found: object, place: str) -> type[Policy] | type[Pruner]:
     """``found`` when it is a method class. Raises ValueError that says what it lacks."""
     if not (inspect.isclass(found) and issubclass(found, (Policy, Pruner))):
         raise ValueError(f"{place} is not a method; derive the class from awares_bench.Policy or awares_bench.Pruner")
-    if not (is_dataclass(found) and found.__dataclass_params__.frozen and "__dataclass_fields__" in vars(found)):
+    if not ("__dataclass_fields__" in vars(found) and vars(found)["__dataclass_params__"].frozen):
         raise ValueError(f"{place} must be a frozen dataclass; write @dataclass(frozen=True) above the class")
     for old, new in RENAMED[Policy if issubclass(found, Policy) else Pruner].items():
         if inspect.isfunction(getattr(found, old, None)):
@@ -171,7 +174,7 @@ class Method:
         return " ".join([name, *told])
 
 
-def build(name: str, given: dict[str, object], common: tuple[str, ...] = ()) -> Method:
+def build(name: str, given: Mapping[str, Any], common: tuple[str, ...] = ()) -> Method:
     """A method by its name and options.
 
     given: options of the method, and ``pruner=NAME`` or, for a pruner, ``policy=NAME`` (default full) with the options of
@@ -190,10 +193,10 @@ def build(name: str, given: dict[str, object], common: tuple[str, ...] = ()) -> 
     for option in given:
         if option not in (*known, *common):
             raise ValueError(f"method {name}: {unknown_option(option, [*known, *common, other])}")
-    made = [cls(**{k: given[k] for k in options(cls) if k in given}) for cls in classes]
-    if other == "policy":
-        return Method(made[1], made[0], (str(second), name))
-    return Method(made[0], made[1] if second else None, (name, str(second) if second else None))
+    parts = [cls(**{k: given[k] for k in options(cls) if k in given}) for cls in classes]
+    policy = next(p for p in parts if isinstance(p, Policy))
+    pruner = next((p for p in parts if isinstance(p, Pruner)), None)
+    return Method(policy, pruner, (str(second), name) if other == "policy" else (name, str(second) if second else None))
 
 
 def describe(name: str) -> dict[str, str]:
@@ -217,9 +220,10 @@ def describe(name: str) -> dict[str, str]:
 def _docstring(name: str) -> str:
     if name in _external():
         try:
-            return (
-                ast.get_docstring(ast.parse(Path(find_spec(_external()[name].module).origin).read_text(encoding="utf-8"))) or ""
-            )
+            spec = find_spec(_external()[name].module)
+            if spec is None or spec.origin is None:
+                raise ImportError(f"there is no file of module {_external()[name].module}")
+            return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
         except (ImportError, OSError, SyntaxError, ValueError, AttributeError, TypeError) as error:
             return f"{_external()[name].value} cannot be read: {error}"
     package, file = _own()[name]

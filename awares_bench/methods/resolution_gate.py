@@ -34,7 +34,7 @@ class Gate:
     trained_on: str = ""
     """The proxy's checkpoint, for people."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.weight.shape != (len(self.sizes), self.weight.shape[-1]) or self.bias.shape != (len(self.sizes),):
             raise ValueError(f"a gate over {len(self.sizes)} sizes has weights {self.weight.shape} and bias {self.bias.shape}")
         if list(self.sizes) != sorted(set(self.sizes)) or self.sizes[0] < 1:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from .world import FAMILIES, SEEDS, Document, document
 
@@ -36,7 +37,7 @@ def row(d: Document, index: int) -> dict:
     d.image.save(encoded, "WEBP", lossless=True, quality=50, method=2)
     image, name = {"bytes": encoded.getvalue(), "path": None}, f"{d.family}-{d.seed}"
     options = " ".join(f"({letter}) {option}" for letter, option in zip("ABCD", d.options, strict=False))
-    official = {
+    official: Any = {
         "chart": {"type": ("human_test", "augmented_test")[index % 2], "question": d.question, "answer": d.answer},
         "doc": {
             "questionId": str(index),

@@ -340,8 +340,8 @@ def ask(
     if panel.family == "pope":
         same = [p for p in panels if p.key == key]
         if not varied:
-            there = any(p.content in ROUND for p in same)
-            return f"Is there a round symbol in a {key} frame?", "yes" if there else "no", (), same
+            is_round = any(p.content in ROUND for p in same)
+            return f"Is there a round symbol in a {key} frame?", "yes" if is_round else "no", (), same
         there = {p.content for p in same}
         yes = rng.random() < 0.5
         symbol = rng.choice(sorted(there)) if yes else rng.choice([s for s in SYMBOLS if s not in there])
