@@ -171,7 +171,7 @@ def test_records_of_another_version_and_broken_lines_are_refused(tmp_path):
     whole = path.read_text()
     path.write_text(whole.replace('"version": 2', '"version": 99', 1))
     with pytest.raises(ReportError, match=r"a: .*version 99; this release reads versions 1 and 2"):
-        find.runs([tmp_path])
+        discover.runs([tmp_path])
     path.write_text('{"task": "na\n' + whole)
     with pytest.raises(ReportError, match=r"a: .*line 1 is not JSON"):
         discover.runs([tmp_path])

@@ -30,6 +30,7 @@ from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.conversation import Failure, Sample
 from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.registry import method_class
 from awares_bench.tasks.nano import world
 
 from .. import examples, recipe
