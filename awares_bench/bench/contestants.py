@@ -172,9 +172,9 @@ class Pages:
         )
         prepared = clock()
         inputs = inputs.to(vlm.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(vlm.model.dtype)
+        inputs["pixel_values"] = inputs["pixel_values"].to(vlm.host.dtype)
         watch = _Watch(vlm, forced)
-        tower = vlm.model.model.visual
+        tower = vlm.host.model.model.visual
         hooks = [tower.register_forward_pre_hook(watch.enter), tower.register_forward_hook(watch.leave)]
         try:
             out = vlm.host.model.generate(
@@ -248,7 +248,7 @@ class Pages:
         return self._spent(images, len(self._ids(images, turn, session)), past, said)
 
     def _spent(self, images: list, new: int, past: int, said: tuple) -> np.ndarray:
-        config = self.vlm.model.config.to_dict()
+        config = self.vlm.host.model.config.to_dict()
         tower = sum(vision_flops(self.vlm.visual_tokens(image), config["vision_config"]) for image in images)
         steps = decoder_flops(np.ones(len(said)), config["text_config"], past + new + np.arange(len(said))).sum()
         return np.array([tower, decoder_flops(new, config["text_config"], past), steps])
@@ -261,7 +261,7 @@ class _Watch(LogitsProcessor):
     """Reads the clock around the tower and at the first scores of a ``generate`` call, and forces its tokens."""
 
     def __init__(self, vlm: LocalModel, forced: tuple[int, ...]):
-        self.vlm, self.forced = vlm, (*forced, min(vlm.stop))
+        self.vlm, self.forced = vlm, (*forced, min(vlm.host.stop))
         self.encoding = self.entered = self.first = 0.0
         self.steps = 0
 
@@ -309,11 +309,11 @@ def alternate(contestants: list[Contestant], repeats: int, warm_up: int = 1) -> 
 def matmul_rates(vlm: LocalModel, rows: int, batch: int) -> tuple[float, float]:
     """Operations per second of the decoder's widest matrix, the best of ten: on ``rows`` tokens, and on ``batch`` as in decoding."""
     text = vlm.host.model.config.text_config
-    weight = torch.rand(text.intermediate_size, text.hidden_size, device=vlm.device).to(vlm.host.model.dtype)
+    weight = torch.rand(text.intermediate_size, text.hidden_size, device=vlm.device).to(vlm.host.dtype)
     out = []
     with torch.inference_mode():
         for n in (rows, batch):
-            x = torch.rand(n, text.hidden_size, device=vlm.device).to(vlm.host.model.dtype)
+            x = torch.rand(n, text.hidden_size, device=vlm.device).to(vlm.host.dtype)
             times = []
             for _ in range(10):
                 start = time.perf_counter()

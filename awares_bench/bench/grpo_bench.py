@@ -86,7 +86,7 @@ class Alternate(TrainerCallback):
     """Lets the worker take a step after each of ours. ours, theirs: seconds, tokens and call rate of each step."""
 
     def __init__(self, trainer: grpo.GRPOTrainer, worker: Worker | None):
-        reference = trainer.reference.core if trainer.reference else None
+        reference = trainer.reference.host.model if trainer.reference else None
         self.trainer, self.worker, self.tokens = trainer, worker, Tokens(trainer.scorer.host.model, reference)
         self.ours: list[dict] = []
         self.theirs: list[dict] = []

@@ -245,7 +245,9 @@ class Engine:
         except Exception as error:  # the policy is anyone's code
             return _failure(error)
 
-    def _finish(self, run: Exchange, answer: Reply) -> Trajectory:
+    def _finish(self, run: Exchange, answer: Reply) -> Trajectory | Failure:
+        if not run.turns:
+            return Failure(f"{type(self.policy).__name__} returned a reply and asked nothing; it must yield a Turn before")
         events = run.events + run.session.events
         text, cap = answer.text, run.job.max_new_tokens
         if answer.tokens and answer.usage.output > cap:  # a server's own count; its text may be other tokens when read again

@@ -16,9 +16,6 @@ from PIL import Image, ImageFile, ImageOps
 
 from .conversation import Event, EventKind
 
-MAX_ASPECT = 200
-"""Qwen2.5-VL's processor refuses images longer than 200 times their width (transformers ``smart_resize``)."""
-
 SMALLEST_SIDE = 56
 """Below two merged tokens a side a region is no finer than the half-size view, so the whole image is sent instead."""
 
@@ -223,16 +220,3 @@ def within(image: Image.Image, longest: int) -> Image.Image:
     if scale >= 1:
         return image
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
-
-
-def within_aspect(image: Image.Image) -> tuple[Image.Image, list[Event]]:
-    """Pad the short side with white until the processor accepts the shape; the pixels of the image stay as they are."""
-    w, h = image.size
-    need = -(-max(w, h) // (MAX_ASPECT - 1))
-    if min(w, h) >= need:
-        return image, []
-    canvas = Image.new("RGB", (max(w, need), max(h, need)), (255, 255, 255))
-    canvas.paste(image, (0, 0))
-    return canvas, [
-        Event(EventKind.IMAGE_PADDED, f"{w}x{h} padded to {canvas.width}x{canvas.height}: longer than 1:{MAX_ASPECT}")
-    ]

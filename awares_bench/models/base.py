@@ -99,6 +99,9 @@ class HostModel(ABC):
     decoder_layer: ClassVar[str]
     """Class name of a decoder layer: what FSDP wraps."""
 
+    stock_packages: ClassVar[tuple[str, ...]] = ()
+    """Modules that lmms-eval's own model of this family needs and does not install."""
+
     def __init__(self, model: PreTrainedModel, processor, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS):
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels; got {min_pixels} and {max_pixels}")
@@ -113,6 +116,11 @@ class HostModel(ABC):
         return type(self)(model, self.processor, self.limits["shortest_edge"], self.limits["longest_edge"])
 
     # ------------------------------------------------------------------ what a family writes
+
+    @classmethod
+    def accepted(cls, image: Image.Image) -> tuple[Image.Image, list[Event]]:
+        """A picture as the family's processor accepts it, and an event where that is not the picture itself."""
+        return image, []
 
     @classmethod
     @abstractmethod
