@@ -18,6 +18,8 @@ from awares_bench.tasks import nano as nano_suite
 
 from .tiny import picture, tiny_vlm
 
+pytestmark = pytest.mark.usefixtures("task_files_read_once")
+
 TASKS = Path(nano_suite.__file__).parent
 EXAMPLE = Path(__file__).parent / "example_method.py"
 METHODS = [
