@@ -6,7 +6,7 @@ PYTHON ?= python3
 	.venv/bin/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: demo test short slow newest oldest tested-set figures docs
+.PHONY: demo test short slow lint types wheel newest oldest tested-set figures docs
 demo: .venv/installed
 	.venv/bin/awares-bench demo
 
@@ -19,6 +19,26 @@ short: .venv/installed
 
 slow: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-cache
+
+# mypy on the package as it is installed: only there do the folders of the checkout lie where their imports say.
+types: .venv/installed
+	rm -rf build .types
+	.venv/bin/pip install --quiet --no-deps --target .types .
+	cd .types && ../.venv/bin/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p awares_bench
+
+# What a stranger gets: a wheel that holds what git tracks, installed elsewhere, and its demo outside of the checkout.
+wheel: .venv/installed
+	.venv/bin/python -m pytest -m slow tests/test_house.py
+	rm -rf build dist .venv-wheel
+	.venv/bin/python -m build --wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install --quiet -c constraints.txt dist/*.whl
+	cd $$(mktemp -d) && $(CURDIR)/.venv-wheel/bin/awares-bench demo --limit 1
 
 # What breaks when a library moves: a file of each kind, about two minutes.
 SHORT = $(addprefix tests/test_,fresh.py doctor.py vlm.py engine.py bench.py pruners.py rollout.py crops.py grammar.py)

@@ -20,10 +20,15 @@ _HOMES = {
     "Comparison": "api",
     "AwaresError": "errors",
     "Policy": "methods.policy",
+    "TurnGenerator": "methods.policy",
     "Pruner": "methods.pruner",
+    "VisualTokens": "methods.pruner",
     "Sample": "methods.conversation",
     "Turn": "methods.conversation",
+    "Reply": "methods.conversation",
     "Event": "methods.conversation",
+    "EventKind": "methods.conversation",
+    "Failure": "methods.conversation",
     "AwaRes": "awares",
 }
 """Public name -> the module that holds it, imported when the name is asked for: a bare import loads no torch."""

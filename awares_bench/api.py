@@ -10,88 +10,36 @@ A method is what it is in lmms-eval: the same names, options, engine and countin
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import yaml
 from PIL import Image
 
+from awares_bench.evaluation.run_options import OF_CHECKPOINT, RunOptions
 from awares_bench.evaluation.summary import aligned
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.generation import MAX_NEW_TOKENS, settings
-from awares_bench.inference.loading import auxiliary_checkpoints, load_vlm, whole
+from awares_bench.inference.loading import auxiliary_checkpoints, load_vlm
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods import registry
-from awares_bench.methods.conversation import Event, Failure, Reply, Sample, Trajectory, Turn
+from awares_bench.methods.conversation import Event, Failure, Sample, Trajectory
 from awares_bench.methods.images import PictureError, as_rgb
+from awares_bench.methods.options import parse_int
 from awares_bench.methods.registry import Method
-from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS
-from awares_bench.models.packaged import NANO
 
-from .card import card, cards
+from .card import Answer, cards, page
 from .errors import AnswerError, OptionError
-
-LOAD_OPTIONS = ("dtype", "device", "attn_implementation", "min_pixels", "max_pixels", "constrained", "repetition_penalty")
-"""Options of ``load`` beside the checkpoint."""
 
 GENERATION = ("max_new_tokens", "until")
 """Options of a question that are not the method's."""
 
 SHOWN = 60
 """Characters of an answer in a table."""
-
-
-@dataclass(frozen=True, repr=False)
-class Answer:
-    """An answer, what it cost and how it came about. It holds its pictures; documents by the thousand are lmms-eval's.
-
-    method:      name and options, such as ``awares+visionzip retention=0.5``
-    image:       the picture as the model could see it: RGB, upright, in full size; None when it could not be read
-    text:        the answer; None when there is none
-    error:       why there is none, in a sentence; None when there is
-    crops:       names of the regions that were shown after a call
-    rtr:         retained token ratio: visual tokens fed to the decoder over all turns, over ``full_tokens``
-    tokens:      visual tokens fed to the decoder over all turns, averaged over its layers
-    full_tokens: visual tokens of the picture at full resolution, under the same limits
-    seconds:     of all turns; in a batch of several, this answer's share
-    turns:       what was shown and said to the model; replies: what it said, verbatim, with the cost of each turn
-    events:      what a reader should know
-    A number that is not known is None.
-    """
-
-    method: str
-    question: str
-    image: Image.Image | None = None
-    text: str | None = None
-    error: str | None = None
-    crops: tuple[str, ...] = ()
-    rtr: float | None = None
-    tokens: float | None = None
-    full_tokens: int | None = None
-    seconds: float | None = None
-    turns: tuple[Turn, ...] = ()
-    replies: tuple[Reply, ...] = ()
-    events: tuple[Event, ...] = ()
-
-    @property
-    def malformed(self) -> bool:
-        """Whether the model made a call that the grammar does not allow."""
-        return any(event.kind == "malformed_call" for event in self.events)
-
-    def __str__(self) -> str:
-        return f"error: {self.error}" if self.text is None else self.text
-
-    def __repr__(self) -> str:
-        """One line: the answer and the numbers."""
-        told = [f"method={self.method!r}", f"text={self.text!r}" if self.error is None else f"error={self.error!r}"]
-        told += [f"crops={self.crops}"] if self.crops else []
-        told += [f"rtr={self.rtr:.3f}"] if self.rtr is not None else []
-        return f"Answer({', '.join(told)})"
-
-    def _repr_html_(self) -> str:
-        return card(self)
 
 
 class Comparison(list):
@@ -113,14 +61,14 @@ class Comparison(list):
 
 @dataclass(eq=False)
 class Model:
-    """A checkpoint that is loaded, to be asked with any method. ``load`` makes it.
-
-    vlm: the model under test. options: those it was loaded with, for the auxiliary models that some methods bring.
-    """
+    """A checkpoint that is loaded, to be asked with any method. ``load`` makes it."""
 
     vlm: LocalModel
+    """The model under test."""
     options: dict
+    """Those it was loaded with, for the auxiliary models that some methods bring."""
     loaded: dict[tuple, LocalModel] = field(default_factory=dict)
+    """Models by what they were loaded with, so that none is loaded twice."""
 
     def ask(
         self,
@@ -160,11 +108,11 @@ class Model:
         batch_size: conversations in flight; answers do not depend on it. The rest as in ``ask``, and what it raises but AnswerError.
         """
         with _refusing():
-            made = registry.build(str(method), options)
-            asked = settings({"max_new_tokens": max_new_tokens, "until": list((until,) if isinstance(until, str) else until)})
-            engine = self._engine(made, whole("batch_size", batch_size))
+            chosen = registry.build(str(method), options)
+            limits = settings({"max_new_tokens": max_new_tokens, "until": list((until,) if isinstance(until, str) else until)})
+            engine = self._engine(chosen, parse_int("batch_size", batch_size))
         pairs = list(questions)
-        shown: dict[int, Image.Image] = {}
+        pictures: dict[int, Image.Image] = {}
         events: dict[int, list[Event]] = {}
 
         def jobs() -> Iterator[Job | Failure]:
@@ -172,35 +120,36 @@ class Model:
                 try:
                     if not isinstance(question, str):
                         raise ValueError(f"the question is of type {type(question).__name__}; pass a text")
-                    shown[i], events[i] = as_rgb(_contents(image))
+                    pictures[i], events[i] = as_rgb(_contents(image))
                 except (ValueError, OSError) as error:
                     yield Failure(str(error))
                 else:
-                    yield Job(Sample((shown[i],), question, question), asked.max_new_tokens, tuple(asked.decisive["until"]))
+                    sample = Sample((pictures[i],), question, question)
+                    yield Job(sample, limits.max_new_tokens, tuple(limits.decisive["until"]))
 
         answers: dict[int, Answer] = {}
         for i, outcome in engine.run(jobs()):
-            about = {"method": made.label, "question": str(pairs[i][1]), "image": shown.get(i)}
+            about = {"method": chosen.label, "question": str(pairs[i][1]), "image": pictures.get(i)}
             answers[i] = _answer(outcome, tuple(events.get(i, ())), about)
         return [answers[i] for i in range(len(pairs))]
 
-    def _engine(self, made: Method, batch_size: int) -> Engine:
+    def _engine(self, method: Method, batch_size: int) -> Engine:
         """The engine of a method, its auxiliary models loaded once."""
-        checkpoints = auxiliary_checkpoints(made.policy)
-        others = {role: load_vlm(checkpoint, self.options, self.loaded)[0] for role, checkpoint in checkpoints.items()}
-        return Engine(self.vlm, made.policy, batch_size, made.pruner, others)
+        checkpoints = auxiliary_checkpoints(method.policy)
+        auxiliary = {role: load_vlm(checkpoint, self.options, self.loaded)[0] for role, checkpoint in checkpoints.items()}
+        return Engine(self.vlm, method.policy, batch_size, method.pruner, auxiliary)
 
 
 def load(
-    pretrained: str = NANO,
+    pretrained: str = RunOptions.pretrained,
     *,
-    dtype: str = "auto",
-    device: str | None = None,
-    attn_implementation: str = "sdpa",
-    min_pixels: int = MIN_PIXELS,
-    max_pixels: int = MAX_PIXELS,
-    constrained: bool = True,
-    repetition_penalty: float | None = None,
+    dtype: str = RunOptions.dtype,
+    device: str | None = RunOptions.device,
+    attn_implementation: str = RunOptions.attn_implementation,
+    min_pixels: int = RunOptions.min_pixels,
+    max_pixels: int = RunOptions.max_pixels,
+    constrained: bool = RunOptions.constrained,
+    repetition_penalty: float | None = RunOptions.repetition_penalty,
 ) -> Model:
     """A checkpoint, ready to be asked.
 
@@ -233,12 +182,12 @@ def compare(
     """
     if isinstance(methods, str):
         raise OptionError(f"methods is the text {methods!r}; pass a list of methods, such as [{methods!r}]")
-    asked = [(name, given | options) for name, given in map(read_method, methods)]
-    if not asked:
+    choices = [(name, own | options) for name, own in map(read_method, methods)]
+    if not choices:
         raise OptionError("methods is empty; name at least one, such as full")
-    for name, given in asked:
-        check(name, given)
-    return each(model, image, question, asked)
+    for name, own in choices:
+        check(name, own)
+    return each(model, image, question, choices)
 
 
 def check(method: str, options: dict[str, object]) -> None:
@@ -257,7 +206,7 @@ def each(model: Model, image: object, question: str, methods: Iterable[tuple[str
     return Comparison(model.ask_many([(picture, question)], name, 1, **options)[0] for name, options in methods)
 
 
-def told(answer: Answer) -> str:
+def summary(answer: Answer) -> str:
     """An answer and its numbers, a line each, for a terminal."""
     tokens, rtr, _ = _numbers(answer)
     seconds = "-" if answer.seconds is None else f"{answer.seconds:.3f}"
@@ -271,12 +220,12 @@ def told(answer: Answer) -> str:
 def read_method(text: str) -> tuple[str, dict[str, object]]:
     """``visionzip retention=0.25`` -> the name and its options. Raises OptionError."""
     try:
-        name, *given = shlex.split(text)  # an empty text has no name
+        name, *options = shlex.split(text)  # an empty text has no name
     except (ValueError, TypeError, AttributeError):
         raise OptionError(
             f"the method {text!r} cannot be read; write NAME KEY=VALUE …, such as 'visionzip retention=0.25'"
         ) from None
-    return name, dict(read_option(one) for one in given)
+    return name, dict(map(read_option, options))
 
 
 def read_option(text: str) -> tuple[str, object]:
@@ -314,6 +263,7 @@ def _contents(image: object) -> object:
 
 
 def _answer(outcome: Trajectory | Failure, events: tuple[Event, ...], about: dict) -> Answer:
+    """An outcome of the engine -> an answer. events: of reading the picture. about: method, question and image."""
     if isinstance(outcome, Failure):
         return Answer(**about, error=outcome.error, events=events)
     return Answer(
@@ -327,13 +277,16 @@ def _answer(outcome: Trajectory | Failure, events: tuple[Event, ...], about: dic
         turns=outcome.turns,
         replies=outcome.replies,
         events=events + outcome.events,
+        boxes=outcome.boxes,
+        malformed_call=outcome.malformed_call,
     )
 
 
 def _numbers(answer: Answer) -> list[str]:
+    """Visual tokens, RTR and milliseconds as words; a dash for what is not known."""
     milliseconds = None if answer.seconds is None else 1000 * answer.seconds
-    told = (answer.tokens, "{:g}"), (answer.rtr, "{:.3f}"), (milliseconds, "{:.0f}")
-    return ["-" if value is None else form.format(value) for value, form in told]
+    numbers = (answer.tokens, "{:g}"), (answer.rtr, "{:.3f}"), (milliseconds, "{:.0f}")
+    return ["-" if value is None else form.format(value) for value, form in numbers]
 
 
 def _line(text: str) -> str:
@@ -345,3 +298,50 @@ def _line(text: str) -> str:
 def printable(text: str) -> str:
     """A text on one line of a terminal: white space folded, what cannot be printed by its number."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of ``awares-bench ask``."""
+    parser.add_argument("image", metavar="IMAGE", help="path of the picture")
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("--method", default="awares", help="name of a method, or FILE.py:Class (default: awares)")
+    parser.add_argument(
+        "--pretrained", default="nano", help="checkpoint folder, LoRA adapters, hub name, or a name of the package"
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the method (retention=0.25, pruner=visionzip, max_new_tokens=64) or of the checkpoint "
+        f"({', '.join(OF_CHECKPOINT)}); may be repeated",
+    )
+    parser.add_argument(
+        "--compare", metavar="METHODS", help='further methods beside it, with commas between: full,low,"visionzip retention=0.25"'
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the views, the crops and the turns")
+
+
+def main(args: argparse.Namespace) -> int:
+    """``awares-bench ask``."""
+    # everything that can be refused is, before a checkpoint is loaded
+    options = dict(read_option(text) for text in args.option)
+    of_checkpoint = {k: options.pop(k) for k in OF_CHECKPOINT if k in options}
+    others = [] if args.compare is None else [read_method(text) for text in args.compare.split(",")]
+    methods = [(args.method, options), *others]
+    for name, own in methods:
+        check(name, own)
+    as_rgb(args.image)
+
+    answers = each(load(args.pretrained, **of_checkpoint), args.image, args.question, methods)
+    failed = [a for a in answers if a.error is not None]
+    if others or not failed:
+        print(answers if others else summary(answers[0]))
+    if args.html:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        body = (answers if others else answers[0])._repr_html_()
+        args.html.write_text(page(body, args.question), encoding="utf-8", errors="backslashreplace")
+        print(args.html)
+    if failed:
+        raise AnswerError(f"{failed[0].method}: {failed[0].error}")
+    return 0

@@ -14,9 +14,10 @@ from typing import Literal
 
 from PIL import Image
 
-from awares_bench.methods.conversation import Event, Sample, Turn
+from awares_bench.methods.conversation import Event, EventKind, Failure, Sample, Turn
 from awares_bench.methods.crop_grid import PAPER_GRID, CropRequestError
-from awares_bench.methods.images import SMALLEST_SIDE, half
+from awares_bench.methods.crop_turns import note_crops, note_half_view, without_crops
+from awares_bench.methods.images import half
 from awares_bench.methods.policy import Policy, TurnGenerator
 
 CALL_BUDGET = 32
@@ -58,62 +59,26 @@ class AwaRes(Policy):
         reply = yield sample.ask(
             (half(image),), system=system, is_final=False, min_reply_tokens=self.call_budget, crop_grammar=PAPER_GRID
         )
+        yield from note_half_view(sample, reply)
         try:
             request = PAPER_GRID.parse(reply.text)
         except CropRequestError as error:
-            yield Event("malformed_call", str(error))
+            yield Event(EventKind.MALFORMED_CALL, str(error))
             if self.on_malformed == "error":
-                raise
+                return Failure(f"malformed crop request and on_malformed='error': {error}")
             if self.on_malformed == "answer":
                 return reply
-            names = ("all",)
+            names: tuple[str, ...] = ("all",)
         else:
             if request is None:
                 return reply
             names = request.names
 
-        names = yield from fit(image, self.choose(sample, names))
-        reply = yield Turn(tuple(self.cut(image, names)))
+        names = yield from note_crops(image, self.choose(sample, names))
+        reply = yield Turn(tuple(self.cut(image, names)), crops=names)
         if _is_call(reply.text):
-            yield Event("call_in_answer", f"a second call counts as the answer text: {reply.text!r}")
+            yield Event(EventKind.CALL_IN_ANSWER, f"a second call counts as the answer text: {reply.text!r}")
         return reply
-
-
-def without_crops(sample: Sample) -> TurnGenerator:
-    """Documents that crops cannot serve, answered and noted: several images, or none."""
-    if sample.images:
-        yield Event("several_images", f"{len(sample.images)} images: a crop has no image id, so all are shown in full")
-    else:
-        yield Event("no_image", "answered from the text alone")
-    return (yield sample.ask(sample.images))
-
-
-def fit(image: Image.Image, names: tuple[str, ...]):
-    """Note the regions about to be shown -> the regions: the whole image where it is too small to cut."""
-    if min(image.size) < SMALLEST_SIDE and names != ("all",):
-        detail = f"{image.width}x{image.height} is too small to cut, so the whole image is sent for {', '.join(names)}"
-        yield Event("crops_too_small", detail)
-        names = ("all",)
-    yield Event("crops", ",".join(names))
-    return names
-
-
-def give(sample: Sample, names: tuple[str, ...], form: str, prompt: str, crops: list[Image.Image] | None = None) -> TurnGenerator:
-    """The half-size view and regions that the model did not ask for.
-
-    form:  ``call``: AwaRes' two turns, a call for ``names`` put into the model's mouth, for weights trained for AwaRes;
-           ``plain``: half-size view and crops in one message, for any weights
-    crops: shown instead of the regions' own pixels
-    """
-    if len(sample.images) != 1:
-        return (yield from without_crops(sample))
-    (image,) = sample.images
-    names = yield from fit(image, names)
-    view, crops = half(image), crops or PAPER_GRID.cut(image, names)
-    if form == "plain":
-        return (yield sample.ask((view, *crops)))
-    yield sample.ask((view,), system=PAPER_GRID.prompt_as(prompt), is_final=False, forced_reply=PAPER_GRID.format(names))
-    return (yield Turn(tuple(crops)))
 
 
 def _is_call(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""An answer as a card of HTML, and how pictures are drawn in it: the views, the regions on the picture, the crops.
+"""An answer, the card of HTML that a notebook shows of it, and how pictures are drawn there: views, regions on the picture, crops.
 
 Whatever comes from the model or the user is escaped. The gallery of a run draws with the same functions.
 """
@@ -9,6 +9,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
@@ -17,10 +18,8 @@ from awares_bench.methods.crop_grid import PAPER_GRID, Box
 from awares_bench.methods.images import half_size
 
 if TYPE_CHECKING:
-    from awares_bench.methods.conversation import Turn
+    from awares_bench.methods.conversation import Event, Reply, Turn
     from awares_bench.methods.usage import Usage
-
-    from .api import Answer
 
 COLOURS = ("#d6336c", "#1971c2", "#e8590c", "#2f9e44")
 """Of regions, in the order asked."""
@@ -43,6 +42,62 @@ STYLE = """
 PHASES = ("preprocess", "encode", "prefill", "decode")
 
 
+@dataclass(frozen=True, repr=False)
+class Answer:
+    """An answer, what it cost and how it came about. A number that is not known is None.
+
+    It holds its pictures; documents by the thousand are lmms-eval's.
+    """
+
+    method: str
+    """Name and options, such as ``awares+visionzip retention=0.5``."""
+    question: str
+    image: Image.Image | None = None
+    """The picture as the model could see it: RGB, upright, in full size; None when it could not be read."""
+    text: str | None = None
+    """The answer; None when there is none."""
+    error: str | None = None
+    """Why there is none, in a sentence; None when there is."""
+    crops: tuple[str, ...] = ()
+    """Names of the regions that were shown after a call."""
+    rtr: float | None = None
+    """Retained token ratio: visual tokens fed to the decoder over all turns, over ``full_tokens`` (paper Eq. 9)."""
+    tokens: float | None = None
+    """Visual tokens fed to the decoder over all turns, averaged over its layers."""
+    full_tokens: int | None = None
+    """Visual tokens of the picture at full resolution, under the same limits."""
+    seconds: float | None = None
+    """Of all turns; in a batch of several, this answer's share."""
+    turns: tuple[Turn, ...] = ()
+    """What was shown and said to the model."""
+    replies: tuple[Reply, ...] = ()
+    """What it said, verbatim, with the cost of each turn."""
+    events: tuple[Event, ...] = ()
+    """What a reader should know."""
+    boxes: tuple[Box, ...] = ()
+    """Those that were shown by a method that has boxes, in pixels of ``image``."""
+    malformed_call: str | None = None
+    """Why the model's call could not be read; None when it made none, or one that could."""
+
+    @property
+    def malformed(self) -> bool:
+        """Whether the model made a call that the grammar does not allow."""
+        return self.malformed_call is not None
+
+    def __str__(self) -> str:
+        return f"error: {self.error}" if self.text is None else self.text
+
+    def __repr__(self) -> str:
+        """One line: the answer and the numbers."""
+        parts = [f"method={self.method!r}", f"text={self.text!r}" if self.error is None else f"error={self.error!r}"]
+        parts += [f"crops={self.crops}"] if self.crops else []
+        parts += [f"rtr={self.rtr:.3f}"] if self.rtr is not None else []
+        return f"Answer({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        return card(self)
+
+
 def page(body: str, title: str) -> str:
     """Cards -> a whole HTML page that needs no other file."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
@@ -57,20 +112,20 @@ def card(answer: Answer) -> str:
     if answer.seconds is not None:
         tags.append(_tag(f"{1000 * answer.seconds:.0f} ms"))
     tags += [_tag(f"crops: {', '.join(answer.crops)}")] if answer.crops else []
+    tags += [_tag(f"box: {','.join(map(str, box))}") for box in answer.boxes]
     tags += [_tag(f"{e.kind}: {e.detail}" if e.detail else e.kind, "event") for e in answer.events]
     tags += [_tag(answer.error, "error")] if answer.error is not None else []
     size = "" if answer.image is None else f"<small>{answer.image.width}×{answer.image.height} pixels</small>"
-    said = "" if answer.text is None else f"answer: <code>{_text(answer.text)}</code>"
+    text = "" if answer.text is None else f"answer: <code>{_text(answer.text)}</code>"
     turns = [_turn(answer, i) for i in range(len(answer.turns))]
-    places = boxes(answer.image, answer.crops) if answer.image is not None else []
-    if places:
+    if answer.image is not None and (places := boxes(answer.image, answer.crops)):
         drawn = image_tag(outlined(answer.image, places))
         turns.insert(1, f'<div class="turn"><small>where it looked, on the full image</small><br>{drawn}</div>')
     elif answer.image is not None and not turns:
         turns = [f'<div class="turn">{image_tag(enlarged(answer.image))}</div>']
     return (
         f'<style>{STYLE}</style><div class="awares-card"><div class="head"><b>{_text(answer.method)}</b>{size}{"".join(tags)}</div>'
-        f'<pre>{_text(answer.question)}</pre>{said}<div class="turns">{"".join(turns)}</div>{_costs(answer)}</div>'
+        f'<pre>{_text(answer.question)}</pre>{text}<div class="turns">{"".join(turns)}</div>{_costs(answer)}</div>'
     )
 
 
@@ -80,9 +135,9 @@ def cards(answers: Sequence[Answer], rows: list[list[str]]) -> str:
     kinds = ["", " class=text"] + [""] * len(head)  # the second column is the answer
     lines = ["".join(f"<td{kind}>{_text(cell)}</td>" for kind, cell in zip(kinds, row, strict=False)) for row in body]
     top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
-    told = "".join(f"<tr>{line}</tr>" for line in (top, *lines))
+    table = "".join(f"<tr>{line}</tr>" for line in (top, *lines))
     folded = "".join(f"<details><summary>{_text(a.method)}</summary>{card(a)}</details>" for a in answers)
-    return f'<style>{STYLE}</style><div class="awares-card"><table>{told}</table>{folded}</div>'
+    return f'<style>{STYLE}</style><div class="awares-card"><table>{table}</table>{folded}</div>'
 
 
 def _turn(answer: Answer, i: int) -> str:

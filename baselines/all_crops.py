@@ -12,9 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from awares_bench.awares import give
-from awares_bench.methods.conversation import Sample
-from awares_bench.methods.policy import Policy, TurnGenerator
+from awares_bench import Policy, Sample, TurnGenerator
+from awares_bench.methods.crop_turns import show_crops_unasked
 
 QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
 
@@ -33,4 +32,4 @@ class AllCrops(Policy):
     prompt: Literal["paper", "adapter"] = "paper"
 
     def turns(self, sample: Sample) -> TurnGenerator:
-        return (yield from give(sample, ("all",) if self.crops == "all" else QUADRANTS, self.form, self.prompt))
+        return (yield from show_crops_unasked(sample, ("all",) if self.crops == "all" else QUADRANTS, self.form, self.prompt))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from awares_bench.awares import AwaRes
+from awares_bench import AwaRes
 
 GREY = (128, 128, 128)
 

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Literal
 
+from awares_bench import Event, EventKind, Policy, Sample, Turn, TurnGenerator
 from awares_bench.errors import RunError
-from awares_bench.methods.conversation import Event, Sample, Turn
 from awares_bench.methods.images import within
-from awares_bench.methods.policy import UNDER_TEST, Policy, TurnGenerator
-from awares_bench.methods.resolution_gate import Gate
-from awares_bench.models.packaged import gate as packaged
+from awares_bench.methods.policy import UNDER_TEST
+from awares_bench.methods.resolution_gate import Gate, gate_path
 
 STEP = 28
 """Sizes that Qwen2.5-VL tells apart: one merged token."""
-
-_gate = lru_cache(maxsize=4)(Gate.load)
 
 
 @dataclass(frozen=True)
@@ -43,26 +40,27 @@ class Cares(Policy):
 
     @property
     def models(self) -> dict[str, str]:
-        self.opened()  # a missing gate is said before any weights are loaded
+        _ = self.loaded_gate  # a missing gate is said before any weights are loaded
         return {"proxy": self.proxy}
 
-    def opened(self) -> Gate:
+    @cached_property
+    def loaded_gate(self) -> Gate:
         """The gate. Raises RunError when there is none: no document can be answered without it."""
         if not self.gate:
             raise RunError(
                 "cares needs gate=FILE; train one with: python -m awares_bench.training.auxiliary.cares_gate --out FILE"
             )
         try:
-            return _gate(packaged(self.gate))
+            return Gate.load(gate_path(self.gate))
         except ValueError as error:
             raise RunError(str(error)) from error
 
     def turns(self, sample: Sample) -> TurnGenerator:
-        gate, views = self.opened(), []
+        gate, views = self.loaded_gate, []
         for image in sample.images:
             probe = Turn((within(image, gate.view),), sample.question, model="proxy", hidden_state_depth=gate.depth)
             size = choose(gate.probabilities((yield probe).hidden), gate.sizes, self.mode)
-            yield Event("resolution", f"longer side at most {size} of {max(image.size)} pixels")
+            yield Event(EventKind.RESOLUTION, f"longer side at most {size} of {max(image.size)} pixels")
             views.append(within(image, size))
         return (yield sample.ask(tuple(views)))
 

@@ -13,11 +13,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from awares_bench.awares import without_crops
-from awares_bench.methods.conversation import Event, Sample, Turn
+from awares_bench import Event, EventKind, Policy, Sample, Turn, TurnGenerator
 from awares_bench.methods.crop_grid import Box
+from awares_bench.methods.crop_turns import note_half_view, without_crops
 from awares_bench.methods.images import half, within
-from awares_bench.methods.policy import UNDER_TEST, Policy, TurnGenerator
+from awares_bench.methods.policy import UNDER_TEST
 
 ASK = "{question}\nOutline the region in the image that would help answer this question."
 NOT_NEEDED = "not needed"
@@ -58,18 +58,20 @@ class CropVLM(Policy):
         (image,) = sample.images
         ask = ASK.format(question=sample.question.capitalize())
         said = yield Turn((within(image, self.longest),), ask, model="cropper", min_reply_tokens=BOX_BUDGET, until=())
-        views = (half(image) if self.view == "low" else image,)
+        views, boxes = (half(image) if self.view == "low" else image,), ()
         if said.text.strip(" .").lower() != NOT_NEEDED:
             try:
                 box = parse_box(said.text, *image.size)
             except ValueError as error:
-                yield Event("malformed_box", f"{error}; the image is shown in full, without a crop")
+                yield Event(EventKind.MALFORMED_BOX, f"{error}; the image is shown in full, without a crop")
                 views = (image,)
             else:
-                yield Event("box", ",".join(map(str, box)))
-                crop = image.crop(box)
+                crop, boxes = image.crop(box), (box,)
                 views = (*views, within(crop, self.crop_longest) if self.crop_longest else crop)
-        return (yield sample.ask(views))
+        reply = yield sample.ask(views, boxes=boxes)
+        if len(views) == 1 and views[0] is not image:
+            yield from note_half_view(sample, reply)
+        return reply
 
 
 def parse_box(text: str, width: int, height: int) -> Box:

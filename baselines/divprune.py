@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench import Pruner, VisualTokens
 
 
 @dataclass(frozen=True)

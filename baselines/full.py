@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from awares_bench.methods.conversation import Sample
-from awares_bench.methods.policy import Policy, TurnGenerator
+from awares_bench import Policy, Sample, TurnGenerator
 
 
 @dataclass(frozen=True)

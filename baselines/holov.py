@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from awares_bench.methods.pruner import Pruner, VisualTokens
-from awares_bench.models.attention_scores import window_order
+from awares_bench import Pruner, VisualTokens
+from awares_bench.methods.pruner import ReleasedQuirks
 
 ALPHA, BETA, SCALE, EPSILON = 1.0, 0.09, 1e3, 1e-6
 """Weights of attention and of diversity in a band's score, scale of attention, guard of divisions: those of the released code."""
@@ -38,9 +38,9 @@ class HoloV(Pruner):
     needs = ("attention",)
 
     @property
-    def offset(self) -> int:
+    def quirks(self) -> ReleasedQuirks:
         """The released span begins one token early, on the vision-start mark."""
-        return -1 if self.compat == "official" else 0
+        return ReleasedQuirks(span_offset=-1 if self.compat == "official" else 0)
 
     def tokens_to_keep(self, visual: int, share: float) -> int:
         """The released code rounds the product as floats do."""
@@ -50,7 +50,7 @@ class HoloV(Pruner):
         """Attention received; the released code gives it to the wrong tokens."""
         if self.compat != "official":
             return image.attention
-        return image.attention[window_order(*image.grid, device=image.attention.device)]
+        return image.attention[image.tower_order]
 
     def bands(self, visual: int, n: int) -> int:
         """Bands that the image is cut into, in proportion to how much of it goes."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from awares_bench.methods.conversation import Sample
+from awares_bench import Policy, Sample, TurnGenerator
+from awares_bench.methods.crop_turns import note_half_view
 from awares_bench.methods.images import half
-from awares_bench.methods.policy import Policy, TurnGenerator
 
 
 @dataclass(frozen=True)
@@ -21,4 +21,6 @@ class Low(Policy):
     """Look at the half-size view only."""
 
     def turns(self, sample: Sample) -> TurnGenerator:
-        return (yield sample.ask(tuple(half(i) for i in sample.images)))
+        reply = yield sample.ask(tuple(half(i) for i in sample.images))
+        yield from note_half_view(sample, reply)
+        return reply

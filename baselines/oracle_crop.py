@@ -12,11 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from awares_bench.awares import give, without_crops
-from awares_bench.methods.conversation import Event, Sample
+from awares_bench import Event, EventKind, Policy, Sample, TurnGenerator
 from awares_bench.methods.crop_grid import PAPER_GRID, Box
+from awares_bench.methods.crop_turns import note_half_view, show_crops_unasked, without_crops
 from awares_bench.methods.images import SMALLEST_SIDE, half
-from awares_bench.methods.policy import Policy, TurnGenerator
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,16 @@ class OracleCrop(Policy):
             return (yield from without_crops(sample))
         (image,) = sample.images
         if self.when == "needed" and sample.low_is_enough:
-            return (yield sample.ask((half(image),)))
+            reply = yield sample.ask((half(image),))
+            yield from note_half_view(sample, reply)
+            return reply
         if not sample.evidence:
-            yield Event("no_evidence", "the document marks no evidence, so the image is shown in full")
+            yield Event(EventKind.NO_EVIDENCE, "the document marks no evidence, so the image is shown in full")
             return (yield sample.ask(sample.images))
-        names, crops = PAPER_GRID.cheapest_cover(list(sample.evidence), *image.size), None
+        names, boxes = PAPER_GRID.cheapest_cover(list(sample.evidence), *image.size), ()
         if self.crops == "box":
-            crops = [image.crop(_at_least(box, SMALLEST_SIDE, image.size)) for box in sample.evidence]
-        return (yield from give(sample, names, self.form, self.prompt, crops))
+            boxes = tuple(_at_least(box, SMALLEST_SIDE, image.size) for box in sample.evidence)
+        return (yield from show_crops_unasked(sample, names, self.form, self.prompt, boxes))
 
 
 def _at_least(box: Box, side: int, size: tuple[int, int]) -> Box:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench import Pruner, VisualTokens
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from awares_bench.awares import AwaRes, give
-from awares_bench.methods.conversation import Sample
+from awares_bench import AwaRes, Sample, TurnGenerator
 from awares_bench.methods.crop_grid import PAPER_GRID
-from awares_bench.methods.policy import TurnGenerator
+from awares_bench.methods.crop_turns import show_crops_unasked
 
 
 @dataclass(frozen=True)
@@ -44,4 +43,4 @@ class RandomCrop(AwaRes):
         if self.when == "asked":
             return (yield from super().turns(sample))
         name = random.Random(f"{self.draw}/{sample.key}").choice(PAPER_GRID.names)
-        return (yield from give(sample, (name,), self.form, self.prompt))
+        return (yield from show_crops_unasked(sample, (name,), self.form, self.prompt))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench import Pruner, VisualTokens
 
 
 @dataclass(frozen=True)

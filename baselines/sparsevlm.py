@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench import Pruner, VisualTokens
+from awares_bench.methods.pruner import ReleasedQuirks
 
 LAYERS = (2, 6, 15)
 """Decoder layers after which the released code cuts; of the depth of Qwen2.5-VL-7B where the decoder is shallower."""
@@ -40,9 +41,9 @@ class SparseVLM(Pruner):
     compat: Literal["corrected", "official"] = "corrected"
 
     @property
-    def repacks(self) -> bool:
+    def quirks(self) -> ReleasedQuirks:
         """Released v1.5 numbers the tokens anew after each cut."""
-        return self.compat == "official" and self.version == "1.5"
+        return ReleasedQuirks(renumber_positions=self.compat == "official" and self.version == "1.5")
 
     def cut_layers(self, layers: int) -> dict[int, float]:
         """Three cuts, fewer in a decoder too shallow for them."""
@@ -84,18 +85,19 @@ class SparseVLM(Pruner):
         while recycle and self.compat == "corrected" and kept > 1 and kept + recycled(total - kept)[1] > n:
             kept -= 1
         order = self.score(image).argsort(descending=True, stable=True)
-        again, clusters = recycled(total - kept)
-        if not recycle or not again or (self.compat == "corrected" and kept + clusters > n):
+        count, clusters = recycled(total - kept)
+        if not recycle or not count or (self.compat == "corrected" and kept + clusters > n):
             chosen = order[:kept].sort().values
             return image.features[chosen], chosen
-        again = order[kept : kept + again]
+        again = order[kept : kept + count]
         centres, means = cluster(image.features.index_select(0, again), clusters)
         centres = again.index_select(0, centres)
         if self.compat == "corrected":
             indices = torch.cat([order[:kept], centres]).sort().values
             merged = torch.searchsorted(indices, centres)
         else:
-            indices, merged = torch.cat([order[:kept].sort().values, centres]), slice(kept, None)
+            indices = torch.cat([order[:kept].sort().values, centres])
+            merged = torch.arange(kept, len(indices), device=indices.device)
         features = image.features.index_select(0, indices)  # one copy; the centres' rows then take their clusters' means
         features[merged] = means.to(features.dtype)
         return features, indices

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from awares_bench.methods.conversation import Event, Reply, Sample, Turn
+from awares_bench import Event, EventKind, Policy, Reply, Sample, Turn, TurnGenerator
+from awares_bench.methods.crop_turns import note_half_view
 from awares_bench.methods.images import half
-from awares_bench.methods.policy import Policy, TurnGenerator
 
 # Quoted from the authors' code (Apache-2.0): the released checkpoint expects these strings exactly.
 SYSTEM = """You are a helpful assistant.
@@ -82,23 +82,23 @@ class VisionThink(Policy):
         views = tuple(enlarged(half(image)) for image in sample.images)
         question = f"\n{sample.question}" if views else BEFORE + sample.question
         first = yield Turn(views, question, system=SYSTEM, image_prefixes=(BEFORE,), is_final=False, **how)
+        yield from note_half_view(sample, first)
         try:
             called = tool_call(first.text)
         except CallError as error:
-            yield Event("malformed_call", str(error))
+            yield Event(EventKind.MALFORMED_CALL, str(error))
             second = yield Turn((), f"{error}{AFTER_ERROR}", omit_newline=True, **how)
         else:
             if not called:
                 return _answer(first, first.text)
             if not sample.images:
-                yield Event("no_image", "a call for an image that the document does not have counts as the answer")
+                yield Event(EventKind.NO_IMAGE, "a call for an image that the document does not have counts as the answer")
                 return _answer(first, first.text)
-            yield Event("crops", "all")
             originals = tuple(enlarged(image) for image in sample.images)
             before = (RESIZED, *["\n"] * (len(originals) - 1))
-            second = yield Turn(originals, CONTINUE, image_prefixes=before, omit_newline=True, **how)
+            second = yield Turn(originals, CONTINUE, image_prefixes=before, omit_newline=True, crops=("all",), **how)
         if "<tool_call>" in second.text:
-            yield Event("call_in_answer", "a second call is not answered")
+            yield Event(EventKind.CALL_IN_ANSWER, "a second call is not answered")
         return _answer(second, first.text + second.text)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench import Pruner, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,10 @@ class VisionZip(Pruner):
         # a product with the members' marks, not index_add, so that a GPU gives the same bits each time
         member = (nearest == number[:, None]).float()  # (targets, left)
         total, size = member @ rest, member.sum(1, keepdim=True)
+        means = total / size
         if self.compat == "official":
-            total, size = rest[spread] + (total - rest[spread]) / (size - 1).clamp(min=1), 1
-        merged = (total / size).to(image.features.dtype)
+            means = rest[spread] + (total - rest[spread]) / (size - 1).clamp(min=1)
+        merged = means.to(image.features.dtype)
         chosen = torch.cat([kept, targets]).sort().values
         features = image.features[chosen]  # one copy; the targets' rows then take their averages
         features[torch.searchsorted(chosen, targets)] = merged

@@ -5,18 +5,33 @@ Each part stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in it
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
-from dataclasses import fields
+import textwrap
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from awares_bench.evaluation.run_options import RunOptions
 from awares_bench.methods import registry
 
 DOCS = Path(__file__).parent
 
 
+def field_strings(cls: type) -> dict[str, str]:
+    """Field -> the string that stands under it in the source of the class."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
 def described(cls: type) -> dict[str, str]:
-    """Option -> its description in the docstring of the class, or of the class that it is inherited from."""
+    """Option -> its description: under it or in the docstring, of the class or of the one that it is inherited from."""
     found: dict[str, str] = {}
     names = "|".join(field.name for field in fields(cls))
     for parent in reversed(cls.__mro__):
@@ -28,6 +43,8 @@ def described(cls: type) -> dict[str, str]:
                 found[name] += f" {line}"
             else:
                 name = ""
+        if parent is not object and is_dataclass(parent):
+            found |= field_strings(parent)
     return found
 
 
@@ -36,6 +53,13 @@ def value(default: object) -> str:
     if default is None or default == "":
         return "none"
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+
+
+def run_options() -> str:
+    """The options of every model as a Markdown table."""
+    texts = described(RunOptions)
+    rows = [f"| `{f.name}` | {value(f.default)} | {texts[f.name]} |" for f in fields(RunOptions)]
+    return "\n".join(["| option | default | what it is |", "|---|---|---|", *rows])
 
 
 def method_options() -> str:
@@ -51,7 +75,11 @@ def method_options() -> str:
     return "\n".join(rows)
 
 
-PARTS = {("methods.md", "methods"): registry.table, ("options.md", "method options"): method_options}
+PARTS = {
+    ("methods.md", "methods"): registry.table,
+    ("options.md", "run options"): run_options,
+    ("options.md", "method options"): method_options,
+}
 """(page, part) -> what writes it."""
 
 

@@ -7,7 +7,7 @@ import html
 from pathlib import Path
 
 from .tables import render
-from .tables.main import Table
+from .tables.table import Table
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#1b1f24;background:#fff}
@@ -31,8 +31,8 @@ def write(out: Path, tables: list[Table], figures: list[str], skipped: list[str]
     parts.append(_table(tables[0]))
     parts.append('<h2 id="figures">Figures</h2>' + "".join(_figure(out, name) for name in figures))
     if skipped:
-        words = ", ".join(n.replace("_", " ") for n in skipped)
-        parts.append(f"<p><small>Not drawn, because these runs do not hold what they show: {html.escape(words)}.</small></p>")
+        names = ", ".join(n.replace("_", " ") for n in skipped)
+        parts.append(f"<p><small>Not drawn, because these runs do not hold what they show: {html.escape(names)}.</small></p>")
     parts += [_table(t) for t in tables[1:]]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     (out / "index.html").write_text(
@@ -50,9 +50,9 @@ def _figure(out: Path, name: str) -> str:
     files = [p for kind in ("svg", "png", "pdf", "csv") if (p := out / f"{name}.{kind}").exists()]
     picture = next((p for p in files if p.suffix in (".svg", ".png")), None)
     kind = {".svg": "image/svg+xml", ".png": "image/png"}
-    shown = ""
+    embedded = ""
     if picture:
         data = base64.b64encode(picture.read_bytes()).decode()
-        shown = f'<img alt="{html.escape(name.replace("_", " "))}" src="data:{kind[picture.suffix]};base64,{data}"><br>'
+        embedded = f'<img alt="{html.escape(name.replace("_", " "))}" src="data:{kind[picture.suffix]};base64,{data}"><br>'
     links = " · ".join(f'<a href="{p.name}">{p.suffix[1:]}</a>' for p in files)
-    return f"<figure>{shown}<figcaption>{html.escape(name.replace('_', ' '))}: {links}</figcaption></figure>"
+    return f"<figure>{embedded}<figcaption>{html.escape(name.replace('_', ' '))}: {links}</figcaption></figure>"

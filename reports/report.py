@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from . import page
-from .data import compact as compact_records
-from .data import comparability, discover, names, published, stats
+from .data import comparability, discover, names, published, stats, summary
+from .data.compact import write as write_compact
 from .data.load import ReportError, Run
 from .plots import (
     accuracy_rtr,
@@ -22,34 +24,35 @@ from .plots import (
     latency,
     learning_curves,
     rtr_distribution,
+    style,
 )
-from .plots import style as drawing
-from .tables import details, render
-from .tables import main as tables
+from .tables import details, main, render
 
 
 def write(
-    given: list[str | Path],
+    paths: Sequence[str | Path],
     out: Path,
+    *,
     allow: tuple[str, ...] = (),
     metrics: dict[str, str] | None = None,
     times: bool = True,
-    formats: tuple[str, ...] = drawing.FORMATS,
+    formats: tuple[str, ...] = style.FORMATS,
     gap: float = 0.01,
     compact: Path | None = None,
     logs: tuple[Path, ...] = (),
 ) -> tuple[list[Run], pd.DataFrame, list[str]]:
-    """Runs (see ``find.runs``) -> files in ``out``: tables (csv, md, tex), figures (``formats`` and csv), summary.json, index.html.
+    """Runs (see ``discover.runs``) -> files in ``out``: tables (csv, md, tex), figures (``formats`` and csv), summary.json, index.html.
 
-    allow: exceptions of ``refusals``, printed below everything. times: whether seconds are reported. gap: the difference in accuracy
-    whose price in documents is told. compact: folder for records that this function reads again. logs: of training runs.
+    allow: names of ``comparability.REASONS``, printed below everything. metrics: task -> metric, of tasks that ``load`` does not know.
+    times: whether seconds are reported. gap: the difference in accuracy (a fraction) whose price in documents is told. compact: folder
+    for compact records, which this function reads again. logs: of training runs.
     Returns runs, documents and what the reader should be warned of. Raises ReportError for what must not be reported.
     """
-    unknown = [f for f in formats if f not in drawing.FORMATS]
+    unknown = [f for f in formats if f not in style.FORMATS]
     if unknown:
-        raise ReportError(f"--formats {unknown[0]}: unknown; allowed: {', '.join(drawing.FORMATS)}")
-    left_out: list[str] = []
-    runs = discover.runs(given, metrics, left_out if "partial" in allow else None)
+        raise ReportError(f"--formats {unknown[0]}: unknown; allowed: {', '.join(style.FORMATS)}")
+    # Find the runs, and refuse what must not stand side by side; what was allowed is said under everything.
+    runs, left_out = discover.runs(paths, metrics, leave_out_partial="partial" in allow)
     if not runs:
         raise ReportError("no run is left to report: " + "; ".join(left_out))
     frame = discover.together(runs)
@@ -57,94 +60,90 @@ def write(
     notes = [*left_out, *comparability.check(runs, frame, allow, times), *comparability.notes(runs)]
     if names.is_nano(frame):
         notes.insert(0, f"{names.NANO[0].upper()}{names.NANO[1:]}.")
-    limits = sorted(
-        {f"{i['min_pixels']:,} to {i['max_pixels']:,}" for r in runs if (i := r.about.get("identity") or {}).get("max_pixels")}
-    )
+    identities = [r.about.get("identity") or {} for r in runs]
+    limits = sorted({f"{i['min_pixels']:,} to {i['max_pixels']:,}" for i in identities if i.get("max_pixels")})
     if limits:
         notes.append(f"Processor limits (pixels): {'; '.join(limits)}.")
 
     out.mkdir(parents=True, exist_ok=True)
     if compact:
-        compact_records.write(runs, compact)
+        write_compact(runs, compact)
     paper = published.cells(runs, frame)
-    (out / "summary.json").write_text(json.dumps(tables.summary(frame), indent=1) + "\n")
-    found = [
-        tables.main(frame, paper),
-        tables.against_paper(frame, paper),
-        tables.cost(runs, frame, times),
+    (out / "summary.json").write_text(json.dumps(summary.summary(frame), indent=1) + "\n")
+    candidates = [
+        main.accuracy(frame, paper),
+        main.against_paper(frame, paper),
+        main.cost(runs, frame, times),
         details.differences(frame, gap),
         details.diagnostics(frame),
         details.ablations(runs, frame),
         details.provenance(runs, frame),
     ]
-    shown = [t for t in found if t is not None]
-    for table in shown:
+    tables = [t for t in candidates if t is not None]
+    for table in tables:
         render.write(table, out, notes)
-    drawn, skipped = [], []
-    for name, data, figure in _figures(runs, frame, paper, tuple(notes), times, logs):
+    # A figure whose data the runs do not hold is named on the page instead.
+    figures, skipped = [], []
+    for name, data, draw in _figures(runs, frame, paper, tuple(notes), times, logs):
         if data.empty:
             skipped.append(name)
             continue
-        render.csv(data, out / f"{name}.csv")
-        made = figure(data)
-        for kind in formats:
-            drawing.save(made, out / f"{name}.{kind}")
-        plt.close(made)
-        drawn.append(name)
-    said = [*notes, *_unsure(frame)]
-    page.write(out, shown, drawn, skipped, said)
-    return runs, frame, said
+        _save(name, data, draw(data), out, formats)
+        figures.append(name)
+    warnings = [*notes, *_unsure(frame)]
+    page.write(out, tables, figures, skipped, warnings)
+    return runs, frame, warnings
+
+
+def _save(name: str, data: pd.DataFrame, figure: Figure, out: Path, formats: tuple[str, ...]) -> None:
+    render.csv(data, out / f"{name}.csv")
+    for kind in formats:
+        style.save(figure, out / f"{name}.{kind}")
 
 
 def _figures(
     runs: list[Run], frame: pd.DataFrame, paper: pd.DataFrame, notes: tuple[str, ...], times: bool, logs: tuple[Path, ...]
-) -> Iterator:
+) -> Iterator[tuple[str, pd.DataFrame, Callable[[pd.DataFrame], Figure]]]:
     """(name, data, data -> Figure) of every figure; empty data where the runs do not hold what it shows."""
-    suite = names.suite(frame)
     caveats = tuple(n for n in notes if not n.startswith("Processor limits"))
+    common: dict[str, Any] = {"title": names.suite(frame), "notes": caveats}
     hollow = accuracy_rtr.published(paper)
 
-    def titled(draw, title: str = suite, *more):
-        return lambda data: draw(data, title, *more, notes=caveats)
-
-    yield "accuracy_rtr", accuracy_rtr.data(frame), titled(accuracy_rtr.draw, suite, hollow if len(hollow) else None)
+    accuracy = partial(accuracy_rtr.draw, paper=hollow if len(hollow) else None, **common)
+    yield "accuracy_rtr", accuracy_rtr.data(frame), accuracy
     if times and frame["seconds"].notna().any():
         machine = _machine(runs)
-        yield "accuracy_seconds", accuracy_seconds.data(frame), titled(accuracy_seconds.draw, suite, machine)
-        yield "latency", latency.data(frame), titled(latency.draw, suite, machine)
-    yield "crop_selection", crop_selection.data(frame), titled(crop_selection.draw)
-    yield "rtr_distribution", rtr_distribution.data(frame), titled(rtr_distribution.draw)
-    yield "low_wrong", hard_documents.data(frame), titled(hard_documents.draw)
-    yield "calibration", calibration.data(frame), titled(calibration.draw)
+        yield "accuracy_seconds", accuracy_seconds.data(frame), partial(accuracy_seconds.draw, machine=machine, **common)
+        yield "latency", latency.data(frame), partial(latency.draw, machine=machine, **common)
+    yield "crop_selection", crop_selection.data(frame), partial(crop_selection.draw, **common)
+    yield "rtr_distribution", rtr_distribution.data(frame), partial(rtr_distribution.draw, **common)
+    yield "low_wrong", hard_documents.data(frame), partial(hard_documents.draw, **common)
+    yield "calibration", calibration.data(frame), partial(calibration.draw, **common)
     if logs:
         curves = learning_curves.data(learning_curves.read(list(logs)))
-        yield "learning_curves", curves, lambda data: learning_curves.draw(data, "training runs")
+        yield "learning_curves", curves, partial(learning_curves.draw, title="training runs")
 
 
 def _machine(runs: list[Run]) -> str:
-    found = dict.fromkeys(str(m.get("gpu") or m.get("cpu")) for r in runs if (m := r.about.get("machine")))
+    machines = dict.fromkeys(str(m.get("gpu") or m.get("cpu")) for r in runs if (m := r.about.get("machine")))
     sizes = dict.fromkeys(f"{b:g}" for r in runs for b in sorted(r.documents["batch_size"].dropna().unique()))
-    return f"{' / '.join(found) or 'machine not known'}{', batch ' + '/'.join(sizes) if sizes else ''}"
+    return f"{' / '.join(machines) or 'machine not known'}{', batch ' + '/'.join(sizes) if sizes else ''}"
 
 
 def _unsure(frame: pd.DataFrame) -> list[str]:
     """Gaps to full resolution and AwaRes that these documents cannot show."""
     out = []
     for family in ("full", "awares"):
-        against = tables.reference(frame, family)
+        against = summary.reference(frame, family)
         if against and frame["method"].nunique() > 1:
             out += stats.warnings(stats.compare(frame, against), against)
     return out
 
 
-def curves(logs: list[Path], out: Path, formats: tuple[str, ...] = drawing.FORMATS) -> None:
+def curves(logs: list[Path], out: Path, formats: tuple[str, ...] = style.FORMATS) -> None:
     """Learning curves alone, of training runs that nobody has evaluated yet."""
     data = learning_curves.data(learning_curves.read(logs))
     if data.empty:
         raise ReportError(f"{logs[0]} holds no line with a loss or an evaluation")
     out.mkdir(parents=True, exist_ok=True)
-    render.csv(data, out / "learning_curves.csv")
-    made = learning_curves.draw(data, "training runs")
-    for kind in formats:
-        drawing.save(made, out / f"learning_curves.{kind}")
-    plt.close(made)
+    _save("learning_curves", data, learning_curves.draw(data, "training runs"), out, formats)

@@ -9,9 +9,8 @@ Differs  nothing
 
 from dataclasses import dataclass
 
-from awares_bench.methods.conversation import Event, Sample, Turn
+from awares_bench import Event, Policy, Sample, Turn, TurnGenerator
 from awares_bench.methods.images import half
-from awares_bench.methods.policy import Policy, TurnGenerator
 
 
 @dataclass(frozen=True)

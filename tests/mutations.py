@@ -34,18 +34,18 @@ MUTATIONS = [
     ("crop x and y swapped", "awares_bench/methods/crop_grid.py", "return left, top, max(right, left + 1), max(bottom, top + 1)", "return top, left, max(bottom, top + 1), max(right, left + 1)", "test_crops"),
     ("ratio inverted", "awares_bench/methods/usage.py", "self.prefill / full_tokens", "full_tokens / self.prefill", "test_awares"),
     ("second turn not counted", "awares_bench/methods/conversation.py", "(r.usage for r in self.replies)", "(r.usage for r in self.replies[:1])", "test_awares"),
-    ("loss on the question", "training/nano/rows.py", "say(self.encode(f\"{text}<|im_end|>\\n<|im_start|>assistant\\n\"))", "say(self.encode(f\"{text}<|im_end|>\\n<|im_start|>assistant\\n\"), 1.0)", "test_training"),
+    ("loss on the question", "training/nano/rows.py", "append(self.encode(f\"{text}<|im_end|>\\n<|im_start|>assistant\\n\"))", "append(self.encode(f\"{text}<|im_end|>\\n<|im_start|>assistant\\n\"), 1.0)", "test_training"),
     ("continuations of a group see each other", "training/packing.py", "for start, end in lines[path]:", "for start, end in known.values():", "test_scoring"),
     ("first token predicted from another continuation", "training/packing.py", "(before if at == start else left + at - start - 1, ", "(left + at - start - 1, ", "test_scoring"),
     ("call weighted as the answer", "training/packing.py", "1.0 if sent == len(replies) else call_weight", "1.0", "test_scoring"),
-    ("direct answers charged whatever the label", "training/rewards.py", 'if truth.label == "HR" and not called(r)', "if not called(r)", "test_grpo"),
+    ("direct answers charged whatever the label", "training/rewards.py", "if needs_crops and not called(r)", "if not called(r)", "test_grpo"),
     ("auxiliary model free of charge", "awares_bench/inference/engine.py", "reply.usage.as_auxiliary()", "Usage()", "test_policies"),
     ("random crop forgets the document", "baselines/random_crop.py", "rng, chosen = random.Random(f\"{self.draw}/{sample.key}\"), []", "rng, chosen = random.Random(f\"{self.draw}\"), []", "test_policies"),
     ("CARES rounds down", "baselines/cares.py", "math.ceil(expected / STEP - 1e-6)", "math.floor(expected / STEP)", "test_policies"),
     ("box x and y swapped", "baselines/cropvlm.py", "x1, y1, x2, y2 = map(float, match.groups())", "y1, x1, y2, x2 = map(float, match.groups())", "test_policies"),
     ("probe one layer late", "awares_bench/inference/hidden_state.py", "decoder.layers[layers - 1]", "decoder.layers[layers]", "test_policies"),
     ("a label ignores larger sizes", "training/auxiliary/cares_gate.py", "(utility >= tau) & (later - utility <= delta)", "(utility >= tau)", "test_policies"),
-    ("missing score counted as wrong", "reports/data/load.py", "if value is None or value != value:", "if False:", "test_reports"),
+    ("missing score counted as wrong", "reports/data/load.py", "if not isinstance(value, (int, float)) or value != value:", "if False:", "test_reports"),
 ]  # fmt: skip
 
 

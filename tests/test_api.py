@@ -14,6 +14,7 @@ import awares_bench
 from awares_bench import api, cli
 from awares_bench.card import page
 from awares_bench.errors import AnswerError, AwaresError, OptionError
+from awares_bench.methods.conversation import Event, Reply
 from awares_bench.tasks import nano as nano_suite
 
 from .tiny import picture, tiny_vlm
@@ -73,9 +74,10 @@ def test_an_answer_holds_what_the_model_saw_said_and_cost(nano, document):
 
 def test_it_is_the_answer_that_lmms_eval_records(nano, document, tmp_path):
     from awares_bench.evaluation import lmms_model as lmms
+    from awares_bench.evaluation import lmms_run
 
     model = lmms.awares(output_dir=str(tmp_path / "run"), batch_size=1)
-    lmms.evaluate(model, ("nano_doc",), 1, lmms.task_index(), tmp_path / "lmms")
+    lmms_run.evaluate(model, ("nano_doc",), 1, lmms_run.task_index(), tmp_path / "lmms")
     (record,) = awares_bench.evaluation.records.read_records(tmp_path / "run")
     answer = nano.ask(document[0], record.question, max_new_tokens=record.generation["max_new_tokens"])
     assert (answer.text, list(answer.crops), answer.rtr) == (record.answer, record.crops, record.rtr)
@@ -84,8 +86,9 @@ def test_it_is_the_answer_that_lmms_eval_records(nano, document, tmp_path):
 
 def test_a_run_ends_with_a_table(tmp_path, capsys):
     from awares_bench.evaluation import lmms_model as lmms
+    from awares_bench.evaluation import lmms_run
 
-    lmms.evaluate(lmms.low(output_dir=str(tmp_path / "run")), ("nano_doc",), 2, lmms.task_index(), tmp_path / "lmms")
+    lmms_run.evaluate(lmms.low(output_dir=str(tmp_path / "run")), ("nano_doc",), 2, lmms_run.task_index(), tmp_path / "lmms")
     said = capsys.readouterr().err
     assert f"records: {tmp_path / 'run'}" in said
     row = next(line.split() for line in said.splitlines() if line.startswith("nano_doc"))
@@ -198,13 +201,13 @@ def test_a_card_shows_views_crops_turns_and_costs(nano, document):
 def test_nothing_of_a_user_or_a_model_is_markup(tiny):
     evil = "<script>alert('1')</script>&\x1b[2J"
     answer = tiny.ask(picture(112, 84), evil, max_new_tokens=2)
-    reply = api.Reply(evil)
-    event = api.Event(evil, evil)
+    reply = Reply(evil)
+    event = Event(evil, evil)
     answer = api.Answer(evil, evil, answer.image, evil, evil, (evil,), 0.5, 1, 2, 0.1, answer.turns, (reply,), (event,))
     compared = api.Comparison([answer])
     for shown in (answer._repr_html_(), compared._repr_html_(), page("", evil)):
         assert "<script" not in shown and "&lt;script&gt;" in shown
-    assert "\x1b" not in str(compared) + api.told(answer)
+    assert "\x1b" not in str(compared) + api.summary(answer)
     api.Answer("low", "half \ud800", error="half \ud800")._repr_html_().encode()
 
 

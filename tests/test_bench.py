@@ -11,17 +11,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from awares_bench.bench.contestants import Pages
-from awares_bench.bench.engine_bench import run
+from awares_bench.bench.engine_bench import Settings, constrained, run
+from awares_bench.bench.synthetic_models import geometry, random_model
+from awares_bench.cli import main
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Turn
 from awares_bench.models import qwen2_5_vl_vision
 from awares_bench.models.cpu_kernels import ONEDNN
 from awares_bench.models.families import host_of
-from awares_bench.models.geometry import decoder_flops, encode_flops, geometry, random_model
+from awares_bench.models.flops import decoder_flops, vision_flops
 
 from .test_vlm import TOLERANCE, ours
-from .tiny import encode, picture, pixels
+from .tiny import picture, pixels
 
 
 @pytest.mark.parametrize(("name", "billions"), [("3b", 3.7546), ("7b", 8.2922)])
@@ -49,8 +51,9 @@ def test_operations_are_those_that_pytorch_counts(vlm, monkeypatch, size, matmul
     monkeypatch.setattr(qwen2_5_vl_vision, "USE_MATMUL_ATTENTION", matmul_attention and qwen2_5_vl_vision.ONEDNN)
     patches, grid, _ = pixels(vlm, picture(*size))
     with counted() as counter:
-        encode(vlm, [patches], [grid])
-    assert encode_flops(vlm.host.model.config, [grid]) == pytest.approx(counter.get_total_flops(), rel=0.02)
+        vlm.encode([patches], [grid])
+    config = vlm.model.config.vision_config.to_dict()
+    assert vision_flops(grid[1] * grid[2] // 4, config) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @contextmanager
@@ -62,16 +65,17 @@ def counted():
 
 
 def test_operations_of_the_decoder_are_those_that_pytorch_counts(vlm):
-    text = vlm.host.model.config.text_config
+    text = vlm.model.config.text_config
+    config = text.to_dict()
     for new in (40, 400):
         embeds = torch.zeros(1, new, text.hidden_size)
         with torch.no_grad(), counted() as counter:
             hidden = vlm.host.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
             vlm.host.model.lm_head(hidden[:, -1])
         masked = text.num_hidden_layers * 2 * text.hidden_size * new * (new - 1)  # the half that a causal kernel skips
-        assert decoder_flops(vlm.host.model.config, new) + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
-    whole = decoder_flops(vlm.host.model.config, 300)
-    parts = decoder_flops(vlm.host.model.config, 200) + decoder_flops(vlm.host.model.config, 100, 200)
+        assert decoder_flops(new, config) + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
+    whole = decoder_flops(300, config)
+    parts = decoder_flops(200, config) + decoder_flops(100, config, 200)
     assert parts - whole == pytest.approx(2 * text.hidden_size * text.vocab_size)  # the scores, once more
 
 
@@ -100,7 +104,7 @@ def test_everything_again_feeds_the_conversation_that_one_cache_holds(vlm):
 
 def test_a_run_prints_rows_and_figures_and_writes_them(tmp_path, capsys):
     path = tmp_path / "bench.json"
-    run(size="nano", layers=2, tokens=64, answer=3, repeats=2, parts=("turns", "stock"), json_file=path)
+    run(Settings(geometry="nano", layers=2, tokens=64, answer=3, repeats=2, parts=("turns", "stock"), json_file=path))
     result, printed = json.loads(path.read_text()), capsys.readouterr().out
     assert result["about"]["layers_cut_to"] == 2 and "layers_cut_to" in printed
     rows, figures = {r["name"]: r for r in result["rows"]}, {f["name"]: f for f in result["figures"]}
@@ -121,4 +125,25 @@ def test_a_run_prints_rows_and_figures_and_writes_them(tmp_path, capsys):
     assert figures["decode passes of the first turn, grammar (2) over none (6)"]["met"]
     assert figures["largest difference of a score from model.generate"]["met"]
     with pytest.raises(ValueError, match="call rate is 2"):
-        run(call_rate=2)
+        Settings(call_rate=2)
+    with pytest.raises(ValueError, match=r"--parts holds 'towers'; known: vision, turns, stock, suite"):
+        Settings(parts=("towers",))
+
+
+def test_a_part_of_the_bench_refuses_the_flags_that_it_does_not_read(capsys):
+    for words in (
+        ["pruners", "--call-rate", "0.5"],
+        ["pruners", "--pretrained", "nano"],
+        ["grpo", "--tokens", "64"],
+        ["engine", "--group", "2"],
+    ):
+        with pytest.raises(SystemExit):
+            main(["bench", *words])
+        assert f"unrecognized arguments: {words[1]}" in capsys.readouterr().err
+
+
+def test_a_model_is_left_as_it_was_after_its_grammar_was_switched(vlm):
+    with pytest.raises(KeyError), constrained(vlm, False):
+        assert not vlm.constrained
+        raise KeyError
+    assert vlm.constrained

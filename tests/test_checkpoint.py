@@ -449,7 +449,8 @@ def adapters(base: Path, out: Path, rename=lambda key: key, said: dict | None = 
     """
     torch.manual_seed(1)
     model = get_peft_model(
-        LocalModel.load(str(base), device="cpu").host.model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEAR} | chosen)
+        LocalModel.load(str(base), device="cpu").host.model,
+        LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEAR} | chosen),
     )
     for p in model.parameters():
         if p.requires_grad:
@@ -590,7 +591,9 @@ def test_what_a_lora_config_may_ask_for_is_done(masters, tmp_path, names, chosen
 def test_adapters_of_another_dtype_are_merged(masters, tmp_path, dtype):
     out = adapters(masters["released"], tmp_path / "lora", old, dtype=dtype)
     assert closeness(out) < (1e-4 if dtype == torch.float32 else 0.05)
-    assert {p.dtype for p in LocalModel.load(str(out), device="cpu", dtype="bfloat16").host.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in LocalModel.load(str(out), device="cpu", dtype="bfloat16").host.model.parameters()} == {
+        torch.bfloat16
+    }
 
 
 TIED = {

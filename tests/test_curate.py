@@ -37,7 +37,7 @@ def test_boxes_map_to_crops_as_the_three_rules_say():
 @pytest.mark.parametrize("box", [(50, 0, 10, 10), (0, 0, 500, 10), (-1, 0, 5, 5), (3, 3, 3, 9), (1, 2, 3)])
 def test_boxes_that_are_none_are_named(box):
     with pytest.raises(crop_oracles.BoxError, match="row 7"):
-        crop_oracles.checked([box], 400, 300, "row 7")
+        crop_oracles.check_boxes([box], 400, 300, "row 7")
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,9 @@ def test_labels_follow_the_rule_and_ties_are_split_by_correctness(low, full, tie
         pipeline.Curate, {"start": "s", "data": "d", "out": "o", "judge": "exact", "ties": ties, "second_judge": "anls"}
     )
     table = [{"question": "q", "answers": ["42"]}]
-    (row,) = pipeline.label(made, table, [{"index": 0, "low": low, "full": full, "error": None}], judges.exact)
+    (row,) = pipeline.label_rows(made, table, [{"index": 0, "low": low, "full": full, "error": None}], judges.exact)
     assert row["label"] == row["second"] == label
-    (failed,) = pipeline.label(made, table, [{"index": 0, "low": None, "full": None, "error": "x"}], judges.exact)
+    (failed,) = pipeline.label_rows(made, table, [{"index": 0, "low": None, "full": None, "error": "x"}], judges.exact)
     assert failed["label"] is None and failed["verdict"] is None
 
 
@@ -59,7 +59,7 @@ def test_labels_follow_the_rule_and_ties_are_split_by_correctness(low, full, tie
 def test_a_right_answer_that_the_model_was_not_sure_of_is_no_sign_that_half_size_is_enough(full, sure, label):
     made = recipe.check(pipeline.Curate, {"start": "s", "data": "d", "out": "o", "judge": "exact", "sure": 0.9})
     row = {"index": 0, "low": "42", "full": full, "sure": sure, "error": None}
-    (row,) = pipeline.label(made, [{"question": "q", "answers": ["42"]}], [row], judges.exact)
+    (row,) = pipeline.label_rows(made, [{"question": "q", "answers": ["42"]}], [row], judges.exact)
     assert row["label"] == label and row["right_low"]
 
 
@@ -67,8 +67,8 @@ def test_how_sure_a_model_is_of_its_half_size_answer_is_the_probability_of_the_r
     said = {"start": "nano-base", "data": "nano:6", "out": "o", "judge": "exact", "max_new_tokens": 8, "batch": 4}
     vlm, table = LocalModel.load(resolve("nano-base")), pipeline.nano_rows(6)
     rows = [{"index": i} for i in range(6)]
-    plain = pipeline.answer(recipe.check(pipeline.Curate, said), table, rows, vlm)
-    found = pipeline.answer(recipe.check(pipeline.Curate, said | {"sure": 0.5}), table, rows, vlm)
+    plain = pipeline.answer_rows(recipe.check(pipeline.Curate, said), table, rows, vlm)
+    found = pipeline.answer_rows(recipe.check(pipeline.Curate, said | {"sure": 0.5}), table, rows, vlm)
     assert [(r["low"], r["full"], r["error"]) for r in found] == [(r["low"], r["full"], None) for r in plain]
     assert all(r["sure"] is None for r in plain)
     scorer = Scorer(vlm.host, banned_tokens(vlm.host))
@@ -148,7 +148,7 @@ def test_a_curation_resumes_and_its_files_are_what_the_trainers_take(tmp_path, m
             out.append(dict(r, low=truth if r["index"] % 3 else "?", full=truth if r["index"] % 4 else "?", error=None))
         return out
 
-    monkeypatch.setattr(pipeline, "answer", answers)
+    monkeypatch.setattr(pipeline, "answer_rows", answers)
     monkeypatch.setattr(pipeline, "open_vlm", lambda r: None)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(made)

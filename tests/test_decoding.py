@@ -177,12 +177,12 @@ def test_scores_that_are_not_finite_are_that_documents_failure(value):
 
 
 def test_texts_and_pictures_keep_their_order_and_spacing():
-    from awares_bench.evaluation.lmms_model import _job
+    from awares_bench.evaluation.lmms_model import job_of
 
     a, b = picture(56, 56), picture(84, 56)
     content = [("text", "Compare"), ("image", a), ("text", "and"), ("image", b), ("text", "now.\nA. yes")]
     talk = [{"role": "user", "content": [{"type": k, "text" if k == "text" else "url": v} for k, v in content]}]
-    sample = _job(talk, {}, "mmmu/1").sample
+    sample = job_of(talk, {}, "mmmu/1").sample
     assert sample.question == "Compare and now.\nA. yes" and sample.parts == ("Compare", "and", "now.\nA. yes")
     vlm = tiny_vlm()
     theirs = [{"role": "user", "content": [{"type": k, k: v} for k, v in content]}]
@@ -196,11 +196,11 @@ def test_texts_and_pictures_keep_their_order_and_spacing():
 
 
 def test_text_before_the_only_picture_stays_before_it_in_every_view():
-    from awares_bench.evaluation.lmms_model import _job
+    from awares_bench.evaluation.lmms_model import job_of
 
     image = picture(224, 224)
     content = [{"type": "text", "text": "Look: "}, {"type": "image", "url": image}, {"type": "text", "text": " What is it?"}]
-    sample = _job([{"role": "user", "content": content}], {}, "x").sample
+    sample = job_of([{"role": "user", "content": content}], {}, "x").sample
     turn = next(AwaRes().turns(sample))
     assert rendered(tiny_vlm(), [turn], []).count("Look: <|vision_start|>") == 1
     assert sample.ask((image, image)).image_prefixes == ("Look: ",) and sample.ask((image, image)).text == " What is it?"
@@ -219,10 +219,10 @@ def test_text_before_the_only_picture_stays_before_it_in_every_view():
     ],
 )
 def test_a_blank_line_is_no_stop_and_other_stops_are(until, expected):
-    from awares_bench.evaluation.lmms_model import _job
+    from awares_bench.evaluation.lmms_model import job_of
 
     talk = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-    assert _job(talk, {"until": until}, "x").until == expected
+    assert job_of(talk, {"until": until}, "x").until == expected
 
 
 # ------------------------------------------------------------------ training under a penalty

@@ -12,7 +12,7 @@ from .tiny import picture, tiny_vlm
 
 
 def test_the_figures_are_those_counted_by_hand():
-    found = diagnose.figures(
+    found = diagnose.decision_metrics(
         [
             Decision(("top-left",), "HR", ("top-left",)),  # right
             Decision(("top",), "HR", ("top-left",)),  # half of it is the oracle's: IoU 0.5
@@ -33,7 +33,7 @@ def test_the_figures_are_those_counted_by_hand():
 
 
 def test_what_cannot_be_counted_is_null():
-    found = diagnose.figures([Decision((), "LR")])
+    found = diagnose.decision_metrics([Decision((), "LR")])
     assert found["call_precision"] is None and found["call_recall"] is None and found["call_f1"] is None
     assert found["mean_area"] is None and found["false_call_rate"] == 0
     assert "null" in diagnose.show(found)

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -74,11 +75,11 @@ def test_every_option_of_every_method_is_described_once():
 
 
 def test_the_options_page_lists_every_option_of_a_model_with_its_default():
-    from awares_bench.evaluation.lmms_model import COMMON
+    from awares_bench.evaluation.run_options import RunOptions
 
     text = (ROOT / "docs" / "options.md").read_text(encoding="utf-8").partition("Two more options")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.M))
-    assert rows == {option: generate.value(default) for option, default in COMMON.items()}
+    assert rows == {field.name: generate.value(field.default) for field in fields(RunOptions)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

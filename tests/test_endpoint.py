@@ -10,17 +10,20 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageChops
 
 from awares_bench.awares import AwaRes
 from awares_bench.baselines.full import Full
+from awares_bench.errors import RunError
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.openai_server import Endpoint
 from awares_bench.methods.conversation import Failure, Sample
 from awares_bench.models.packaged import resolve
+from awares_bench.training.curation import judges
 
 from .lmms_runs import FOLDER, lmms_eval, lmms_eval_process, records
 from .stock import stock
@@ -117,6 +120,38 @@ def test_rate_limits_and_failing_servers_are_retried_and_refusals_are_not(server
     server.state["trouble"] = [503] * 3
     with pytest.raises(RuntimeError, match="goes on where it stopped"):
         dict(Engine(endpoint(server, retries=1), Full(), 1).run(jobs(1)))
+
+
+@pytest.mark.parametrize(("status", "remedy"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "/v1/models")])
+def test_a_wrong_key_address_or_model_ends_the_run_at_the_first_document(server, status, remedy):
+    server.state["trouble"] = [status] * 9
+    with pytest.raises(RunError, match=rf"model m: the server refused the request \({status}\).*{remedy}"):
+        dict(Engine(endpoint(server, concurrency=1), Full(), 1).run(jobs(4)))
+    assert len(server.state["bodies"]) == 1
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8000/v1", "localhost", "http://", "http://host:port/v1", "ftp://host/v1"])
+def test_an_address_that_cannot_be_one_is_refused_at_once(address):
+    for opened in (lambda: Endpoint(address, "m", "nano"), lambda: judges.judge("endpoint", "m", address)):
+        with pytest.raises(ValueError, match=r"such as http://localhost:8000/v1") as caught:
+            opened()
+        assert repr(address) in str(caught.value)
+
+
+def test_a_judge_retries_as_the_engine_does_and_says_what_it_got_instead_of_an_answer(server):
+    address = f"http://127.0.0.1:{server.server_port}/v1"
+    server.state["trouble"] = [429, 503]
+    judge = judges.Endpoint(address, "m")
+    assert judge.say("hello") == "GET_CROPS: ['3']" and len(server.state["bodies"]) == 3
+    assert server.state["bodies"][-1]["messages"] == [{"role": "user", "content": "hello"}]
+    server.state["trouble"] = [401]
+    with pytest.raises(judges.JudgeError, match=r"refused the request \(401\).*OPENAI_API_KEY"):
+        judge.say("hello")
+    assert len(server.state["bodies"]) == 4
+    for body in (None, "<html>", SimpleNamespace(choices=[]), SimpleNamespace(choices=None)):
+        judge.client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=lambda body=body, **_: body)))
+        with pytest.raises(judges.JudgeError, match=r"no chat completion.*already judged is kept"):
+            judge.say("hello")
 
 
 def test_requests_fly_together_and_answers_are_those_of_one_by_one(server):

@@ -27,7 +27,7 @@ from awares_bench.inference.layerwise_batch import LayerwiseBatch
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.padded_batch import PaddedBatch
 from awares_bench.inference.session import Session
-from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.methods.pruner import Pruner, ReleasedQuirks, VisualTokens
 from awares_bench.models.prompt_chunk import ImageSpan, PromptChunk
 from awares_bench.models.qwen2_5_vl import Qwen2_5_VL
 
@@ -378,8 +378,8 @@ class Scheduled(SparseVLM):
         return int(share)
 
     @property
-    def repacks(self):
-        return super().repacks if self.packed is None else self.packed
+    def quirks(self):
+        return super().quirks if self.packed is None else ReleasedQuirks(renumber_positions=self.packed)
 
 
 def scheduled(schedule: dict[int, int], version: str = "1.5", packed: bool | None = None) -> Scheduled:

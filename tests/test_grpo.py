@@ -1,5 +1,6 @@
 """GRPO: the reward's arithmetic, the loss against one written out by hand, exact resume, processes and micro-batches alike, warnings."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lmms_eval.api.metrics import anls as lmms_anls
 
 from awares_bench.cli import main
 from awares_bench.inference.local_model import LocalModel
@@ -23,32 +25,36 @@ from .tiny import tiny_vlm
 
 
 def rollout(answer, crops=(), events=(), complete=True):
-    turns = (Turn(), Turn()) if crops else (Turn(),)
-    return SimpleNamespace(trajectory=Trajectory(turns, (), answer, events, 64, crops), complete=complete)
+    turns = (Turn(), Turn(crops=crops)) if crops else (Turn(),)
+    return SimpleNamespace(trajectory=Trajectory(turns, (), answer, events, 64), complete=complete)
 
 
 def test_the_composite_reward_is_the_papers():
     group = [rollout("42"), rollout("42", ("top-left",)), rollout("no", ("top-left", "left")), rollout("no", ("all",))]
     for label, missed in (("HR", 2.0), ("LR", 0.0), (None, 0.0)):
-        parts = rewards.awares(group, rewards.Truth("q", ("42",), label), exact, rewards.Costs())
+        parts = rewards.awares(group, rewards.GroundTruth("q", ("42",), label), exact, rewards.RewardWeights())
         got = [p["reward"] for p in parts]
         assert got == pytest.approx([1 - missed, 1 - 0.25 - 0.0025, -0.25 - 0.005, -0.25 - 0.01])
-    tens = rewards.awares(group, rewards.Truth("q", ("42",), "HR"), exact, rewards.Costs(w_ans=10, area_of="sum"))
+    tens = rewards.awares(group, rewards.GroundTruth("q", ("42",), "HR"), exact, rewards.RewardWeights(w_ans=10, area_of="sum"))
     assert [p["reward"] for p in tens] == pytest.approx([8, 9.7475, -0.25 - 0.0075, -0.26])
     direct = rewards.awares(
-        [rollout("42"), rollout("no")], rewards.Truth("q", ("42",), "HR"), exact, rewards.Costs(missed="wrong")
+        [rollout("42"), rollout("no")], rewards.GroundTruth("q", ("42",), "HR"), exact, rewards.RewardWeights(missed="wrong")
     )
     assert [p["reward"] for p in direct] == [1, -2]
 
 
 def test_visionthinks_penalty_turns_with_the_share_of_right_direct_answers():
-    truth = rewards.Truth("q", ("42",))
+    truth = rewards.GroundTruth("q", ("42",))
     often = [rollout("42"), rollout("42", ("all",)), rollout("no"), rollout("no", ("all",))]
-    assert [p["reward"] for p in rewards.visionthink(often, truth, exact, rewards.Costs())] == pytest.approx([1.5, 1.4, 0.5, 0.4])
+    assert [p["reward"] for p in rewards.visionthink(often, truth, exact, rewards.RewardWeights())] == pytest.approx(
+        [1.5, 1.4, 0.5, 0.4]
+    )
     seldom = [rollout("no"), *[rollout("42", ("all",))] * 3]
-    assert [p["reward"] for p in rewards.visionthink(seldom, truth, exact, rewards.Costs())] == pytest.approx([0.4] + [1.5] * 3)
+    assert [p["reward"] for p in rewards.visionthink(seldom, truth, exact, rewards.RewardWeights())] == pytest.approx(
+        [0.4] + [1.5] * 3
+    )
     bad = rollout("42", ("all",), (Event("malformed_call"),))
-    assert rewards.visionthink([bad], truth, exact, rewards.Costs())[0]["format"] == 0
+    assert rewards.visionthink([bad], truth, exact, rewards.RewardWeights())[0]["format"] == 0
 
 
 def test_advantages_are_scaled_as_asked():
@@ -64,6 +70,17 @@ def test_the_rules_of_judges():
     assert relaxed("", ("100",), "104") == 1 and relaxed("", ("100",), "106") == 0 and relaxed("", ("0.5",), "50%") == 1
     assert anls("", ("kitten",), "sitting") == pytest.approx(4 / 7) and anls("", ("abc",), "xyz") == 0
     assert anls("", ("a", "kitten"), "kitten") == 1
+
+
+def test_anls_is_the_field_s():
+    assert anls("", ("blue", "red"), " Red ") == 1.0
+    assert anls("", ("red",), "reds") == 0.75
+    assert anls("", ("wxyz",), "abcd") == anls("", ("x",), "") == 0.0
+    texts = ["", *("".join(w) for n in (1, 2, 3, 4) for w in itertools.product("ab ", repeat=n))]
+    texts = [t for t in texts if t == " ".join(t.split())]  # lmms-eval divides by the length before white space is folded
+    for answer, prediction in itertools.product(texts, texts):
+        assert anls("", (answer, "abba"), prediction) == lmms_anls([answer, "abba"], [prediction])["anls"]
+    assert anls("", ("red",), "Red.") == 1.0 > lmms_anls(["red"], ["Red."])["anls"]  # a closing full stop is no mistake here
 
 
 @pytest.fixture(scope="module")
@@ -224,12 +241,12 @@ def test_a_dry_run_shows_rollouts_and_rewards(place, capsys):
 
 
 def test_warnings_come_once_and_early():
-    watch = grpo.Watch()
+    watch = grpo.HealthChecks()
     fine = {"reward": 0.5, "answer_score": 0.5, "call_rate": 0.4, "frac_zero_std": 0.2, "reply_tokens": 8}
     assert not any(watch(fine) for _ in range(6))
     said = [watch(fine | {"call_rate": 0.0, "frac_zero_std": 1.0}) for _ in range(6)]
     assert sum(len(x) for x in said) == 2 and "stopped calling" in said[4][-1] + said[4][0]
-    watch = grpo.Watch()
+    watch = grpo.HealthChecks()
     for i in range(12):
         hacked = watch(fine | {"reward": 0.5 + 0.1 * i, "answer_score": 0.5 - 0.01 * i})
         if hacked:
@@ -243,7 +260,7 @@ def test_an_endpoint_that_does_not_answer_is_named():
     from awares_bench.training.curation.judges import Endpoint
 
     with pytest.raises(JudgeError, match="gave no answer in 2 tries"):
-        Endpoint("http://127.0.0.1:9", "m", timeout=0.2, tries=2, wait=0).say("hello")
+        Endpoint("http://127.0.0.1:9", "m", timeout=0.2, retries=1).say("hello")
 
 
 @pytest.mark.parametrize("name", ablations.CHANGES)

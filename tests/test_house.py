@@ -39,14 +39,14 @@ def test_the_core_imports_no_room_and_no_room_imports_another():
             assert rooms <= allowed, f"{path} imports {rooms - allowed}"
 
 
-def test_lmms_eval_appears_in_the_adapter_and_its_entry_point_only():
+def test_lmms_eval_appears_in_the_adapter_its_runner_and_its_entry_point_only():
     users = {
         p.name
         for folder in ("awares_bench", *ROOMS)
         for p in files(folder)
         if any(m.split(".")[0] == "lmms_eval" for m in imported(p))
     }
-    assert users == {"lmms_model.py", "lmms_manifest.py"}
+    assert users == {"lmms_model.py", "lmms_run.py", "lmms_manifest.py"}
 
 
 def test_reports_never_import_torch():
@@ -56,6 +56,12 @@ def test_reports_never_import_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd="/").returncode == 0
+
+
+def test_the_stair_of_packages_has_no_step_up_and_no_circle():
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_bare_import_is_light():

@@ -477,14 +477,14 @@ def test_a_sweep_counts_what_was_scored_tries_again_and_is_done_when_healed(tmp_
     (tmp_path / "recipe.yaml").write_text(text)
     recipe = sweep.read(tmp_path / "recipe.yaml")
     out = tmp_path / "out"
-    assert [c["status"] for c in sweep.run(recipe, out)] == ["done"] and not sweep._done(out, recipe.cells[0])
+    assert [c["status"] for c in sweep.run(recipe, out)] == ["done"] and not sweep._is_done(out, recipe.cells[0])
     assert results(out / "lmms")["n-samples"]["odd"]["effective"] == len(odd.ANSWERED)
     ran = out / "runs" / "full"
     assert len(records(ran)) == len(odd.KINDS)
     sweep.run(recipe, out)
     assert len(records(ran)) == len(odd.KINDS) + len(odd.FAILED)
     from awares_bench.reports import report
-    from awares_bench.reports.data import discover as find
+    from awares_bench.reports.data import discover
 
     _, frame, notes = report.write([out], tmp_path / "report", metrics={"odd": "here"}, formats=(), compact=tmp_path / "compact")
     (note,) = [n for n in notes if "left out" in n]
@@ -492,6 +492,6 @@ def test_a_sweep_counts_what_was_scored_tries_again_and_is_done_when_healed(tmp_
     assert len(frame) == len(odd.ANSWERED)
     for table in ("table", "cost"):
         assert "10 documents left out of full" in (tmp_path / "report" / f"{table}.md").read_text(encoding="utf-8")
-    (again,) = find.runs([tmp_path / "compact"])
+    again = discover.one(tmp_path / "compact")
     assert set(again.about["left_out"]["odd"]) == {str(i) for i, k in enumerate(odd.KINDS) if k in odd.FAILED}
     assert comparability.notes([again])[0] == note

@@ -15,8 +15,8 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.evaluator import simple_evaluate
 
 from awares_bench import cli
-from awares_bench.evaluation import demo, lmms_model, sweep
-from awares_bench.models import packaged
+from awares_bench.evaluation import demo, lmms_model, lmms_run, sweep
+from awares_bench.methods.resolution_gate import gate_path
 from awares_bench.tasks.nano import suite as nano_suite
 
 from .lmms_runs import records
@@ -34,7 +34,7 @@ def suites(tmp_path_factory):
     return root
 
 
-index = cache(lmms_model.task_index)
+index = cache(lmms_run.task_index)
 """Reading all of lmms-eval's task files takes seconds; the tasks themselves are made anew each time."""
 
 
@@ -146,7 +146,7 @@ def test_an_edited_method_or_a_file_it_reads_is_another_run(run, suites, tmp_pat
         first(method=f"{paths[0]}:Strip", output_dir=tmp_path / "run")
 
     gate = tmp_path / "gate.safetensors"
-    shutil.copy(packaged.gate("nano"), gate)
+    shutil.copy(gate_path("nano"), gate)
     identity = lmms_model.cares(gate=str(gate), output_dir=tmp_path / "gated").run.identity
     assert identity["files"] == {"gate": lmms_model.content.file(gate)} and set(identity["code"]) == {"cares"}
 
@@ -221,9 +221,9 @@ def test_a_sweep_s_cell_is_not_done_when_its_folder_of_tasks_changed(tmp_path, s
     for folder, name, text in (("runs", "run.json", '{"status": "complete"}'), ("lmms", "cell.json", json.dumps(cell.spec))):
         (out / folder / cell.name).mkdir(parents=True)
         (out / folder / cell.name / name).write_text(text)
-    assert sweep._done(out, cell) and sweep._done(out, sweep.read(tmp_path / "recipe.yaml").cells[0])
+    assert sweep._is_done(out, cell) and sweep._is_done(out, sweep.read(tmp_path / "recipe.yaml").cells[0])
     shutil.copy(suites / "2" / "nano_doc.parquet", tmp_path / "suite")
-    assert not sweep._done(out, sweep.read(tmp_path / "recipe.yaml").cells[0])
+    assert not sweep._is_done(out, sweep.read(tmp_path / "recipe.yaml").cells[0])
     (tmp_path / "recipe.yaml").write_text("tasks: [nano_doc]\ninclude_path: nowhere\nmethods: [low]\n")
     with pytest.raises(ValueError, match="include_path is nowhere; there is no folder"):
         sweep.read(tmp_path / "recipe.yaml")

@@ -1,5 +1,6 @@
 """The policies by name, driven by scripted replies and by tiny random models: what they show, what they note, what it costs."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -106,6 +107,15 @@ def test_a_box_is_grown_to_a_readable_size_and_stays_in_the_image():
         assert left <= min(box[0], w - 1) and right >= box[2] and top <= min(box[1], h - 1) and bottom >= box[3]
 
 
+@pytest.mark.parametrize("name", ["low", "awares", "all_crops", "oracle_crop", "visionthink"])
+def test_a_half_size_view_far_from_a_quarter_is_an_event(name):
+    """Of a page that has as few tokens as the model can have, half the sides are no quarter."""
+    options = {"evidence": ((0, 0, 9, 9),)} if name == "oracle_crop" else {}
+    for side, expected in ((448, []), (56, ["low_view_not_a_quarter"])):
+        t = run(method(name), {"q": ["x", "x"], "\nq": ["<answer>x</answer>"]}, [picture(side, side)], **options)
+        assert [kind for kind in kinds(t) if kind != "crops_too_small"] == expected
+
+
 # ------------------------------------------------------------------ VisionThink
 
 CALL = '<think>blurred</think>\n<tool_call>\n{"name": "resize_image", "arguments": {"action": "resize"}}\n</tool_call>'
@@ -203,6 +213,7 @@ def test_cropvlm_shows_the_crop_and_prices_the_cropper_apart(view, rtr):
     cropper = Scripted({ASKED: ["[50, 50, 100, 100]."]})
     t = run(method("cropvlm", view=view), ["x"], [picture(224, 224)], models={"cropper": cropper})
     assert t.rtr == rtr and [turn.model for turn in t.turns] == ["cropper", ""]
+    assert t.boxes == t.turns[1].boxes == ((112, 112, 224, 224),) and t.crops == () and kinds(t) == []
     assert t.turns[1].images[1].size == (112, 112) and t.turns[1].images[1].getpixel((0, 0)) == picture(224, 224).getpixel(
         (112, 112)
     )
@@ -367,12 +378,6 @@ def test_a_label_is_the_smallest_size_that_is_enough_and_not_clearly_beaten():
         assert chosen == (enough[0] if enough else 2)
 
 
-def test_anls_is_the_field_s():
-    assert training.anls(" Red ", ["blue", "red"]) == 1.0
-    assert training.anls("reds", ["red"]) == 0.75
-    assert training.anls("abcd", ["wxyz"]) == training.anls("", ["x"]) == 0.0
-
-
 def test_the_fitted_gate_separates_what_is_separable_also_through_its_file(tmp_path):
     rng = np.random.default_rng(0)
     centres, labels = rng.normal(size=(3, 20)), rng.integers(0, 3, 900)
@@ -389,10 +394,13 @@ def test_the_gate_s_training_runs_from_pictures_to_a_gate_that_the_policy_opens(
 
     nano.save(tiny_vlm().host.model, tiny_vlm().host.processor, tmp_path / "tiny")
     out = tmp_path / "gate.safetensors"
+    parser = argparse.ArgumentParser()
+    training.add_arguments(parser)
+    command = ["--out", str(out), "--documents", "12", "--pretrained", str(tmp_path / "tiny")]
     for _ in range(2):  # the second call takes the labels from the first
-        training.main(["--out", str(out), "--documents", "12", "--pretrained", str(tmp_path / "tiny"), "--max-new-tokens", "3"])
+        assert training.main(parser.parse_args([*command, "--max-new-tokens", "3"])) == 0
     assert len((tmp_path / "gate.labels.jsonl").read_text().splitlines()) == 12
     ((_, t),) = Engine(tiny_vlm(), method("cares", gate=str(out)), 1).run([Job(Sample((picture(224, 224),), "q?", "k"), 3)])
     assert max(t.turns[1].images[0].size) in range(112, 225, 28)
-    with pytest.raises(SystemExit, match="holds labels of another run"):
-        training.main(["--out", str(out), "--documents", "12", "--pretrained", str(tmp_path / "tiny"), "--sizes", "56", "224"])
+    with pytest.raises(ValueError, match="holds labels of another run"):
+        training.main(parser.parse_args([*command, "--sizes", "56", "224"]))

@@ -1,8 +1,6 @@
 """Every pruner in ``baselines``: the contract of ``awares_bench.methods.pruner.Pruner``, on logits."""
 
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.resources import files
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Turn
 from awares_bench.methods.images import half
 from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.methods.registry import pruner_classes
 from awares_bench.models.attention_scores import AttentionRows, column_attention, window_order
 from awares_bench.models.qwen2_5_vl import runs_of
 from awares_bench.models.qwen2_5_vl_vision import VisionProbe
@@ -33,17 +32,7 @@ from .tiny import chunk_ids, embedded, image_input, picture, pixels, see, tiny_v
 TOLERANCE = 1e-4
 
 
-def pruners() -> list[type[Pruner]]:
-    """The pruner class of every file of the room that has one."""
-    room = files("awares_bench.baselines").iterdir()
-    modules = [
-        import_module(f"awares_bench.baselines.{p.name[:-3]}") for p in room if p.name[0] != "_" and p.name.endswith(".py")
-    ]
-    found = [c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
-    return sorted((c for c in found if issubclass(c, Pruner)), key=lambda c: c.__name__)
-
-
-EVERY = pytest.mark.parametrize("cls", pruners(), ids=lambda c: c.__name__)
+EVERY = pytest.mark.parametrize("cls", pruner_classes(), ids=lambda c: c.__name__)
 VARIANTS = [SparseVLM(0.4, "plus"), SparseVLM(0.4, "1.5", "official"), HoloV(0.4, "official"), VisionZip(0.4, compat="official")]
 
 
@@ -335,7 +324,7 @@ def test_pooling_at_a_quarter_is_the_2x2_average():
 
 def test_a_contextual_token_is_the_mean_of_its_group():
     seen = replace(
-        image(8, (2, 4)), attention=torch.tensor([9.0, 8, 0, 0, 0, 0, 0, 0]), metric=torch.eye(8)[[0, 1, 2, 2, 2, 5, 5, 5]]
+        image(8, (2, 4)), attention=torch.tensor([9.0, 8, 0, 0, 0, 0, 0, 0]), vision_keys=torch.eye(8)[[0, 1, 2, 2, 2, 5, 5, 5]]
     )
     features, kept = VisionZip(0.5, 0.25).reduce(seen, 4)
     assert kept.tolist() == [0, 1, 2, 5]
@@ -396,7 +385,7 @@ def test_a_layer_that_the_model_does_not_have_is_an_error():
 def test_the_bench_times_every_pruner_on_as_many_pictures_as_asked(capsys):
     result = pruner_bench.run("nano", tokens=16, batch=2, repeats=1)
     told, costs = capsys.readouterr().out, result["pruners"]
-    assert {c["pruner"] for c in costs} == {c.__module__.rsplit(".", 1)[1] for c in pruners()}
+    assert {c["pruner"] for c in costs} == {c.__module__.rsplit(".", 1)[1] for c in pruner_classes()}
     assert all(c["pruner"] in told and 0 < c["visual"] <= 8 for c in costs)
     assert all(c["share"] == pytest.approx(c["seconds"] / result["prefill_seconds"]) for c in costs)  # of one round
     assert all(0 < c["scoring_seconds"] < c["seconds"] for c in costs)
@@ -419,7 +408,7 @@ def test_deciding_takes_at_most_100_MiB_at_4096_tokens_of_7B():
             torch.rand(2, v + text, 128).unbind(),
         )  # fmt: skip
         (seen,) = meter(runs_of, features, [image_input(meter.vlm, torch.zeros(1, 1176), (1, 128, 128))], probe, (), 4)
-        for pruner in [c(r) for c in pruners() for r in (0.1, 0.7)] + [SparseVLM(0.5, "plus")]:
+        for pruner in [c(r) for c in pruner_classes() for r in (0.1, 0.7)] + [SparseVLM(0.5, "plus")]:
             meter(pruner.raters, features, torch.randn(text, 3584))
             meter(pruner.reduce, replace(seen, decoder_attention=rows), pruner.tokens_to_keep(v, pruner.retention))
             assert meter.peak <= 100 * 2**20, f"{pruner}: {meter.peak / 2**20:.0f} MiB"

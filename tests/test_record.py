@@ -80,6 +80,29 @@ def test_records_of_an_earlier_release_are_read_and_answered_again(tmp_path):
     assert [r.content for r in read_records(tmp_path)] == ["c0"]
 
 
+def test_what_version_1_said_in_events_is_in_fields_now(tmp_path):
+    def event(kind, detail):
+        return {"kind": kind, "detail": detail}
+
+    old = {"task": "t", "split": "test", "question": "q", "answer": "a", "version": 1, "crops": ["all"]}
+    events = [
+        [event("box", "8,0,40,20"), event("image_exif", "x")],
+        [event("malformed_call", "no region 99")],
+        [event("malformed_box", "y")],
+    ]
+    lines = [json.dumps(old | {"doc_id": i, "events": some}) for i, some in enumerate(events)]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines) + "\n")
+    box, call, other = read_records(tmp_path)
+    assert box.boxes == [[8, 0, 40, 20]] and box.events == events[0][1:] and box.malformed_call is None
+    assert call.malformed_call == "no region 99" and call.events == events[1] and call.boxes == []
+    assert (other.malformed_call, other.boxes, other.crops, other.version) == (None, [], ["all"], 2)
+    run = RunFolder(tmp_path, {})  # a run of an earlier release goes on: lines of both versions are read
+    run.add(record(3))
+    run.close()
+    assert [json.loads(line)["version"] for line in (tmp_path / "records.jsonl").read_text().splitlines()] == [1, 1, 1, 2]
+    assert list(read_records(tmp_path))[:3] == [box, call, other]
+
+
 def test_the_last_attempt_is_in_force_whatever_file_it_is_in(tmp_path):
     for rank, error in ((0, "broken"), (1, None), (0, None)):  # records-1.jsonl is read before records.jsonl
         run = RunFolder(tmp_path, {}, rank)

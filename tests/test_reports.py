@@ -10,14 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import permutation_test
 
+from awares_bench.models.flops import decoder_flops, vision_flops
 from awares_bench.reports import report
-from awares_bench.reports.data import compact as records
-from awares_bench.reports.data import discover as find
-from awares_bench.reports.data import flops, stats
-from awares_bench.reports.data import published as paper
-from awares_bench.reports.tables import details, render
-from awares_bench.reports.tables import main as tables
+from awares_bench.reports.data import compact, discover, flops, published, stats, summary
+from awares_bench.reports.tables import details, main, render
 
 from .runs import DOCUMENTS, full, low, write_run
 
@@ -32,13 +30,13 @@ def three(tmp_path):
 
 
 def framed(path) -> tuple[list, pd.DataFrame]:
-    runs = find.runs([path])
-    return runs, find.together(runs)
+    runs, _ = discover.runs([path])
+    return runs, discover.together(runs)
 
 
 def test_the_summary_is_the_hand_computation(three):
     _, frame = framed(three)
-    cell = tables.summary(frame)["awares"]["nano_doc"]
+    cell = summary.summary(frame)["awares"]["nano_doc"]
     assert cell == {
         "accuracy": 0.625,
         "rtr": (0.25 + 0.5 + 1.25 + 0.25) / 4,
@@ -46,7 +44,7 @@ def test_the_summary_is_the_hand_computation(three):
         "call_rate": 0.5,
         "malformed_rate": 0.0,
     }
-    assert tables.summary(frame)["awares"]["mean"] == cell | {"documents": 8}
+    assert summary.summary(frame)["awares"]["mean"] == cell | {"documents": 8}
 
 
 def test_the_mean_is_over_tasks_not_documents_and_null_without_all_of_them():
@@ -54,7 +52,7 @@ def test_the_mean_is_over_tasks_not_documents_and_null_without_all_of_them():
     frame = pd.DataFrame(
         [{"method": m, "task": t, "score": s, "rtr": r, "called": False, "malformed": False} for m, t, s, r in rows]
     )
-    found = tables.summary(frame)
+    found = summary.summary(frame)
     mean = found["m"]["mean"]
     assert (mean["accuracy"], mean["rtr"], mean["documents"], mean["malformed_rate"]) == (0.5, 0.625, 4, None)
     assert found["n"]["mean"]["accuracy"] is None and found["n"]["mean"]["documents"] == 1
@@ -62,17 +60,17 @@ def test_the_mean_is_over_tasks_not_documents_and_null_without_all_of_them():
 
 def test_the_main_table_holds_percents_ratios_and_paired_differences(three):
     _, frame = framed(three)
-    row = tables.main(frame, paper.cells(*framed(three))).numbers.set_index("method").loc["awares"]
+    row = main.accuracy(frame, published.cells(*framed(three))).numbers.set_index("method").loc["awares"]
     assert row[["nano_doc acc", "nano_doc RTR", "mean acc", "mean RTR"]].tolist() == [62.5, 0.5625, 62.5, 0.5625]
     assert row["vs awares_full difference"] == -37.5 and "paper acc" not in row
-    printed = tables.main(frame, paper.cells(*framed(three))).printed
+    printed = main.accuracy(frame, published.cells(*framed(three))).printed
     assert printed.iloc[0].tolist()[:3] == ["full resolution", "100.0", "1.00"]
     assert printed[("against AwaRes", "points")].tolist() == ["+37.5", "−12.5", "–"]
 
 
 def test_the_cost_table_adds_turns_and_takes_both_ratios(three):
     runs, frame = framed(three)
-    row = tables.cost(runs, frame).numbers.set_index("method").loc["awares"]
+    row = main.cost(runs, frame).numbers.set_index("method").loc["awares"]
     tokens = (16 + 32 + 80 + 16) / 4
     assert (row["encoded"], row["prefill"], row["text"], row["output"]) == (tokens, tokens, 15, 3)
     assert row["ratio of sums"] == tokens / 64 and row["RTR"] == 0.5625
@@ -89,7 +87,7 @@ def test_flops_of_one_token_are_counted_by_hand():
     embed = patches * 2 * (3 * 2 * 14 * 14) * 8
     blocks = patches * 2 * 2 * (4 * 64 + 3 * 8 * 16) + patches * 4 * 8 * (4 + 4)  # both kinds of attention see four patches
     merger = 2 * (32 * 32 + 32 * 4)
-    assert flops.vision(np.array([1.0]), vision)[0] == embed + blocks + merger
+    assert vision_flops(np.array([1.0]), vision)[0] == embed + blocks + merger
     text = {
         "hidden_size": 8,
         "num_attention_heads": 2,
@@ -99,7 +97,23 @@ def test_flops_of_one_token_are_counted_by_hand():
         "vocab_size": 10,
     }
     linear = 2 * (8 * 8 + 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16)
-    assert flops.decoder(np.array([5.0]), np.array([2.0]), text)[0] == 3 * 5 * (linear + 4 * 8 * 2.5) + 2 * 2 * 8 * 10
+    assert decoder_flops(np.array([5.0]), text, scored=np.array([2.0]))[0] == 3 * 5 * (linear + 4 * 8 * 2.5) + 2 * 2 * 8 * 10
+
+
+def test_flops_of_a_published_checkpoint_are_counted_and_those_of_another_family_are_missing():
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "patch_size": 14, "window_size": 112, "in_chans": 3}
+    vision |= {"fullatt_block_indexes": [7, 15, 23, 31], "out_hidden_size": 3584}  # as released: no in_channels
+    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+    text |= {"num_hidden_layers": 28, "vocab_size": 152064}
+    shapes = flops.shapes({"model_config": {"vision_config": vision, **text}})
+    assert set(shapes["text_config"]) == set(text) and set(shapes["vision_config"]) == set(vision) - {"in_chans"}
+    document = {"encoded": 1200, "later_encoded": 300, "prefill": 1200, "text": 60, "output": 20, "turns": 2}
+    weights = 1280 * 6.5e9 + 4800 * 0.63e9  # every token meets the decoder's, every patch the tower's; attention is small beside
+    assert flops.of_documents(pd.DataFrame([document]), shapes)[0] == pytest.approx(2 * weights, rel=0.05)
+    assert flops.shapes({"model_config": {"vision_config": {"depth": 27, "hidden_size": 1152}, "text_config": text}}) is None
+    assert flops.shapes({"identity": {"pretrained": "no/such"}}) is flops.shapes({}) is None
+    wide = {**text, "head_dim": 256}  # twice hidden_size / heads: wider attention, and the same everything else
+    assert decoder_flops(1, wide) - decoder_flops(1, text) == 28 * (2 * (2 * 3584 * 3584 + 2 * 3584 * 512) + 4 * 3584 / 2)
 
 
 def test_a_pair_of_differences_is_tested_as_mcnemar_would():
@@ -110,6 +124,19 @@ def test_a_pair_of_differences_is_tested_as_mcnemar_would():
     assert row["difference"] == pytest.approx(n / 40)
     assert row["p"] == pytest.approx(2 * 0.5**n, abs=4 * math.sqrt(2 * 0.5**n / stats.FLIPS))
     assert row["variance"] == pytest.approx(np.var([1.0] * n + [0.0] * 34, ddof=1))
+
+
+def test_p_values_are_scipys_exact_ones():
+    rng = np.random.default_rng(3)
+    tasks = {task: rng.integers(-2, 4, n) / 3 for task, n in (("s", 12), ("t", 10))}
+    frame = pd.DataFrame(
+        {"method": m, "task": task, "doc_id": i, "score": d if m == "a" else 0.0}
+        for task, differences in tasks.items() for i, d in enumerate(differences) for m in "ab"
+    )  # fmt: skip
+    rows = stats.compare(frame, "b").set_index("task")
+    for task, d in tasks.items():
+        exact = permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
+        assert 0.01 < exact < 1 and rows.loc[task, "p"] == pytest.approx(exact, abs=4 * math.sqrt(exact / stats.FLIPS))
 
 
 def test_the_interval_of_a_difference_is_narrower_when_paired():
@@ -171,7 +198,7 @@ def test_the_paper_stands_beside_ours_with_its_doubts(tmp_path):
         {"method": "sparsevlm", "fields": {"retention": 0.5}, "pretrained": "q"},
     )
     runs, frame = framed(tmp_path)
-    rows = tables.against_paper(frame, paper.cells(runs, frame)).numbers.set_index("quantity")
+    rows = main.against_paper(frame, published.cells(runs, frame)).numbers.set_index("quantity")
     assert (
         rows.at["accuracy", "paper"] == 83.6
         and rows.at["accuracy", "ours"] == 100
@@ -182,7 +209,7 @@ def test_the_paper_stands_beside_ours_with_its_doubts(tmp_path):
 
 
 def test_published_averages_are_the_means_of_their_cells():
-    cells = paper.numbers().query("quantity == 'accuracy'")
+    cells = published.numbers().query("quantity == 'accuracy'")
     for (source, method, keep, variant), own in cells.groupby(["source", "method", "retention", "variant"], dropna=False):
         tasks = own[own["task"] != "mean"]["value"]
         if len(tasks) == 6:
@@ -191,8 +218,8 @@ def test_published_averages_are_the_means_of_their_cells():
 
 
 def test_nothing_published_is_set_beside_nano(three):
-    assert paper.cells(*framed(three)).empty
-    assert tables.against_paper(framed(three)[1], paper.cells(*framed(three))) is None
+    assert published.cells(*framed(three)).empty
+    assert main.against_paper(framed(three)[1], published.cells(*framed(three))) is None
 
 
 def test_ablations_name_what_differs_and_the_papers_variant(three):
@@ -211,11 +238,11 @@ def test_ablations_name_what_differs_and_the_papers_variant(three):
 def test_a_foreign_model_has_a_score_and_no_invented_tokens(three):
     foreign = three / "elsewhere"
     shutil.copytree(three / "lmms" / "awares_full", foreign / "qwen")
-    runs = find.runs([three, f"qwen2_5_vl={foreign / 'qwen'}"])
-    frame = find.together(runs)
-    cell = tables.summary(frame)["qwen2_5_vl"]["mean"]
+    runs, _ = discover.runs([three, f"qwen2_5_vl={foreign / 'qwen'}"])
+    frame = discover.together(runs)
+    cell = summary.summary(frame)["qwen2_5_vl"]["mean"]
     assert (cell["accuracy"], cell["rtr"], cell["call_rate"]) == (1.0, None, 0.0)
-    row = tables.cost(runs, frame).printed.set_index(("", "method")).loc["qwen2_5_vl"]
+    row = main.cost(runs, frame).printed.set_index(("", "method")).loc["qwen2_5_vl"]
     assert row["tokens", "prefill"] == "–" and row["milliseconds", "mean"] == "–"
 
 
@@ -226,7 +253,7 @@ def test_what_records_newly_hold_is_reported_and_what_they_lack_is_a_dash(three)
         for usage in line["usage"]:
             usage |= {"auxiliary": {"encoded": 5}, "peak_memory_bytes": 2**21}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    table = tables.cost(*framed(three))
+    table = main.cost(*framed(three))
     row = table.numbers.set_index("method").loc["awares"]
     assert row["auxiliary_encoded"] == 7.5 and row["peak_memory_bytes"] == 2**21
     printed = table.printed.set_index(("", "method"))
@@ -260,15 +287,15 @@ def test_compact_records_name_no_folder_of_the_machine(three, tmp_path):
     told |= {"command": "awares-bench run --out /data/me/x,output_dir=/data/me/y"}
     told["identity"]["pretrained"] = "/data/me/model"
     (three / "runs" / "awares" / "run.json").write_text(json.dumps(told))
-    records.write(find.runs([three]), tmp_path / "small")
-    about = records.read(tmp_path / "small")[0].about
+    compact.write(discover.runs([three])[0], tmp_path / "small")
+    about = compact.read(tmp_path / "small")[0].about
     assert about["command"] == "awares-bench run --out …/x,output_dir=…/y" and about["identity"]["pretrained"] == "…/model"
-    assert str(tmp_path) not in (tmp_path / "small" / records.RUNS).read_text()
+    assert str(tmp_path) not in (tmp_path / "small" / compact.RUNS).read_text()
 
 
 def test_compact_records_keep_names_and_every_number(three, tmp_path):
     write_run(three, "cell-7", {"nano_doc": low(), "nano_chart": low()}, {"method": "visionzip", "fields": {"retention": 0.5}})
-    records.write(find.runs([three]), tmp_path / "small")
+    compact.write(discover.runs([three])[0], tmp_path / "small")
     before, after = framed(three)[1].drop(columns="answer"), framed(tmp_path / "small")[1].drop(columns="answer")
     assert "VisionZip 50 %" in set(after["label"])
     pd.testing.assert_frame_equal(before, after[before.columns], check_dtype=False, check_categorical=False)
@@ -312,5 +339,5 @@ def test_the_command_writes_a_report_and_refuses_with_a_sentence(three, tmp_path
 def test_the_committed_nano_records_can_be_read():
     folder = Path(__file__).parents[1] / "reports" / "published" / "nano" / "records"
     _, frame = framed(folder)
-    found = tables.summary(frame)
+    found = summary.summary(frame)
     assert 0.9 < found["full"]["mean"]["accuracy"] <= 1 and found["full"]["mean"]["rtr"] == 1

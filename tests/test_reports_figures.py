@@ -2,32 +2,24 @@
 
 import json
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from awares_bench.reports.data import discover as find
-from awares_bench.reports.data import load, names
+from awares_bench.reports.data import discover, load, names
 from awares_bench.reports.plots import (
     accuracy_rtr,
     accuracy_seconds,
     calibration,
     crop_selection,
+    hard_documents,
     latency,
     learning_curves,
     rtr_distribution,
+    style,
 )
-from awares_bench.reports.plots import hard_documents as low_wrong
-from awares_bench.reports.plots import style as drawing
 
 from .runs import DOCUMENTS, full, low, write_run
-
-
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    plt.close("all")
 
 
 @pytest.fixture
@@ -43,7 +35,7 @@ def frame(tmp_path):
             {"nano_doc": documents, "nano_chart": documents},
             {"method": "visionzip", "fields": {"retention": keep}},
         )
-    return find.together(find.runs([tmp_path]))
+    return discover.together(discover.runs([tmp_path])[0])
 
 
 def test_accuracy_and_ratio_are_on_the_axes(frame):
@@ -107,12 +99,12 @@ def test_the_distribution_of_ratios_ends_at_one(frame):
 
 
 def test_where_half_size_is_wrong_only_those_documents_count(frame):
-    table = low_wrong.data(frame).set_index("method")
+    table = hard_documents.data(frame).set_index("method")
     assert table.loc["awares", ["accuracy", "documents"]].tolist() == [0.5, 4]  # documents 0 and 2 of each task: 1.0 and 0.0
     assert table.at["awares_full", "accuracy"] == 1 and "awares_low" not in table.index
-    axes = low_wrong.draw(table.reset_index(), "t").axes[0]
+    axes = hard_documents.draw(table.reset_index(), "t").axes[0]
     assert axes.get_yticklabels()[0].get_text() == "full resolution"
-    assert low_wrong.data(frame[frame["method"] != "awares_low"]).empty
+    assert hard_documents.data(frame[frame["method"] != "awares_low"]).empty
 
 
 def test_calls_stand_against_need(frame):
@@ -143,15 +135,15 @@ def test_learning_curves_read_losses_means_and_groups(tmp_path):
 
 
 def test_labels_cover_neither_one_another_nor_a_mark():
-    figure, axes = drawing.canvas(3)
+    figure, axes = style.subplots(3)
     points = [(x, y, f"label {x} {y}", "black") for x in range(3) for y in range(3)]
     axes.plot([p[0] for p in points], [p[1] for p in points], "o")
     axes.margins(0.3)
-    assert drawing.place(axes, points) == []
+    assert style.place_labels(axes, points) == []
     renderer = figure.canvas.get_renderer()
-    boxes = [drawing._text_box(t, renderer) for t in axes.texts]
+    boxes = [style.text_box(t, renderer) for t in axes.texts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert drawing.place(axes, [(1, 1, "x" * 200, "black")]) == ["x" * 200]
+    assert style.place_labels(axes, [(1, 1, "x" * 200, "black")]) == ["x" * 200]
 
 
 def test_two_hundred_methods_and_long_names_fit(tmp_path):
@@ -165,7 +157,7 @@ def test_two_hundred_methods_and_long_names_fit(tmp_path):
         }
         rows.append(same | {"accuracy": 0.5 + i / 500, "low": 0.4, "high": 1.0, "front": i % 40 == 0})
     figure = accuracy_rtr.draw(pd.DataFrame(rows), "nano")
-    drawing.save(figure, tmp_path / "x.png")
+    style.save(figure, tmp_path / "x.png")
     assert len(figure.axes[0].containers) == 200 and "200 runs" in figure._suptitle.get_text()
     assert names.short("a method with a very long name, number 7").endswith("number 7") and len(names.short("x" * 99)) == 26
 
@@ -185,7 +177,7 @@ def test_known_methods_look_different_and_unknown_ones_look_the_same_twice():
 @pytest.mark.parametrize("kind", ["svg", "pdf", "png"])
 def test_a_figure_is_saved_twice_to_the_same_bytes_and_embeds_its_fonts(frame, tmp_path, kind):
     for name in ("a", "b"):
-        drawing.save(accuracy_rtr.draw(accuracy_rtr.data(frame), "nano"), tmp_path / f"{name}.{kind}")
+        style.save(accuracy_rtr.draw(accuracy_rtr.data(frame), "nano"), tmp_path / f"{name}.{kind}")
     saved = (tmp_path / f"a.{kind}").read_bytes()
     assert saved == (tmp_path / f"b.{kind}").read_bytes()
     if kind == "pdf":

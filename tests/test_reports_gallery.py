@@ -6,10 +6,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from awares_bench.reports.data import discover as find
-from awares_bench.reports.data import load
-from awares_bench.reports.gallery import markup as gallery
-from awares_bench.reports.gallery import select as show
+from awares_bench.reports.data import discover, load
+from awares_bench.reports.gallery import markup, select
 
 from .runs import DOCUMENTS, full, write_run
 
@@ -28,7 +26,7 @@ def sweep(tmp_path):
 
 def test_a_run_is_shown_with_views_calls_crops_and_costs(sweep):
     out = sweep / "g.html"
-    assert show.write(str(sweep / "runs" / "awares"), out, images=sweep) == 8
+    assert select.write(str(sweep / "runs" / "awares"), out, images=sweep) == 8
     page = out.read_text()
     assert page.count("<article") == 8 and page.count("GET_CROPS: [&#x27;3&#x27;]") == 4
     assert (
@@ -38,7 +36,7 @@ def test_a_run_is_shown_with_views_calls_crops_and_costs(sweep):
 
 
 def test_where_chooses_documents(sweep):
-    shown = lambda where: show.write(str(sweep / "runs" / "awares"), sweep / "g.html", where, images=sweep)  # noqa: E731
+    shown = lambda where: select.write(str(sweep / "runs" / "awares"), sweep / "g.html", where, images=sweep)  # noqa: E731
     assert shown("task=='nano_doc' and not correct") == 2
     assert shown("called and rtr < 1") == 2
     assert shown("crops in ['all', 'top-left'] or 0.9 < score <= 1") == 8
@@ -59,16 +57,16 @@ def test_where_chooses_documents(sweep):
 )
 def test_what_is_not_a_comparison_of_columns_is_refused(sweep, where, said):
     with pytest.raises(load.ReportError, match=said):
-        show.write(str(sweep / "runs" / "awares"), sweep / "g.html", where, images=sweep)
+        select.write(str(sweep / "runs" / "awares"), sweep / "g.html", where, images=sweep)
 
 
 def test_two_runs_stand_side_by_side_where_they_differ(sweep):
-    count = show.write(
+    count = select.write(
         str(sweep / "runs" / "awares"), sweep / "g.html", compare=str(sweep / "runs" / "awares_full"), images=sweep
     )
     page = (sweep / "g.html").read_text()
     assert count == 4 and page.count("<section>") == 8 and page.count('data-right="differs"') == 4 and "awares_full" in page
-    count = show.write(
+    count = select.write(
         str(sweep / "runs" / "awares"), sweep / "g.html", "other_rtr > rtr", str(sweep / "runs" / "awares_full"), sweep
     )
     assert count == 6
@@ -77,7 +75,7 @@ def test_two_runs_stand_side_by_side_where_they_differ(sweep):
 def test_text_is_escaped(sweep):
     path = sweep / "runs" / "awares" / "records.jsonl"
     path.write_text(path.read_text().replace('"replies": ["a"]', '"replies": ["<script>alert(1)</script>"]'))
-    show.write(str(sweep / "runs" / "awares"), sweep / "g.html", images=sweep)
+    select.write(str(sweep / "runs" / "awares"), sweep / "g.html", images=sweep)
     page = (sweep / "g.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
@@ -86,22 +84,22 @@ def test_pictures_of_another_suite_and_missing_ones_are_refused(sweep):
     frame = pd.read_parquet(sweep / "nano_doc.parquet").assign(question="something else?")
     frame.to_parquet(sweep / "nano_doc.parquet")
     with pytest.raises(load.ReportError, match=r"another suite; pass --images FOLDER"):
-        show.write(str(sweep / "runs" / "awares"), sweep / "g.html", images=sweep)
+        select.write(str(sweep / "runs" / "awares"), sweep / "g.html", images=sweep)
     with pytest.raises(load.ReportError, match=r"not at hand .*pass --images FOLDER with nano_doc.parquet"):
-        show.write(str(sweep / "runs" / "awares"), sweep / "g.html", "task == 'nano_doc'", images=sweep / "nowhere")
+        select.write(str(sweep / "runs" / "awares"), sweep / "g.html", "task == 'nano_doc'", images=sweep / "nowhere")
 
 
 def test_a_folder_of_several_runs_asks_for_one(sweep):
     with pytest.raises(load.ReportError, match=r"holds 2 runs; name one: .*/runs/awares"):
-        show.write(str(sweep), sweep / "g.html", images=sweep)
+        select.write(str(sweep), sweep / "g.html", images=sweep)
 
 
 def test_a_dozen_holds_every_kind(tmp_path):
     write_run(tmp_path, "x", {"nano_doc": [(1.0, [16], []), (0.0, [16, 16], ["top-left"])] * 10})
-    frame = find.runs([tmp_path])[0].documents
-    chosen = gallery.choose(frame)
+    frame = discover.one(tmp_path).documents
+    chosen = markup.choose(frame)
     assert len(chosen) == 12 and set(chosen["called"]) == {True, False}
-    assert len(gallery.choose(frame[frame["score"] < 0.5])) == 10
+    assert len(markup.choose(frame[frame["score"] < 0.5])) == 10
 
 
 def test_a_view_that_cannot_be_put_together_says_so():
@@ -115,5 +113,5 @@ def test_a_view_that_cannot_be_put_together_says_so():
         "events": [],
         "image_sizes": [[[112, 112]], [[50, 30]]],
     }
-    page = gallery.card(image, [gallery.Side("cropvlm", row, texts)])
+    page = markup.card(image, [markup.Side("cropvlm", row, texts)])
     assert "a picture of 50×30 whose place is not recorded" in page and "tokens not known" in page

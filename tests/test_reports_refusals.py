@@ -5,10 +5,7 @@ import json
 import pytest
 
 from awares_bench.reports import report
-from awares_bench.reports.data import compact as records
-from awares_bench.reports.data import comparability as refusals
-from awares_bench.reports.data import discover as find
-from awares_bench.reports.data import load
+from awares_bench.reports.data import compact, comparability, discover, load
 
 from .runs import DOCUMENTS, full, low, write_run
 
@@ -16,8 +13,8 @@ ReportError = load.ReportError
 
 
 def check(path, allow=(), times=True):
-    runs = find.runs([path])
-    return refusals.check(runs, find.together(runs), allow, times)
+    runs, _ = discover.runs([path])
+    return comparability.check(runs, discover.together(runs), allow, times)
 
 
 DIFFERENT = {
@@ -64,7 +61,7 @@ def test_an_equal_limit_is_no_refusal_but_a_note(tmp_path):
     write_run(tmp_path, "a", {"nano_doc": full()}, limit=4)
     write_run(tmp_path, "b", {"nano_doc": low()}, limit=4)
     assert check(tmp_path) == []
-    assert refusals.notes(find.runs([tmp_path])) == ["--limit 4: only the first documents of each task"]
+    assert comparability.notes(discover.runs([tmp_path])[0]) == ["--limit 4: only the first documents of each task"]
 
 
 def test_a_run_without_a_task_is_refused(tmp_path):
@@ -91,7 +88,7 @@ def test_an_unscored_partial_run_is_refused_or_left_out_by_name(tmp_path):
     for path in (tmp_path / "lmms" / "b").rglob("*samples*"):
         path.unlink()
     with pytest.raises(ReportError, match=r"b is a partial run .* has no scores.*--allow partial to leave it out"):
-        find.runs([tmp_path])
+        discover.runs([tmp_path])
     _, frame, said = report.write([tmp_path], tmp_path / "out", allow=("partial",), formats=("png",))
     assert set(frame["method"]) == {"a"} and any("b is left out" in s for s in said)
 
@@ -104,10 +101,10 @@ def test_unknown_exceptions_formats_and_folders_are_named(tmp_path):
         report.write([tmp_path], tmp_path / "out", formats=("jpg",))
     (tmp_path / "empty" / "runs").mkdir(parents=True)
     with pytest.raises(ReportError, match=r"holds no runs; expected"):
-        find.runs([tmp_path / "empty"])
+        discover.runs([tmp_path / "empty"])
     with pytest.raises(ReportError, match=r"two runs are named a .*NAME=PATH"):
-        find.runs([tmp_path, tmp_path / "runs" / "a"])
-    assert [r.name for r in find.runs([tmp_path, f"again={tmp_path / 'runs' / 'a'}"])] == ["a", "again"]
+        discover.runs([tmp_path, tmp_path / "runs" / "a"])
+    assert [r.name for r in discover.runs([tmp_path, f"again={tmp_path / 'runs' / 'a'}"])[0]] == ["a", "again"]
 
 
 def samples(path):
@@ -120,23 +117,23 @@ def test_a_score_without_a_record_is_refused(tmp_path):
     path = tmp_path / "runs" / "a" / "records.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     with pytest.raises(ReportError, match=r"no record for 2 of them.*--use_cache"):
-        find.runs([tmp_path])
+        discover.runs([tmp_path])
     path.write_text("")
     with pytest.raises(ReportError, match=r"holds no records"):
-        find.runs([tmp_path])
+        discover.runs([tmp_path])
 
 
 @pytest.mark.parametrize("score", [None, float("nan")])
 def test_a_missing_score_is_refused_not_counted_as_wrong(tmp_path, score):
     write_run(tmp_path, "a", {"nano_doc": [(score, [16], [])]})
     with pytest.raises(ReportError, match=r"document 0 has no anls score"):
-        find.runs([tmp_path])
+        discover.runs([tmp_path])
 
 
 def test_a_score_out_of_range_is_refused(tmp_path):
     write_run(tmp_path, "a", {"nano_doc": [(71.2, [16], [])]})
     with pytest.raises(ReportError, match=r"scores 71.2 in anls"):
-        find.runs([tmp_path])
+        discover.runs([tmp_path])
 
 
 def test_duplicates_truncated_lines_unknown_tasks_and_lost_outputs_are_refused(tmp_path):
@@ -145,17 +142,17 @@ def test_duplicates_truncated_lines_unknown_tasks_and_lost_outputs_are_refused(t
     whole = path.read_text()
     path.write_text(whole * 2)
     with pytest.raises(ReportError, match=r"document 0 appears twice"):
-        find.runs([tmp_path])
+        discover.runs([tmp_path])
     path.write_text(whole[:-30])
     with pytest.raises(ReportError, match=r"line 4 is not JSON.*rerun lmms-eval for nano_doc"):
-        find.runs([tmp_path])
+        discover.runs([tmp_path])
     path.write_text(whole)
     other = path.rename(path.with_name("1_samples_other.jsonl"))
     with pytest.raises(ReportError, match=r"no accuracy is defined for task 'other'.*--metric other=METRIC"):
-        find.runs([tmp_path])
+        discover.runs([tmp_path])
     other.unlink()
     with pytest.raises(ReportError, match=r"no samples file of lmms-eval in .*--log_samples"):
-        find.runs([tmp_path])
+        discover.runs([tmp_path])
 
 
 def test_a_named_metric_scores_an_unknown_task(tmp_path):
@@ -164,7 +161,7 @@ def test_a_named_metric_scores_an_unknown_task(tmp_path):
     path.rename(path.with_name("1_samples_other.jsonl"))
     records_path = tmp_path / "runs" / "a" / "records.jsonl"
     records_path.write_text(records_path.read_text().replace("nano_doc", "other"))
-    (run,) = find.runs([tmp_path], {"other": "anls"})
+    run = discover.one(tmp_path, {"other": "anls"})
     assert run.documents["score"].mean() == 0.625
 
 
@@ -172,28 +169,28 @@ def test_records_of_another_version_and_broken_lines_are_refused(tmp_path):
     write_run(tmp_path, "a", {"nano_doc": DOCUMENTS})
     path = tmp_path / "runs" / "a" / "records.jsonl"
     whole = path.read_text()
-    path.write_text(whole.replace('"version": 1', '"version": 99', 1))
-    with pytest.raises(ReportError, match=r"a: .*version 99; this release reads version 1"):
-        find.runs([tmp_path])
+    path.write_text(whole.replace('"version": 2', '"version": 99', 1))
+    with pytest.raises(ReportError, match=r"a: .*version 99; this release reads versions 1 and 2"):
+        discover.runs([tmp_path])
     path.write_text('{"task": "na\n' + whole)
     with pytest.raises(ReportError, match=r"a: .*line 1 is not JSON"):
-        find.runs([tmp_path])
+        discover.runs([tmp_path])
 
 
 def test_damaged_compact_records_are_refused(tmp_path):
     write_run(tmp_path / "sweep", "a", {"nano_doc": DOCUMENTS})
-    records.write(find.runs([tmp_path / "sweep"]), tmp_path / "small")
-    path = tmp_path / "small" / records.DOCUMENTS
+    compact.write(discover.runs([tmp_path / "sweep"])[0], tmp_path / "small")
+    path = tmp_path / "small" / compact.DOCUMENTS
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ReportError, match=r"is damaged"):
-        find.runs([tmp_path / "small"])
+        discover.runs([tmp_path / "small"])
     path.unlink()
     with pytest.raises(ReportError, match=r"no documents.csv.gz"):
-        find.runs([tmp_path / "small"])
-    told = json.loads((tmp_path / "small" / records.RUNS).read_text())
-    (tmp_path / "small" / records.RUNS).write_text(json.dumps(told | {"version": 9}))
+        discover.runs([tmp_path / "small"])
+    told = json.loads((tmp_path / "small" / compact.RUNS).read_text())
+    (tmp_path / "small" / compact.RUNS).write_text(json.dumps(told | {"version": 9}))
     with pytest.raises(ReportError, match=r"is of version 9; this release reads version 1"):
-        find.runs([tmp_path / "small"])
+        discover.runs([tmp_path / "small"])
 
 
 def fail(run, task, document, error="the image cannot be decoded"):
@@ -230,4 +227,4 @@ def test_a_document_that_one_run_left_out_is_refused_beside_a_run_that_has_it(tm
     ):
         check(tmp_path)
     assert check(tmp_path, ("documents",))
-    assert "left_out" not in find.runs([tmp_path])[0].about
+    assert "left_out" not in discover.runs([tmp_path])[0][0].about

@@ -63,22 +63,22 @@ def test_the_replies_lead_the_policies_where_the_labels_say(place):
         sample = examples.sample(row, 0, 2000)
         look = whole().turns(sample)
         next(look)
-        events, turn = cropper._after(look, cropper.Reply(row["replies"][0]))
-        assert [e.kind for e in events] == ["box"] and turn.images[0].size == half(sample.images[0]).size
-        left, top, right, bottom = map(int, events[0].detail.split(","))
+        events, turn = cropper.after_reply(look, cropper.Reply(row["replies"][0]))
+        assert not events and turn.images[0].size == half(sample.images[0]).size
+        ((left, top, right, bottom),) = turn.boxes
         assert all(left <= b[0] and top <= b[1] and right >= b[2] and bottom >= b[3] for b in row["boxes"])
 
 
 def test_a_part_asks_what_evaluation_asks_the_cropper_and_the_target_sees_what_it_sees(place):
     sample, said = Sample((picture(224, 224),), "what is it?", "k"), "[10, 20, 60, 70]."
-    part = cropper.Part(whole(), "cropper")
-    c = render(tiny_vlm(), part, sample, [said])
+    auxiliary_turn = cropper.AuxiliaryTurn(whole(), "cropper")
+    c = render(tiny_vlm(), auxiliary_turn, sample, [said])
     policy = whole()
     first = next(policy.turns(sample))
     assert first.model == "cropper" and c.ids[: c.prompt] == chunk_ids(tiny_vlm(), Session(), first)
     script = {first.text: [said], sample.question: ["42"]}
     ((_, outcome),) = Engine(Scripted(script), policy, 1).run([Job(sample, 8)])
-    shown = cropper.Target(tiny_copy(), part).shown(sample, said)
+    shown = cropper.FrozenTargetReward(tiny_copy(), auxiliary_turn).turn_after(sample, said)
     assert [i.tobytes() for i in shown.images] == [i.tobytes() for i in outcome.turns[1].images]
     assert shown.text == outcome.turns[1].text and shown.images[1].size == (112, 112)
     with pytest.raises(ValueError, match="not the other's"):
@@ -95,7 +95,7 @@ class Says:
 
 def test_the_reward_is_the_targets_likelihood_and_the_worth_of_the_form():
     vlm, sample = tiny_copy(), Sample((picture(224, 224),), "what is it?", "k")
-    target = cropper.Target(vlm, cropper.Part(whole(), "cropper"))
+    target = cropper.FrozenTargetReward(vlm, cropper.AuxiliaryTurn(whole(), "cropper"))
     texts = ["[10, 20, 60, 70].", "[10, 20, 10, 70].", "Not needed.", "[0, 0, 100, 100]."]
     parts = target(sample, "42", [Says(t, sample) for t in texts])
     assert [p["form"] for p in parts] == [1.0, 0.0, 0.25, 1.0]

@@ -9,7 +9,8 @@ import json
 import pytest
 from lmms_eval.evaluator import simple_evaluate
 
-from awares_bench.evaluation.lmms_model import MethodModel, task_index
+from awares_bench.evaluation.lmms_model import MethodModel
+from awares_bench.evaluation.lmms_run import task_index
 
 from . import official
 from .stock import stock

@@ -4,9 +4,9 @@ from awares_bench.evaluation.records import Record, RunFolder
 from awares_bench.evaluation.summary import aligned, of_run, table, width
 
 
-def record(task="chart", doc_id=0, rtr=0.5, visual=(16.0, 16.0), seconds=0.01, crops=(), events=(), **more) -> Record:
+def record(task="chart", doc_id=0, rtr=0.5, visual=(16.0, 16.0), seconds=0.01, crops=(), malformed=None, **more) -> Record:
     usage = [{"prefill": v, "encode_seconds": seconds, "aux_seconds": 0.0} for v in visual]
-    fields = {"usage": usage, "rtr": rtr, "crops": list(crops), "events": [{"kind": k, "detail": ""} for k in events]}
+    fields = {"usage": usage, "rtr": rtr, "crops": list(crops), "malformed_call": malformed}
     return Record(task, doc_id, "test", f"question {doc_id}?", "yes", **fields | more)
 
 
@@ -16,7 +16,7 @@ def cells(text: str) -> list[list[str]]:
 
 def test_a_row_holds_the_means_of_its_task():
     head, chart, doc = cells(
-        table([record(), record(doc_id=1, rtr=0.25, visual=(16.0,), crops=("top",)), record("doc", events=["malformed_call"])])
+        table([record(), record(doc_id=1, rtr=0.25, visual=(16.0,), crops=("top",)), record("doc", malformed="no such region")])
     )
     assert head == ["task", "documents", "RTR", "calls", "malformed", "visual tokens", "ms per document"]
     assert chart == ["chart", "2", "0.375", "50 %", "0", "24.0", "15.0"]

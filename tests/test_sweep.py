@@ -1,12 +1,13 @@
 """A recipe as one command: cells, resume, failures, and scores as lmms-eval's own command saves them."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from awares_bench import cli
-from awares_bench.evaluation import lmms_model, sweep
+from awares_bench.evaluation import lmms_run, run_options, sweep
 from awares_bench.methods import registry
 from awares_bench.methods.pruner import Pruner
 
@@ -45,10 +46,14 @@ def test_lists_become_a_cell_for_each_combination(tmp_path):
     assert cells[1].options == {"batch_size": 4, "pretrained": "nano", "min_pixels": 6272, "retention": 0.25}
 
 
-def test_a_cell_may_have_every_option_that_a_model_has():
-    from awares_bench.evaluation.lmms_model import COMMON
-
-    assert {*sweep.WEIGHTS, *sweep.OTHER} == set(COMMON) - {"output_dir", "label"}
+def test_a_cell_may_have_every_option_that_a_model_has(tmp_path):
+    values = {f.name: f.default for f in fields(run_options.RunOptions) if f.name != "output_dir"}
+    text = json.dumps({"tasks": ["nano_doc"], "options": values, "methods": ["full"]})
+    assert (
+        sweep.read(recipe(tmp_path, text)).cells[0].options.items() >= {k: v for k, v in values.items() if k != "label"}.items()
+    )
+    with pytest.raises(ValueError, match="unknown option 'output_dir'"):
+        sweep.read(recipe(tmp_path, text.replace('"options": {', '"options": {"output_dir": "x", ')))
 
 
 def test_the_shipped_recipes_hold_what_they_promise():
@@ -80,6 +85,7 @@ def test_the_shipped_recipes_hold_what_they_promise():
         ("tasks: [a]\nmethods: [{retention: 0.5}]", "names no method"),
         ("tasks: [a]\nmethods: [{method: pooling, retention: 2}]", "above 0 and at most 1"),
         ("tasks: [a]\nmethods: [full, full]", "two cells named full"),
+        ("tasks: [a]\noptions: {on_error: ignore}\nmethods: [full]", "on_error is 'ignore'; allowed: stop, skip"),
         ("tasks: [a]\nlimit: 0\nmethods: [full]", "limit is 0"),
         ("tasks: [a\nmethods", "is not YAML"),
     ],
@@ -92,7 +98,7 @@ def test_a_recipe_that_cannot_be_run_says_why_before_anything_is_loaded(tmp_path
 
 
 def test_a_task_is_loaded_anew_each_time_so_that_ocrbenchs_global_sums_start_at_zero():
-    from awares_bench.evaluation.lmms_model import task_index
+    from awares_bench.evaluation.lmms_run import task_index
 
     index = task_index()
     first, second = (index._get_config("ocrbench")["metric_list"][0]["aggregation"] for _ in range(2))
@@ -149,6 +155,6 @@ def test_a_sweep_saves_what_lmms_evals_command_saves_resumes_and_goes_on_after_a
 
 def test_a_folder_s_tasks_win_over_the_package_s_of_the_same_name(tmp_path):
     (tmp_path / "nano_doc.yaml").write_text((FOLDER / "nano_doc.yaml").read_text())
-    index = lmms_model.task_index(str(tmp_path)).task_index
+    index = lmms_run.task_index(str(tmp_path)).task_index
     assert index["nano_doc"]["yaml_path"] == str(tmp_path / "nano_doc.yaml")
     assert index["nano_pope"]["yaml_path"] == str(FOLDER / "nano_pope.yaml")

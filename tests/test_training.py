@@ -10,15 +10,16 @@ import torch
 from awares_bench.inference.session import Session
 from awares_bench.methods.conversation import Turn
 from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.images import half
 from awares_bench.models.qwen2_5_vl_vision import windowed_attention
 from awares_bench.tasks.nano import world
 from awares_bench.training.nano import language, stages, tower
 from awares_bench.training.nano import model as nano
-from awares_bench.training.nano.loop import Group, train
-from awares_bench.training.nano.pixels import half, normalise, patches
-from awares_bench.training.nano.rows import Writer, collate
+from awares_bench.training.nano.loop import LoopSettings, ParameterGroup, train
+from awares_bench.training.nano.pixels import normalise, patches
+from awares_bench.training.nano.rows import RowEncoder, collate
 
-from .tiny import GEOMETRY, chunk_ids, picture, pixels, tiny_vlm
+from .tiny import GEOMETRY, picture, pixels, tiny_vlm
 
 
 def test_pixels_are_the_processors():
@@ -31,39 +32,40 @@ def test_pixels_are_the_processors():
 
 def test_tokens_are_the_engines():
     vlm = tiny_vlm()
-    writer = Writer(vlm.tokenizer)
+    encoder = RowEncoder(vlm.tokenizer)
     image = picture(224, 224)
     crops = PAPER_GRID.cut(image, ("top-right", "bottom"))
     call = "GET_CROPS: ['1', '6']"
-    row = writer.row([([half(image)], "What is it?\nAnswer.", call, 5.0), (crops, "", "42", 1.0)], PAPER_GRID.prompt)
+    row = encoder.encode_row([([half(image)], "What is it?\nAnswer.", call, 5.0), (crops, "", "42", 1.0)], PAPER_GRID.prompt)
     one = Turn((half(image),), "What is it?\nAnswer.", system=PAPER_GRID.prompt, is_final=False)
     two = Turn(tuple(crops))
-    engine = chunk_ids(vlm, Session(), one) + vlm.tokenizer(call)["input_ids"]
-    engine += chunk_ids(vlm, Session(turns=[one], replies=[call]), two) + vlm.tokenizer("42")["input_ids"]
-    assert row.ids[:-1] == engine and row.ids[-1] == writer.end
-    plain = writer.row([([image], "q", "a", 1.0)])
-    assert plain.ids[:-2] == chunk_ids(vlm, Session(), Turn((image,), "q"))
+    grids = [vlm.pixels(i)[1] for t in (one, two) for i in t.images]
+    engine = vlm.chunk(Session(), one, grids[:1]) + vlm.tokenizer(call)["input_ids"]
+    engine += vlm.chunk(Session(turns=[one], replies=[call]), two, grids[1:]) + vlm.tokenizer("42")["input_ids"]
+    assert row.ids[:-1] == engine and row.ids[-1] == encoder.end
+    plain = encoder.encode_row([([image], "q", "a", 1.0)])
+    assert plain.ids[:-2] == vlm.chunk(Session(), Turn((image,), "q"), [vlm.pixels(image)[1]])
 
 
 def test_only_what_the_model_writes_is_weighted_and_the_call_five_times():
-    writer = Writer(tiny_vlm().tokenizer)
-    row = writer.row([([picture(56, 56)], "q", "GET_CROPS: ['3']", 5.0), ([picture(56, 56)], "", "42", 1.0)])
+    encoder = RowEncoder(tiny_vlm().tokenizer)
+    row = encoder.encode_row([([picture(56, 56)], "q", "GET_CROPS: ['3']", 5.0), ([picture(56, 56)], "", "42", 1.0)])
     said = {
-        w: "".join(writer.tokenizer.decode([i for i, x in zip(row.ids, row.weights, strict=True) if x == w])) for w in (5.0, 1.0)
+        w: "".join(encoder.tokenizer.decode([i for i, x in zip(row.ids, row.weights, strict=True) if x == w])) for w in (5.0, 1.0)
     }
     assert said == {5.0: "GET_CROPS: ['3']<|im_end|>", 1.0: "42<|im_end|>"}
 
 
 def test_the_weighted_loss_is_the_hand_computed_one():
     vlm = tiny_vlm()
-    writer = Writer(vlm.tokenizer)
+    encoder = RowEncoder(vlm.tokenizer)
     rows = [
-        writer.row([([picture(56, 56)], "q", "GET_CROPS: ['3']", 5.0), ([picture(84, 56)], "", "42", 1.0)]),
-        writer.row([([picture(112, 56)], "a longer question", "yes", 1.0)]),
+        encoder.encode_row([([picture(56, 56)], "q", "GET_CROPS: ['3']", 5.0), ([picture(84, 56)], "", "42", 1.0)]),
+        encoder.encode_row([([picture(112, 56)], "a longer question", "yes", 1.0)]),
     ]
     learner = language.Learner(vlm.host.model)
     with torch.no_grad():
-        loss, _ = learner.loss(collate(rows, writer))
+        loss, _ = learner.loss(collate(rows, encoder))
         total = weight = 0.0
         for row in rows:
             ids = torch.tensor([row.ids])
@@ -73,7 +75,7 @@ def test_the_weighted_loss_is_the_hand_computed_one():
                     attention_mask=torch.ones_like(ids),
                     pixel_values=normalise(torch.cat(row.pixels)),
                     image_grid_thw=torch.tensor(row.grids),
-                    mm_token_type_ids=(ids == writer.image_token).int(),
+                    mm_token_type_ids=(ids == encoder.image_token).int(),
                 )
                 .logits[0]
                 .log_softmax(-1)
@@ -85,14 +87,14 @@ def test_the_weighted_loss_is_the_hand_computed_one():
 
 
 def test_a_joint_crop_row_asks_only_what_its_crops_hold_and_learns_no_call_that_is_wider_than_needed():
-    writer, phase, wide, later = Writer(tiny_vlm().tokenizer), stages.PHASES["joint"][-1], 0, 0
+    encoder, phase, wide, later = RowEncoder(tiny_vlm().tokenizer), stages.PHASES["joint"][-1], 0, 0
     for family in world.FAMILIES:
         for seed in range(12):
-            row = stages.make_row(writer, family, seed, "crop", phase)
+            row = stages.make_row(encoder, family, seed, "crop", phase)
             rng = world.stream(family, seed)
             image, panels = world.family_scene(rng, family)
             boxes = {p.key: [q.box for q in panels if q.key == p.key] for p in panels}
-            text = writer.tokenizer.decode(row.ids)
+            text = encoder.tokenizer.decode(row.ids)
             asked = [
                 k
                 for turn in text.split("user\n")[1:]
@@ -100,7 +102,7 @@ def test_a_joint_crop_row_asks_only_what_its_crops_hold_and_learns_no_call_that_
                 if f" {k} " in turn or f"field {k}?" in turn or f"the {k}?" in turn
             ]
             (s, e), *answers = row.replies
-            names = PAPER_GRID.parse(writer.tokenizer.decode(row.ids[s : e - 1])).names
+            names = PAPER_GRID.parse(encoder.tokenizer.decode(row.ids[s : e - 1])).names
             assert len(asked) == len(answers) and all(PAPER_GRID.holds(names, boxes[k], *image.size) for k in asked)
             cheapest = PAPER_GRID.area(PAPER_GRID.cheapest_cover(boxes[asked[0]], *image.size))
             assert set(row.weights[s:e]) == {1.0 if PAPER_GRID.area(names) == cheapest and row.weights[s] else 0.0}
@@ -109,9 +111,9 @@ def test_a_joint_crop_row_asks_only_what_its_crops_hold_and_learns_no_call_that_
 
 
 def test_hints_name_the_key_of_the_question_where_the_answer_to_a_crop_is_written():
-    writer, phase, encode = Writer(tiny_vlm().tokenizer), stages.PHASES["fetch"][-1], tiny_vlm().tokenizer
+    encoder, phase, encode = RowEncoder(tiny_vlm().tokenizer), stages.PHASES["fetch"][-1], tiny_vlm().tokenizer
     for mode in ("crop", "blind", "low"):
-        row = stages.make_row(writer, "doc", 3, mode, phase)
+        row = stages.make_row(encoder, "doc", 3, mode, phase)
         if mode == "low":
             assert not row.hints
             continue
@@ -125,10 +127,10 @@ def test_hints_name_the_key_of_the_question_where_the_answer_to_a_crop_is_writte
 
 
 def test_a_fresh_bottom_layer_changes_nothing_yet_and_learns():
-    old, writer = tiny_vlm().host.model, Writer(tiny_vlm().tokenizer)
+    old, encoder = tiny_vlm().model, RowEncoder(tiny_vlm().tokenizer)
     new = nano.build(tiny_vlm().tokenizer, replace(GEOMETRY, layers=GEOMETRY.layers + 1))
     language.load(new, old)
-    batch = stages.make_batch(writer, "fetch", 0, 10, 4)
+    batch = stages.make_batch(encoder, "fetch", 0, 10, 4)
     one, two = language.Learner(old), language.Learner(new)
     assert torch.equal(one.hidden(batch).last_hidden_state, two.hidden(batch).last_hidden_state)
     two.loss(batch)[0].backward()
@@ -152,7 +154,7 @@ def test_tower_targets_point_at_what_is_drawn():
 
 
 def test_where_lists_name_the_cheapest_region_of_each_panel():
-    writer = Writer(tiny_vlm().tokenizer)
+    encoder = RowEncoder(tiny_vlm().tokenizer)
     panels = [
         world.Panel("chart", "red", "47", True, (0, 0, 48, 60)),
         world.Panel("chart", "blue", "12", False, (120, 30, 160, 200)),
@@ -160,10 +162,10 @@ def test_where_lists_name_the_cheapest_region_of_each_panel():
     ]
     regions = [stages.region_id(p, (224, 224)) for p in panels]
     assert [PAPER_GRID.ids.get(r, r) for r in regions] == ["top-left", "right", "center"]
-    row = stages.list_row(writer, picture(112, 112), panels, regions)
-    assert writer.tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w]) == "".join(regions)
-    assert writer.tokenizer.decode(row.ids).endswith("red{}, blue{}, black{},".format(*regions))
-    assert [writer.tokenizer.decode(row.ids[s:e]) for s, e in row.replies] == regions
+    row = stages.list_row(encoder, picture(112, 112), panels, regions)
+    assert encoder.tokenizer.decode([i for i, w in zip(row.ids, row.weights, strict=True) if w]) == "".join(regions)
+    assert encoder.tokenizer.decode(row.ids).endswith("red{}, blue{}, black{},".format(*regions))
+    assert [encoder.tokenizer.decode(row.ids[s:e]) for s, e in row.replies] == regions
 
 
 def test_grouped_attention_equals_the_windows_one_by_one_with_and_without_gradients():
@@ -189,12 +191,13 @@ def test_a_resumed_run_equals_one_that_was_not_cut(tmp_path, cut):
                 raise KeyboardInterrupt
             return {"x": torch.randn(4, 3, generator=torch.Generator().manual_seed(step))}
 
-        def loss_of(b):
+        def loss_of(b, step):
             return module(b["x"]).float().square().mean(), {}
 
         with contextlib.suppress(KeyboardInterrupt):
-            train({"m": module}, [Group(list(module.parameters()), 0.1)], make_batch, loss_of, lambda s: {}, out, 5,
-                  warmup=1, log_every=1, evaluate_every=1, workers=0)  # fmt: skip
+            groups = [ParameterGroup(list(module.parameters()), 0.1)]
+            settings = LoopSettings(5, warmup=1, log_every=1, evaluate_every=1, workers=0)
+            train({"m": module}, groups, make_batch, loss_of, lambda s: {}, out, settings)
         return {
             json.loads(x)["step"]: json.loads(x).get("loss") for x in (out / "log.jsonl").read_text().splitlines() if "loss" in x
         }

@@ -1,4 +1,4 @@
-"""A trained run -> a checkpoint folder that evaluation and stock transformers load: adapters merged, processor and card beside it."""
+"""Writes the checkpoint of a trained run, with its processor and model card, for evaluation and for stock transformers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ import yaml
 from awares_bench.inference.local_model import LocalModel
 
 from .packing import Scorer
-from .recipe import Run
+from .recipe import Recipe
 
 
-def finish(scorer: Scorer, vlm: LocalModel, out: Path, stage: str, recipe: Run) -> Path:
-    """Merge, write ``out/checkpoint`` in bfloat16 and its card; adapters also alone, as ``out/adapter``. The model is used up."""
+def finish(scorer: Scorer, vlm: LocalModel, out: Path, stage: str, recipe: Recipe) -> Path:
+    """Write ``out/checkpoint`` in bfloat16, adapters merged, with its card; adapters also alone, as ``out/adapter``.
+
+    The scorer's model is changed and must not be used afterwards. -> the checkpoint's folder.
+    """
     model = scorer.model
     if hasattr(model, "merge_and_unload"):
         for config in model.peft_config.values():
@@ -38,16 +41,16 @@ def finish(scorer: Scorer, vlm: LocalModel, out: Path, stage: str, recipe: Run) 
     return folder
 
 
-def card(out: Path, stage: str, recipe: Run) -> str:
-    """The model card: what it is, how to run it, its recipe, how the run ended."""
+def card(out: Path, stage: str, recipe: Recipe) -> str:
+    """The model card: what the checkpoint is, how to run it, its recipe, and the last line of its log."""
     log = out / "log.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
     last = json.loads(lines[-1]) if lines else {}
-    figures = "\n".join(f"| {k} | {v:.4g} |" for k, v in last.items() if isinstance(v, (int, float)))
+    metrics = "\n".join(f"| {k} | {v:.4g} |" for k, v in last.items() if isinstance(v, (int, float)))
     start = Path(recipe.start).name if recipe.start.startswith((".", "/", "~")) else recipe.start
-    said = {k: v for k, v in asdict(recipe).items() if k not in ("out", "start", "data", "device")}
+    settings = {k: v for k, v in asdict(recipe).items() if k not in ("out", "start", "data", "device")}
     policy, role = getattr(recipe, "policy", "awares"), getattr(recipe, "role", "") or "pretrained"
-    told = ",".join([f"{role}=FOLDER", *(f"{k}={v}" for k, v in getattr(recipe, "policy_options", {}).items())])
+    arguments = ",".join([f"{role}=FOLDER", *(f"{k}={v}" for k, v in getattr(recipe, "policy_options", {}).items())])
     about = (
         " It first sees a half-size view and may ask for\nhigh-resolution crops (arXiv 2603.16932)." if policy == "awares" else ""
     )
@@ -61,18 +64,18 @@ tags: [awares, visual-token-efficiency, {stage}]
 
 Trained from `{start}` on `{Path(recipe.data).name}` by awares-bench.{about}
 
-    lmms-eval --model {policy} --model_args {told} --tasks awares_paper
+    lmms-eval --model {policy} --model_args {arguments} --tasks awares_paper
 
 Or `Qwen2_5_VLForConditionalGeneration.from_pretrained(FOLDER)` in plain transformers.
 
 ## Last log line
-| figure | value |
+| metric | value |
 |---|---|
-{figures}
+{metrics}
 
 ## Recipe
 ```yaml
-{yaml.safe_dump(said, sort_keys=False).strip()}
+{yaml.safe_dump(settings, sort_keys=False).strip()}
 ```
 Made with {packages}.
 """

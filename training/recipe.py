@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import operator
 import os
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -11,16 +13,17 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
+from awares_bench.errors import AwaresError
 from awares_bench.methods.options import unknown_option
 
 R = TypeVar("R")
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be run: what it says, what is allowed."""
+class RecipeError(AwaresError, ValueError):
+    """A recipe that cannot be run. Its text says what the recipe holds and what is allowed."""
 
 
-def key(
+def option(
     default: Any = MISSING,
     low: float | None = None,
     high: float | None = None,
@@ -28,9 +31,10 @@ def key(
     one_of: tuple | None = None,
     log_only: bool = False,
 ) -> Any:
-    """A recipe key: its default (none: required), its closed range, an open lower end, or its allowed values.
+    """A field of a recipe, with the rules that ``check`` applies to its value.
 
-    log_only: may differ between a run and its resumption.
+    default: without one the option is required. low, high: closed range; above: open lower bound. one_of: the allowed values.
+    log_only: the option may differ between a run and its resumption.
     """
     rules = {"low": low, "high": high, "above": above, "one_of": one_of, "log_only": log_only}
     if isinstance(default, (dict, list)):
@@ -39,24 +43,24 @@ def key(
 
 
 @dataclass(frozen=True)
-class Run:
-    """What every recipe says.
+class Recipe:
+    """The options that every recipe has."""
 
-    start:      checkpoint to start from: a folder, a hub name, or ``nano-base``
-    data:       parquet or JSON-lines file of rows (see ``examples``)
-    out:        folder of the run; the same command on the same folder goes on where it stopped
-    min_pixels, max_pixels: limits of the processor; the released checkpoints' by default
-    largest_side: images are shrunk to this many pixels a side first (paper supplement 1.2: 2000)
-    """
-
-    start: str = key()
-    data: str = key()
-    out: str = key()
-    seed: int = key(0, low=0)
-    min_pixels: int = key(4 * 28 * 28, low=28 * 28)
-    max_pixels: int = key(16384 * 28 * 28, low=28 * 28)
-    largest_side: int = key(2000, low=56)
-    device: str = key("auto", one_of=("auto", "cpu", "cuda"))
+    start: str = option()
+    """Checkpoint to start from: a folder, a hub name, or ``nano-base``."""
+    data: str = option()
+    """Parquet or JSON-lines file of rows (see ``examples``)."""
+    out: str = option()
+    """Folder of the run. The same command on the same folder continues where it stopped."""
+    seed: int = option(0, low=0)
+    min_pixels: int = option(4 * 28 * 28, low=28 * 28)
+    """Lower limit of the processor; by default that of the released checkpoints."""
+    max_pixels: int = option(16384 * 28 * 28, low=28 * 28)
+    """Upper limit of the processor; by default that of the released checkpoints."""
+    largest_side: int = option(2000, low=56)
+    """Images are first shrunk until no side is longer than this, in pixels (paper supplement 1.2: 2000)."""
+    device: str = option("auto", one_of=("auto", "cpu", "cuda"))
+    """``auto`` is the GPU of this process where there is one."""
 
     def __post_init__(self):
         if self.min_pixels > self.max_pixels:
@@ -64,41 +68,47 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Tuning(Run):
-    """What both trainers say. Sources of the defaults: paper Sec. 4.3 where it prints a value, else ours.
+class TrainingRecipe(Recipe):
+    """The options that both trainers have. Defaults are the paper's (Sec. 4.3) where it prints a value, otherwise ours."""
 
-    role:        which model of the policy trains: the one under test, or one of its auxiliary ones, such as ``cropper``
-    tuning:      ``lora`` adapts every linear layer of the decoder, ``full`` trains the decoder; the vision tower stays frozen
-    lora_rank:   paper Sec. 4.3; alpha, dropout and targets are not printed there
-    embeddings:  with ``lora``, token embeddings and head train too, whole: for words that the start has never written
-    dtype:       of frozen weights; trained weights stay float32, and matrix products use bfloat16 where the device has it
-    feature_mb:  memory for vision features, which a step computes once while the tower is frozen
-    report_to:   ``none``, ``wandb``, ``tensorboard``, ``trackio``, as Trainer takes them
-    """
-
-    policy: str = key("awares")
-    policy_options: dict = key({})  # noqa: RUF009
-    role: str = key("")
-    tuning: str = key("lora", one_of=("lora", "full"))
-    lora_rank: int = key(8, low=1, high=1024)
-    lora_alpha: int = key(16, low=1)
-    embeddings: bool = key(False)
-    lr: float = key(1e-4, above=0, high=1)
-    schedule: str = key("cosine", one_of=("cosine", "linear", "constant", "constant_with_warmup"))
-    warmup: float = key(0.05, low=0, high=1)
-    weight_decay: float = key(0.0, low=0, high=1)
-    clip_norm: float = key(1.0, above=0)
-    epochs: float = key(1.0, above=0)
-    steps: int = key(-1, low=-1)
-    dtype: str = key("auto", one_of=("auto", "float32", "bfloat16"))
-    attention: str = key("sdpa", one_of=("sdpa", "eager"))
-    checkpointing: bool = key(False)
-    feature_mb: int = key(1024, low=0, log_only=True)
-    log_every: int = key(10, low=1, log_only=True)
-    save_every: int = key(100, low=1, log_only=True)
-    keep: int = key(2, low=1, log_only=True)
-    workers: int = key(0, low=0, log_only=True)
-    report_to: str = key("none", log_only=True)
+    policy: str = option("awares")
+    """Method whose exchanges are trained."""
+    policy_options: dict = option({})  # noqa: RUF009
+    """Options of that method, as on the command line."""
+    role: str = option("")
+    """Which model of the method is trained: by default the model under test, else an auxiliary one such as ``cropper``."""
+    tuning: str = option("lora", one_of=("lora", "full"))
+    """``lora`` adapts every linear layer of the decoder, ``full`` trains the decoder. The vision tower stays frozen."""
+    lora_rank: int = option(8, low=1, high=1024)
+    """Paper Sec. 4.3, which does not print alpha, dropout or targets."""
+    lora_alpha: int = option(16, low=1)
+    embeddings: bool = option(False)
+    """With ``lora``, also train all of the token embeddings and the head: for words that the start has never written."""
+    lr: float = option(1e-4, above=0, high=1)
+    schedule: str = option("cosine", one_of=("cosine", "linear", "constant", "constant_with_warmup"))
+    warmup: float = option(0.05, low=0, high=1)
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = option(0.0, low=0, high=1)
+    clip_norm: float = option(1.0, above=0)
+    """Largest norm of the gradient."""
+    epochs: float = option(1.0, above=0)
+    steps: int = option(-1, low=-1)
+    """Optimiser steps; -1 trains for ``epochs``."""
+    dtype: str = option("auto", one_of=("auto", "float32", "bfloat16"))
+    """Precision of frozen weights. Trained weights stay float32; matrix products use bfloat16 where the device has it."""
+    attention: str = option("sdpa", one_of=("sdpa", "eager"))
+    checkpointing: bool = option(False)
+    """Recompute activations in the backward pass."""
+    feature_mb: int = option(1024, low=0, log_only=True)
+    """Megabytes for vision features, which a step computes once because the tower is frozen."""
+    log_every: int = option(10, low=1, log_only=True)
+    save_every: int = option(100, low=1, log_only=True)
+    keep: int = option(2, low=1, log_only=True)
+    """How many of the newest checkpoints are kept."""
+    workers: int = option(0, low=0, log_only=True)
+    """Processes that load data."""
+    report_to: str = option("none", log_only=True)
+    """``none``, ``wandb``, ``tensorboard`` or ``trackio``, as Trainer takes them."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -111,46 +121,55 @@ class Tuning(Run):
             )
 
 
-def load(cls: type[R], path: Path | str, overrides: list[str] = ()) -> R:
-    """Read a recipe, a file or the name of one that ships; ``overrides`` are ``key=value`` strings in YAML syntax that win over the file.
+def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+    """A recipe and what wins over it; ``example`` is one that ships."""
+    parser.add_argument("recipe", type=Path, help=f"YAML file, or the name of one that ships, such as {example}")
+    parser.add_argument("set", nargs="*", metavar="KEY=VALUE", help="keys that win over the recipe's")
 
-    Raises RecipeError: not a mapping, an unknown key (with the nearest known one), a missing key, a wrong type, a value out
-    of range. Raises OSError when the file cannot be read.
+
+def load(cls: type[R], path: Path | str, overrides: list[str] = ()) -> R:
+    """Read a recipe.
+
+    path: a YAML file, or the name of a recipe in the package. overrides: ``option=value`` strings in YAML syntax, which win
+    over the file.
+    Raises RecipeError: not a mapping, an unknown option (with the nearest known one), a missing option, a wrong type, a
+    value out of range. Raises OSError when the file cannot be read.
     """
     shipped = Path(__file__).parent / "recipes" / f"{path}.yaml"
     path = shipped if shipped.exists() else path
     try:
-        said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(said, dict):
-        raise RecipeError(f"{path} must hold 'key: value' lines; got {type(said).__name__}")
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path} must hold 'key: value' lines; got {type(settings).__name__}")
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
             raise RecipeError(f"{text!r} is not key=value")
-        said[name.strip()] = yaml.safe_load(value)
-    return check(cls, said, str(path))
+        settings[name.strip()] = yaml.safe_load(value)
+    return check(cls, settings, str(path))
 
 
-def check(cls: type[R], said: dict, where: str = "recipe") -> R:
-    """A mapping -> a recipe, with the checks of ``load``."""
-    known, hints, clean = {f.name: f for f in fields(cls)}, get_type_hints(cls), {}
-    for name, value in said.items():
-        if name not in known:
-            raise RecipeError(f"{where}: {unknown_option(str(name), list(known))}")
-        clean[name] = _checked(known[name], hints[name], value, where)
-    missing = [n for n, f in known.items() if n not in said and f.default is MISSING and f.default_factory is MISSING]
+def check(cls: type[R], settings: dict, where: str = "recipe") -> R:
+    """Settings -> a recipe. Raises RecipeError as ``load`` does; ``where`` begins its text."""
+    options, hints, values = {f.name: f for f in fields(cls)}, get_type_hints(cls), {}
+    for name, value in settings.items():
+        if name not in options:
+            raise RecipeError(f"{where}: {unknown_option(str(name), list(options))}")
+        values[name] = _check_value(options[name], hints[name], value, where)
+    missing = [n for n, f in options.items() if n not in settings and f.default is MISSING and f.default_factory is MISSING]
     if missing:
         raise RecipeError(f"{where} does not say {', '.join(missing)}")
     try:
-        return cls(**clean)
+        return cls(**values)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def _checked(f: Field, hint: Any, value: Any, where: str) -> Any:
-    if type(None) in get_args(hint):  # a key that may be null
+def _check_value(f: Field, hint: Any, value: Any, where: str) -> Any:
+    """-> the value, a number of a float option as float. Raises RecipeError when it breaks the option's type or rules."""
+    if type(None) in get_args(hint):  # an option that may be null
         if value is None:
             return None
         hint = next(kind for kind in get_args(hint) if kind is not type(None))
@@ -166,30 +185,33 @@ def _checked(f: Field, hint: Any, value: Any, where: str) -> Any:
     rules = f.metadata
     if rules.get("one_of") and value not in rules["one_of"]:
         raise RecipeError(f"{where}: {f.name} is {value!r}; allowed: {', '.join(map(str, rules['one_of']))}")
-    bounds = [(rules.get("low"), "at least", lambda b: value < b), (rules.get("high"), "at most", lambda b: value > b)]
-    bounds.append((rules.get("above"), "above", lambda b: value <= b))
-    for bound, words, broken in bounds:
-        if bound is not None and broken(bound):
+    bounds = (("low", "at least", operator.ge), ("high", "at most", operator.le), ("above", "above", operator.gt))
+    for rule, words, holds in bounds:
+        if (bound := rules.get(rule)) is not None and not holds(value, bound):
             raise RecipeError(f"{where}: {f.name} is {value}; it must be {words} {bound}")
     return float(value) if kind == (int, float) else value
 
 
-def claim(recipe: Run, stage: str) -> Path:
-    """Make the run's folder this recipe's, or see that it already is. Raises RecipeError when it belongs to another recipe."""
+def acquire_run_folder(recipe: Recipe, stage: str) -> Path:
+    """Create the run's folder and note the recipe in it, or check that the folder already belongs to this recipe.
+
+    stage: ``sft``, ``grpo`` or ``curate``. Raises RecipeError when the folder holds a run of another recipe.
+    """
     out = Path(recipe.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    loose = {f.name for f in fields(recipe) if f.metadata.get("log_only")} | {"out"}
-    mine = {"stage": stage, **{k: v for k, v in asdict(recipe).items() if k not in loose}}
+    excluded = {f.name for f in fields(recipe) if f.metadata.get("log_only")} | {"out"}
+    identity = {"stage": stage, **{k: v for k, v in asdict(recipe).items() if k not in excluded}}
     path = out / "recipe.json"
     if path.exists():
-        defaults = {f.name: f.default for f in fields(recipe)}  # of keys that the recipe's own version did not know yet
-        before = defaults | json.loads(path.read_text())
-        changed = [k for k in mine if before.get(k) != mine[k]]
-        if changed:
-            said = "; ".join(f"{k} was {before.get(k)!r}, is {mine.get(k)!r}" for k in changed)
-            raise RecipeError(f"{out} holds a run of another recipe ({said}). Pass another out, or delete the folder")
+        defaults = {f.name: f.default for f in fields(recipe)}  # for options that are newer than the stored recipe
+        stored = defaults | json.loads(path.read_text())
+        changes = [f"{k} was {stored.get(k)!r}, is {v!r}" for k, v in identity.items() if stored.get(k) != v]
+        if changes:
+            raise RecipeError(
+                f"{out} holds a run of another recipe ({'; '.join(changes)}). Pass another out, or delete the folder"
+            )
     if os.environ.get("RANK", "0") == "0":
         draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(mine, indent=1))
+        draft.write_text(json.dumps(identity, indent=1))
         os.replace(draft, path)
     return out

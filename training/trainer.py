@@ -1,4 +1,4 @@
-"""What both trainers share: loading with adapters or not, exact resume, whole checkpoints, logs, and the final checkpoint folder."""
+"""What SFT and GRPO share: loading the model, with adapters or without; exact resume; checkpoints; logs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,23 +21,27 @@ from awares_bench.methods.registry import method_class
 from awares_bench.models.checkpoint import check_told
 from awares_bench.models.packaged import resolve
 
-from .auxiliary.cropper import Part
+from .auxiliary.cropper import AuxiliaryTurn
 from .packing import Packed, Scorer
-from .recipe import RecipeError, Tuning
+from .recipe import RecipeError, TrainingRecipe
 from .rendering import Conversation
 
-WHOLE = "whole"  # written last into a checkpoint: a run killed while saving leaves one without it
+COMPLETE_MARKER = "whole"
+"""File written last into a checkpoint: a run that was killed while saving leaves a checkpoint without it."""
 
 
 def device_of(recipe) -> str:
-    """``cpu``, or the GPU of this process: were all to load on the first one, it would hold as many models as there are GPUs."""
+    """``cpu``, or the GPU of this process. If every process loaded onto the first GPU, it would hold all of their models."""
     if recipe.device == "cpu" or (recipe.device == "auto" and not torch.cuda.is_available()):
         return "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def policy_of(recipe):
-    """The recipe's policy with its options. Raises ValueError naming the known methods, or RecipeError the known options."""
+    """The recipe's method with its options; with a role, the turn of that auxiliary model alone.
+
+    Raises ValueError for an unknown method and RecipeError for an unknown option or role; both list the known ones.
+    """
     cls = method_class(recipe.policy)
     for name in recipe.policy_options:
         if name not in options(cls):
@@ -47,7 +52,7 @@ def policy_of(recipe):
     if recipe.role not in policy.models:
         known = ", ".join(policy.models) or "none but the model under test"
         raise RecipeError(f"role is {recipe.role!r}; models of {recipe.policy}: {known}")
-    return Part(policy, recipe.role)
+    return AuxiliaryTurn(policy, recipe.role)
 
 
 def open_vlm(recipe, dtype: str = "auto") -> LocalModel:
@@ -63,8 +68,11 @@ def open_vlm(recipe, dtype: str = "auto") -> LocalModel:
     )
 
 
-def prepare(recipe: Tuning, dropout: float = 0.0) -> tuple[Scorer, LocalModel]:
-    """Load the start, freeze the tower, add adapters or free the decoder -> (what trains, what answers); one set of weights."""
+def prepare(recipe: TrainingRecipe, dropout: float = 0.0) -> tuple[Scorer, LocalModel]:
+    """Load the start, freeze the tower, and add adapters or unfreeze the decoder.
+
+    -> (what is trained, what answers); both hold the same weights.
+    """
     dtype = "float32" if recipe.tuning == "full" else recipe.dtype
     vlm = open_vlm(recipe, dtype)
     model = vlm.host.model.requires_grad_(False)
@@ -76,20 +84,25 @@ def prepare(recipe: Tuning, dropout: float = 0.0) -> tuple[Scorer, LocalModel]:
     else:
         from peft import LoraConfig, get_peft_model
 
-        more = {}
+        embeddings = {}
         if recipe.embeddings:
             tied = model.config.tie_word_embeddings
-            more = {"modules_to_save": ["embed_tokens"] if tied else ["embed_tokens", "lm_head"], "ensure_weight_tying": tied}
+            names = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+            embeddings = {"modules_to_save": names, "ensure_weight_tying": tied}
         torch.manual_seed(recipe.seed)
-        rank, alpha = recipe.lora_rank, recipe.lora_alpha
-        model = get_peft_model(
-            model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=vlm.host.lora_targets, **more)
+        config = LoraConfig(
+            r=recipe.lora_rank,
+            lora_alpha=recipe.lora_alpha,
+            lora_dropout=dropout,
+            target_modules=vlm.host.lora_targets,
+            **embeddings,
         )
+        model = get_peft_model(model, config)
     return Scorer(vlm.host, model=model), vlm
 
 
-def arguments(recipe: Tuning, per_device: int, accumulate: int, **more) -> TrainingArguments:
-    """Trainer's arguments for a recipe."""
+def training_arguments(recipe: TrainingRecipe, per_device: int, accumulate: int, **others) -> TrainingArguments:
+    """Trainer's arguments for a recipe. others: arguments of Trainer that no recipe decides."""
     on_gpu = device_of(recipe) != "cpu"
     return TrainingArguments(
         output_dir=str(Path(recipe.out).expanduser()),
@@ -110,29 +123,30 @@ def arguments(recipe: Tuning, per_device: int, accumulate: int, **more) -> Train
         logging_first_step=False,
         logging_nan_inf_filter=False,
         save_steps=recipe.save_every,
-        save_total_limit=None,  # ours: only checkpoints that are whole count
+        save_total_limit=None,  # we delete old checkpoints ourselves, and count only complete ones
         report_to=recipe.report_to,
         dataloader_num_workers=recipe.workers,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=False,
-        **more,
+        **others,
     )
 
 
-def describe(scorer: Scorer, some: list[Conversation], vlm: LocalModel, say=print) -> None:
+def describe(scorer: Scorer, conversations: list[Conversation], vlm: LocalModel, say=print) -> None:
     """Print token counts and an estimate of memory."""
-    scored = sum(w > 0 for c in some for w in c.weights)
-    visual = sum(i == vlm.host.image_token for c in some for i in c.ids)
-    total = sum(len(c.ids) for c in some)
-    say(f"{len(some)} conversations: {total} tokens, {visual} visual, {scored} scored")
+    tokens = sum(len(c.ids) for c in conversations)
+    visual = sum(i == vlm.host.image_token for c in conversations for i in c.ids)
+    scored = sum(w > 0 for c in conversations for w in c.weights)
+    say(f"{len(conversations)} conversations: {tokens} tokens, {visual} visual, {scored} scored")
     trained = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
-    held = sum(p.numel() * p.element_size() for p in scorer.parameters())
+    weight_bytes = sum(p.numel() * p.element_size() for p in scorer.parameters())
     config = scorer.host.model.config.text_config
-    kept = total * config.num_hidden_layers * (10 * config.hidden_size + 3 * config.intermediate_size) * 2
+    activation_bytes = tokens * config.num_hidden_layers * (10 * config.hidden_size + 3 * config.intermediate_size) * 2
+    state_gib = (weight_bytes + trained * 12) / 2**30  # a float32 gradient and AdamW's two moments for each trained weight
     say(
-        f"{trained:,} trained parameters; about {(held + trained * 12) / 2**30:.2f} GiB for weights, gradients and optimizer, "
-        f"{kept / 2**30:.2f} GiB for activations of this batch without checkpointing"
+        f"{trained:,} trained parameters; about {state_gib:.2f} GiB for weights, gradients and optimizer, "
+        f"{activation_bytes / 2**30:.2f} GiB for activations of this batch without checkpointing"
     )
 
 
@@ -144,15 +158,15 @@ def per_process(total: int, micro: int, what: str) -> int:
     return total // (micro * world)
 
 
-class ExactTrainer(Trainer):
+class ResumableTrainer(Trainer):
     """Trainer whose loss is normalised over the whole global batch and whose resumed run equals one that was not cut.
 
     transformers' own resume of a fully tuned Qwen2.5-VL loads nothing (the names it saves are not the names it loads with
     ``strict=False``; 5.17 and 5.23), so weights are read back with ``from_pretrained``.
     """
 
-    def __init__(self, scorer: Scorer, vlm: LocalModel, recipe: Tuning, **more):
-        super().__init__(model=scorer, data_collator=list, callbacks=[_Log(Path(recipe.out).expanduser())], **more)
+    def __init__(self, scorer: Scorer, vlm: LocalModel, recipe: TrainingRecipe, **arguments):
+        super().__init__(model=scorer, data_collator=list, callbacks=[_Log(Path(recipe.out).expanduser())], **arguments)
         if _zero3(self.accelerator):
             raise RecipeError("ZeRO-3 is not supported: launch with DDP, ZeRO-2 or FSDP2 (training/launch)")
         for name, started in (("FSDP", self.is_fsdp_enabled), ("DEEPSPEED", self.is_deepspeed_enabled)):
@@ -162,46 +176,43 @@ class ExactTrainer(Trainer):
             _shard_decoder_only(self.accelerator.state.fsdp_plugin, vlm)
         self.scorer, self.vlm, self.recipe = scorer, vlm, recipe
         vlm.features = FeatureStore(recipe.feature_mb * 2**20) if recipe.feature_mb else None
-        self.model_accepts_loss_kwargs = True  # our losses are normalised already: Trainer must not divide once more
-        self.figures: dict[str, list[float]] = {}
+        self.model_accepts_loss_kwargs = True  # our losses are normalised already: Trainer must not divide them again
+        self.step_metrics: dict[str, list[float]] = {}
 
     def score(self, model, packed: Packed) -> tuple[Tensor, Tensor]:
-        """Tower and decoder in the precision of training; Accelerate autocasts neither the tower nor a sharded decoder."""
+        """Log-probabilities and entropies (N,) of the scored tokens, under autocast.
+
+        Accelerate itself autocasts neither the tower nor a sharded decoder.
+        """
         with self.accelerator.autocast():
             return model(packed, self.vlm.encode(packed.images))
 
-    # ------------------------------------------------------------------ sums over processes
+    # ------------------------------------------------------------------ metrics
 
-    def total(self, value: float) -> float:
-        """Sum over the processes, in double precision where the device has it."""
+    def sum_over_ranks(self, value: float) -> float:
+        """Sum over the processes, in double precision."""
         if self.args.world_size == 1:
             return float(value)
         return self.accelerator.reduce(torch.tensor(float(value), device=self.args.device, dtype=torch.float64), "sum").item()
 
-    def note(self, **figures: float) -> None:
-        """Figures of a step, averaged until the next log line."""
-        for name, value in figures.items():
-            self.figures.setdefault(name, []).append(float(value))
+    def record_metrics(self, **metrics: float) -> None:
+        """Metrics of a step; the next log line holds their means since the last one."""
+        for name, value in metrics.items():
+            self.step_metrics.setdefault(name, []).append(float(value))
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs:
-            logs |= {name: sum(v) / len(v) for name, v in self.figures.items()}
-            self.figures.clear()
+            logs |= {name: sum(v) / len(v) for name, v in self.step_metrics.items()}
+            self.step_metrics.clear()
         super().log(logs, *args, **kwargs)
 
-    # ------------------------------------------------------------------ Trainer's seams
+    # ------------------------------------------------------------------ what Trainer calls
 
-    def take(self, iterator, count: int) -> list:
-        """The micro-batches of a step, which begins with no features held."""
+    def next_microbatches(self, iterator, count: int) -> list:
+        """The micro-batches of the next step, fewer at the end of an epoch. Empties the feature cache, as a resume does."""
         if self.vlm.features:
             self.vlm.features.clear()
-        out = []
-        for _ in range(count):
-            try:
-                out.append(next(iterator))
-            except StopIteration:
-                break
-        return out
+        return list(islice(iterator, count))
 
     def _prepare_inputs(self, inputs):
         return inputs
@@ -217,47 +228,55 @@ class ExactTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # every process writes its own random state, and its shards
         if self.args.should_save:
-            done = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (done / WHOLE).touch()
-            for old in whole_checkpoints(Path(self.args.output_dir))[: -self.recipe.keep]:
+            out = Path(self.args.output_dir)
+            (out / f"checkpoint-{self.state.global_step}" / COMPLETE_MARKER).touch()
+            for old in complete_checkpoints(out)[: -self.recipe.keep]:
                 shutil.rmtree(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         tuned = self.scorer.model
+        # 1) Sharded weights: each process reads its own shards, which Trainer can do.
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # 2) Adapters: read the file, and refuse one that lacks a tensor or belongs to another model.
         elif hasattr(tuned, "peft_config"):
             from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
             saved = load_peft_weights(resume_from_checkpoint, device="cpu")
-            lost = sorted(get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - saved.keys())
-            if lost:
+            missing = sorted(get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - saved.keys())
+            if missing:
                 raise RecipeError(
-                    f"{resume_from_checkpoint} lacks {len(lost)} tensors of the adapters: {lost[:2]}; delete that folder"
+                    f"{resume_from_checkpoint} lacks {len(missing)} tensors of the adapters: {missing[:2]}; delete that folder"
                 )
-            told = set_peft_model_state_dict(tuned, saved)
-            if told.unexpected_keys:
-                raise RecipeError(f"{resume_from_checkpoint} holds adapters of another model: {told.unexpected_keys[:2]}")
+            report = set_peft_model_state_dict(tuned, saved)
+            if report.unexpected_keys:
+                raise RecipeError(f"{resume_from_checkpoint} holds adapters of another model: {report.unexpected_keys[:2]}")
+        # 3) All weights: load them as a model of their own, whose names are right, and copy the values.
         else:
-            more = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # named and refused, as at every load
-            saved, told = type(tuned).from_pretrained(resume_from_checkpoint, dtype=tuned.dtype, **more)
-            check_told(saved, told, resume_from_checkpoint)
+            saved, report = type(tuned).from_pretrained(
+                resume_from_checkpoint,
+                dtype=tuned.dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # check_told names them and refuses, as at every load
+            )
+            check_told(saved, report, resume_from_checkpoint)
             tuned.load_state_dict(saved.state_dict(), strict=True)
 
     # ------------------------------------------------------------------ the run
 
-    def go(self) -> None:
-        """Train from the newest whole checkpoint of the run's folder, or from the start."""
+    def run(self) -> None:
+        """Train from the newest complete checkpoint in the run's folder, or from the start."""
         out = Path(self.args.output_dir)
+        # Delete what a killed save left; the other processes wait, so that all of them resume from the same checkpoint.
         if self.args.should_save:
-            for cut in set(out.glob("checkpoint-*")) - set(whole_checkpoints(out)):
-                shutil.rmtree(cut)
+            for incomplete in set(out.glob("checkpoint-*")) - set(complete_checkpoints(out)):
+                shutil.rmtree(incomplete)
         self.accelerator.wait_for_everyone()
-        found = whole_checkpoints(out)
-        self.train(resume_from_checkpoint=str(found[-1]) if found else None)
+        checkpoints = complete_checkpoints(out)
+        self.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
 
     def result(self) -> tuple[Scorer, LocalModel]:
-        """What was trained. Sharded weights are put together on the CPU of the first process; every process must call this."""
+        """The trained scorer and model; all processes must call this. Sharded weights are gathered on the first one's CPU."""
         if not self.is_fsdp_enabled:
             return self.scorer, self.vlm
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -270,35 +289,35 @@ class ExactTrainer(Trainer):
 
 
 @contextmanager
-def whole(scorer: Scorer):
-    """Weights that FSDP2 shards, whole on every process; nothing to do for others.
+def unsharded(scorer: Scorer):
+    """Gather the weights that FSDP2 shards for as long as the context lasts; does nothing for a model that is not sharded.
 
-    Rollouts use parts of the model, and each process for its own number of steps: a gather inside would wait for one that
-    never comes. So all is gathered before and given back after.
+    Ranks decode different numbers of steps, so an all-gather inside a rollout would deadlock. Therefore all shards are
+    gathered first and freed afterwards.
     """
-    parts = [m for m in scorer.modules() if hasattr(m, "unshard")]
-    if parts:  # whoever runs first is taken for the root; rollouts run a layer first. PyTorch has no public word for this
+    sharded = [m for m in scorer.modules() if hasattr(m, "unshard")]
+    if sharded:  # FSDP2 takes the first module that runs for the root, and a rollout runs a layer first. No public API sets it
         scorer._get_fsdp_state()._lazy_init()
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     try:
         yield
     finally:
-        for part in parts:
-            part.set_reshard_after_forward(part is not scorer, recurse=False)
-            part.reshard()
+        for module in sharded:
+            module.set_reshard_after_forward(module is not scorer, recurse=False)
+            module.reshard()
 
 
 def _shard_decoder_only(plugin, vlm: LocalModel) -> None:
-    """Settle what training/launch/fsdp2.yaml leaves open, and refuse what would go wrong silently."""
-    known = plugin.fsdp_version == 2 and plugin.reshard_after_forward and "SHARDED" in str(plugin.state_dict_type)
-    if not known or plugin.cpu_ram_efficient_loading:
+    """Complete the settings of training/launch/fsdp2.yaml. Raises RecipeError for settings that would go wrong silently."""
+    is_supported = plugin.fsdp_version == 2 and plugin.reshard_after_forward and "SHARDED" in str(plugin.state_dict_type)
+    if not is_supported or plugin.cpu_ram_efficient_loading:
         raise RecipeError(
             "FSDP is supported with fsdp_version 2, fsdp_reshard_after_forward true, fsdp_state_dict_type SHARDED_STATE_DICT "
             "and fsdp_cpu_ram_efficient_loading false: see training/launch/fsdp2.yaml"
         )
-    plugin.ignored_modules = [vlm.host.tower]  # frozen, and used outside of a forward pass of the whole model
+    plugin.ignored_modules = [vlm.host.tower]  # frozen, and called outside of the model's forward pass
     plugin.mixed_precision_policy = None  # autocast, as with DDP: gradients are summed in float32
 
 
@@ -307,22 +326,22 @@ def _zero3(accelerator) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
-def whole_checkpoints(out: Path) -> list[Path]:
-    """Checkpoints that were saved to the end, oldest first."""
-    return sorted((p.parent for p in out.glob(f"checkpoint-*/{WHOLE}")), key=lambda p: int(p.name.split("-")[1]))
+def complete_checkpoints(out: Path) -> list[Path]:
+    """Checkpoints that were saved completely, oldest first."""
+    return sorted((p.parent for p in out.glob(f"checkpoint-*/{COMPLETE_MARKER}")), key=lambda p: int(p.name.split("-")[1]))
 
 
 class _Log(TrainerCallback):
-    """``log.jsonl``: one line per log step; a resumed run drops the lines after its checkpoint first."""
+    """Writes ``log.jsonl``, one line per log step. A resumed run first drops the lines after its checkpoint."""
 
     def __init__(self, out: Path):
         self.path = out / "log.jsonl"
 
     def on_train_begin(self, args, state, control, **_):
         if state.is_world_process_zero:
-            before = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [x for x in before if x.endswith("}") and json.loads(x)["step"] <= state.global_step]
-            self.path.write_text("".join(x + "\n" for x in kept))
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            lines = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= state.global_step]
+            self.path.write_text("".join(x + "\n" for x in lines))
 
     def on_log(self, args, state, control, logs=None, **_):
         if state.is_world_process_zero and "loss" in (logs or {}):

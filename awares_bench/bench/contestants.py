@@ -26,38 +26,43 @@ from awares_bench.methods.images import half
 from awares_bench.methods.usage import Usage
 from awares_bench.models.cpu_kernels import linear_onednn
 from awares_bench.models.families import host_of
-from awares_bench.models.geometry import decoder_flops, encode_flops, geometry, random_model
+from awares_bench.models.flops import decoder_flops, vision_flops
 from awares_bench.models.packaged import resolve
+
+from .synthetic_models import geometry, random_model
 
 CROP = "bottom-right"
 PHASES = ("preprocess", "encode", "prefill", "decode")
 
 
 @dataclass
-class Row:
-    """A contestant. turns: per repeat, per turn, the Usage summed over the documents; flops: (encode, prefill, decode) of one repeat."""
+class Contestant:
+    """A way to do the work, and what its repeats took."""
 
     name: str
     run: Callable[[], list[list[Usage]]]
+    """Does the work once -> per turn, the usage of each document."""
     flops: tuple[float, float, float] | None = None
+    """Operations of one repeat: encode, prefill, decode."""
     turns: list[list[Usage]] = field(default_factory=list)
+    """Per repeat, per turn, the usage summed over the documents."""
 
     def seconds(self, turn: int | None = None, phases: tuple[str, ...] = PHASES) -> list[float]:
         """Of each repeat, in these phases, of one turn or of all."""
-        chosen = [t if turn is None else t[turn : turn + 1] for t in self.turns]
-        return [sum(getattr(u, f"{p}_seconds") for u in some for p in phases) for some in chosen]
+        repeats = [turns if turn is None else turns[turn : turn + 1] for turns in self.turns]
+        return [sum(getattr(usage, f"{phase}_seconds") for usage in turns for phase in phases) for turns in repeats]
 
     def as_dict(self, rates: tuple[float, float]) -> dict:
         """What is printed and written: tokens of one repeat, median seconds, their quartiles, the floor."""
-        spent = sum(self.turns[0], Usage())
+        usage = sum(self.turns[0], Usage())
         floor = self.flops and (self.flops[0] + self.flops[1]) / rates[0] + self.flops[2] / rates[1]
         return {
             "name": self.name,
-            "visual_tokens": spent.prefill,
-            "encoded_tokens": spent.encoded,
-            "text_tokens": spent.text,
-            "output_tokens": spent.output,
-            "passes": spent.passes,
+            "visual_tokens": usage.prefill,
+            "encoded_tokens": usage.encoded,
+            "text_tokens": usage.text,
+            "output_tokens": usage.output,
+            "passes": usage.passes,
             "seconds": median(self.seconds()),
             "quartiles": [float(np.quantile(self.seconds(), q)) for q in (0.25, 0.75)],
             "phases": [{p: median(self.seconds(t, (p,))) for p in PHASES} for t in range(len(self.turns[0]))],
@@ -67,13 +72,16 @@ class Row:
 
 @dataclass
 class Pages:
-    """Documents of about ``tokens`` visual tokens, shape 3:4, and what is asked and forced of each."""
+    """Documents of shape 3:4, and what is asked and forced of each."""
 
     vlm: LocalModel
     tokens: int
+    """Visual tokens of a page, about."""
     documents: int
     call_rate: float
+    """Share of the pages that call for one quadrant."""
     answer_length: int
+    """Tokens of an answer."""
 
     def __post_init__(self):
         columns = max(2, 2 * round((self.tokens * 3 / 4) ** 0.5 / 2))
@@ -83,8 +91,8 @@ class Pages:
         self.calls = [int((i + 1) * self.call_rate) > int(i * self.call_rate) for i in range(self.documents)]
         tokenizer = self.vlm.tokenizer
         self.call = tuple(tokenizer(PAPER_GRID.format(CROP), add_special_tokens=False)["input_ids"])
-        some = tokenizer("7", add_special_tokens=False)["input_ids"]
-        self.answer = tuple(some * self.answer_length)[: self.answer_length]
+        digits = tokenizer("7", add_special_tokens=False)["input_ids"]
+        self.answer = tuple(digits * self.answer_length)[: self.answer_length]
         self.full_turns = [Turn((image,), "What is the total of the second column?") for image in self.images]
         shown = [replace(t, images=(half(i),)) for t, i in zip(self.full_turns, self.images, strict=True)]
         self.first = [replace(t, system=PAPER_GRID.prompt, is_final=False, crop_grammar=PAPER_GRID) for t in shown]
@@ -109,8 +117,10 @@ class Pages:
             views = [self.vlm.host.image_input(image) for image in images]
             ids = [*self.vlm.host.render([self.first[i]], [], views[:1]), *self.call]
             ids += self.vlm.host.render([self.first[i], self.second[i]], sessions[i].replies, views[1:])
-            whole = Prepared(ids, views, self.vlm.host.context, seconds=time.perf_counter() - start)
-            again.append(Request(Session(), self.second[i], len(self.answer) + 1, prepared=whole, forced_tokens=self.answer))
+            conversation = Prepared(ids, views, self.vlm.host.context, seconds=time.perf_counter() - start)
+            again.append(
+                Request(Session(), self.second[i], len(self.answer) + 1, prepared=conversation, forced_tokens=self.answer)
+            )
         return [turns, self._reply(again)]
 
     def _first(self) -> tuple[list[Session], list[Usage]]:
@@ -150,8 +160,8 @@ class Pages:
         return turns
 
     @torch.inference_mode()
-    def generate(self, talks: list, images: list, said: tuple[int, ...]) -> tuple[Usage, torch.Tensor]:
-        """-> what a batch cost, and the scores of every step (steps, B, vocabulary)."""
+    def generate(self, talks: list, images: list, forced: tuple[int, ...]) -> tuple[Usage, torch.Tensor]:
+        """Conversations with the pictures of each, and the reply of all -> what they cost, and the scores (steps, B, vocabulary)."""
         vlm, clock = self.vlm, time.perf_counter
         start = clock()
         text = vlm.host.processor.apply_chat_template(talks, tokenize=False, add_generation_prompt=True)
@@ -162,14 +172,14 @@ class Pages:
         )
         prepared = clock()
         inputs = inputs.to(vlm.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(vlm.host.model.dtype)
-        watch = _Watch(vlm, said)
-        tower = vlm.host.tower
+        inputs["pixel_values"] = inputs["pixel_values"].to(vlm.model.dtype)
+        watch = _Watch(vlm, forced)
+        tower = vlm.model.model.visual
         hooks = [tower.register_forward_pre_hook(watch.enter), tower.register_forward_hook(watch.leave)]
         try:
             out = vlm.host.model.generate(
                 **inputs,
-                max_new_tokens=len(said) + 1,
+                max_new_tokens=len(forced) + 1,
                 do_sample=False,
                 logits_processor=LogitsProcessorList([watch]),
                 output_logits=True,
@@ -182,9 +192,18 @@ class Pages:
         end = clock()
         visual = int((inputs["input_ids"] == vlm.host.image_token).sum())
         prompt = int(inputs["attention_mask"].sum())
-        spans = (prepared - start, watch.encoding, watch.first - prepared - watch.encoding, end - watch.first)
-        scores = torch.stack(out.logits).float()
-        return Usage(visual, float(visual), prompt - visual, len(said) * len(talks), *spans, watch.steps - 1), scores
+        usage = Usage(
+            encoded=visual,
+            prefill=float(visual),
+            text=prompt - visual,
+            output=len(forced) * len(talks),
+            preprocess_seconds=prepared - start,
+            encode_seconds=watch.encoding,
+            prefill_seconds=watch.first - prepared - watch.encoding,
+            decode_seconds=end - watch.first,
+            passes=watch.steps - 1,
+        )
+        return usage, torch.stack(out.logits).float()
 
     # -------------------------------------------------------------- exactness and cost
 
@@ -213,11 +232,11 @@ class Pages:
             total += self._cost(low, self.first[i], Session(), 0, self.call if calls else self.answer)
             if calls:
                 one = len(self._ids(low, self.first[i], Session())) + len(self.call)
-                said = Session(turns=[self.first[i]], replies=[PAPER_GRID.format(CROP)])
+                first = Session(turns=[self.first[i]], replies=[PAPER_GRID.format(CROP)])
                 if kind == "kept":
-                    total += self._cost(crop, self.second[i], said, one, self.answer)
+                    total += self._cost(crop, self.second[i], first, one, self.answer)
                 else:
-                    new = one + len(self._ids(crop, self.second[i], said))
+                    new = one + len(self._ids(crop, self.second[i], first))
                     total += self._spent([*low, *crop], new, 0, self.answer)
         return tuple(total)
 
@@ -229,9 +248,10 @@ class Pages:
         return self._spent(images, len(self._ids(images, turn, session)), past, said)
 
     def _spent(self, images: list, new: int, past: int, said: tuple) -> np.ndarray:
-        config = self.vlm.host.model.config
-        steps = sum(decoder_flops(config, 1, past + new + n) for n in range(len(said)))
-        return np.array([encode_flops(config, [self._grid(i) for i in images]), decoder_flops(config, new, past), steps])
+        config = self.vlm.model.config.to_dict()
+        tower = sum(vision_flops(self.vlm.visual_tokens(image), config["vision_config"]) for image in images)
+        steps = decoder_flops(np.ones(len(said)), config["text_config"], past + new + np.arange(len(said))).sum()
+        return np.array([tower, decoder_flops(new, config["text_config"], past), steps])
 
     def _grid(self, image) -> tuple[int, int, int]:
         return tuple(self.vlm.host.image_input(image).inputs["image_grid_thw"][0].tolist())
@@ -240,8 +260,8 @@ class Pages:
 class _Watch(LogitsProcessor):
     """Reads the clock around the tower and at the first scores of a ``generate`` call, and forces its tokens."""
 
-    def __init__(self, vlm: LocalModel, said: tuple[int, ...]):
-        self.vlm, self.said = vlm, (*said, min(vlm.host.stop))
+    def __init__(self, vlm: LocalModel, forced: tuple[int, ...]):
+        self.vlm, self.forced = vlm, (*forced, min(vlm.stop))
         self.encoding = self.entered = self.first = 0.0
         self.steps = 0
 
@@ -258,7 +278,7 @@ class _Watch(LogitsProcessor):
             self.vlm.synchronise()
             self.first = time.perf_counter()
         out = torch.full_like(scores, -torch.inf)
-        out[:, self.said[self.steps]] = 0.0
+        out[:, self.forced[self.steps]] = 0.0
         self.steps += 1
         return out
 
@@ -274,16 +294,16 @@ def load(
     return LocalModel(host_of(*random_model(geometry(size or "nano", layers, decoder), getattr(torch, dtype), device)))
 
 
-def alternate(rows: list[Row], repeats: int, warm_up: int = 1) -> None:
-    """Run every row ``repeats`` times, forwards and backwards in turn, after untimed rounds."""
+def alternate(contestants: list[Contestant], repeats: int, warm_up: int = 1) -> None:
+    """Run every contestant ``repeats`` times, forwards and backwards in turn, after untimed rounds."""
     for n in range(-warm_up, repeats):
-        for row in rows if n % 2 == 0 else rows[::-1]:
+        for contestant in contestants if n % 2 == 0 else contestants[::-1]:
             start = time.perf_counter()
-            turns = [sum(turn, Usage()) for turn in row.run()]
-            said = f"round {n + 1} of {repeats}" if n >= 0 else "warm-up"
-            print(f"{said}: {row.name}, {time.perf_counter() - start:.2f} s", file=sys.stderr, flush=True)
+            turns = [sum(turn, Usage()) for turn in contestant.run()]
+            stage = f"round {n + 1} of {repeats}" if n >= 0 else "warm-up"
+            print(f"{stage}: {contestant.name}, {time.perf_counter() - start:.2f} s", file=sys.stderr, flush=True)
             if n >= 0:
-                row.turns.append(turns)
+                contestant.turns.append(turns)
 
 
 def matmul_rates(vlm: LocalModel, rows: int, batch: int) -> tuple[float, float]:

@@ -1,12 +1,15 @@
-"""``awares-bench bench engine``: runs the contestants of ``bench_engine``, prints them and the figures they make, writes JSON."""
+"""``awares-bench bench engine``: runs the contestants of ``contestants.py``, prints them and the ratios they make, writes JSON."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -15,100 +18,165 @@ import torch
 import transformers
 from PIL import Image
 
-from awares_bench.evaluation.records import cpu_name, provenance
+from awares_bench.evaluation.provenance import cpu_name, provenance
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.conversation import Sample
 from awares_bench.methods.registry import method_class
 from awares_bench.methods.usage import Usage
-from awares_bench.models.geometry import encode_flops
+from awares_bench.models.flops import vision_flops
+from awares_bench.models.packaged import NANO
 
-from .contestants import PHASES, Pages, Row, alternate, load, matmul_rates
+from .contestants import PHASES, Contestant, Pages, alternate, load, matmul_rates
 
 BATCH = 8
 """Documents in a batch of the nano suite."""
 
 
+PARTS = ("vision", "turns", "stock", "suite")
+
+
 @dataclass(frozen=True)
-class Figure:
-    """A ratio and what it should be. met: None where there is nothing to hold it to."""
+class Ratio:
+    """A number that two contestants make, and what it should be."""
 
     name: str
     value: float
     aim: str
+    """In words; empty where there is nothing to hold it to."""
     met: bool | None
+    """None where there is nothing to hold it to."""
 
 
-def run(
-    pretrained: str | None = None,
-    size: str | None = None,
-    layers: int | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    tokens: int = 1200,
-    batch: int = 1,
-    call_rate: float = 1.0,
-    answer: int = 8,
-    repeats: int = 5,
-    parts: tuple[str, ...] = ("vision", "turns", "stock", "suite"),
-    documents: int = 48,
-    json_file: Path | None = None,
-) -> dict:
-    """One run of the bench -> what it prints, as a dictionary. parts: which of the contestants; ``suite`` needs a checkpoint."""
-    if not 0 <= call_rate <= 1:
-        raise ValueError(f"call rate is {call_rate}; it must be from 0 to 1")
-    for name, value in (("tokens", tokens), ("batch", batch), ("answer", answer), ("repeats", repeats), ("documents", documents)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    tower_only = set(parts) == {"vision"} and not pretrained
-    vlm = load(pretrained, size, layers, dtype, device, 1 if tower_only else None)
-    rates = matmul_rates(vlm, tokens, batch)
-    text, tower = vlm.host.model.config.text_config, vlm.host.model.config.vision_config
-    on_gpu = vlm.device.type == "cuda"
-    about = {
-        "model": pretrained or f"{size or 'nano'} geometry, random weights, nano's tokenizer",
-        "decoder_layers": text.num_hidden_layers,
-        "vision_layers": tower.depth,
-        "layers_cut_to": layers,
-        "dtype": str(vlm.host.model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(vlm.device)
-        if on_gpu
-        else f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": f"{torch.__version__}, transformers {transformers.__version__}",
-        "threads": torch.get_num_threads(),
-        "matmul_gflops": {"prompt": rates[0] / 1e9, "one_token_each": rates[1] / 1e9},
-        "tokens": tokens,
-        "batch": batch,
-        "call_rate": call_rate,
-        "repeats": repeats,
-    }
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, on what. Raises ValueError for what cannot be."""
+
+    pretrained: str | None = None
+    """Checkpoint; None for random weights of ``geometry``."""
+    geometry: str | None = None
+    """Published sizes: nano (None), 3b, 7b."""
+    layers: int | None = None
+    """Cut decoder and tower of a geometry to so many layers; None for all."""
+    dtype: str = "auto"
+    device: str = "auto"
+    tokens: int = 1200
+    """Visual tokens of a page, about."""
+    batch: int = 1
+    """Pages at a time."""
+    call_rate: float = 1.0
+    """Share of the pages that call for one quadrant."""
+    answer: int = 8
+    """Tokens of an answer."""
+    repeats: int = 5
+    parts: tuple[str, ...] = PARTS
+    """Which of the contestants; ``suite`` needs a checkpoint."""
+    documents: int = 48
+    """Of the nano suite."""
+    json_file: Path | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.call_rate <= 1:
+            raise ValueError(f"call rate is {self.call_rate}; it must be from 0 to 1")
+        for name in ("tokens", "batch", "answer", "repeats", "documents"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if unknown := [part for part in self.parts if part not in PARTS]:
+            raise ValueError(f"--parts holds {unknown[0]!r}; known: {', '.join(PARTS)}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--pretrained", help="checkpoint folder, hub name, nano or nano-base (default: nano)")
+    model.add_argument(
+        "--geometry", choices=["nano", "3b", "7b"], help="published sizes with random weights, nothing to download"
+    )
+    parser.add_argument("--layers", type=int, help="cut decoder and tower to so many layers; printed with the result")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--tokens", type=int, default=1200, help="visual tokens of a page")
+    parser.add_argument("--batch", type=int, default=1, help="pages at a time")
+    parser.add_argument("--call-rate", type=float, default=1.0, help="share of the pages that call for one quadrant")
+    parser.add_argument("--answer", type=int, default=8, help="tokens of an answer")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--documents", type=int, default=48, help="of the nano suite")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; leave out what takes too long")
+    parser.add_argument("--json", type=Path, dest="json_file", help="write the result there")
+
+
+def main(args: argparse.Namespace) -> int:
+    values = {f.name: getattr(args, f.name) for f in fields(Settings)}
+    pretrained = args.pretrained or (None if args.geometry else NANO)
+    run(Settings(**values | {"pretrained": pretrained, "parts": tuple(args.parts.split(","))}))
+    return 0
+
+
+def run(settings: Settings) -> dict:
+    """One run of the bench -> what it prints, as a dictionary."""
+    tower_only = set(settings.parts) == {"vision"} and not settings.pretrained
+    size = settings.geometry, settings.layers
+    vlm = load(settings.pretrained, *size, settings.dtype, settings.device, 1 if tower_only else None)
+    rates = matmul_rates(vlm, settings.tokens, settings.batch)
+    about = _about(settings, vlm, rates)
     print("\n".join(f"{k:<16} {v}" for k, v in about.items()))
-    rows, figures = [], []
-    if "vision" in parts:
-        _vision(vlm, repeats, rows, figures)
-    if "turns" in parts:
-        _turns(Pages(vlm, tokens, batch, call_rate, answer), "stock" in parts, repeats, rows, figures)
-    notes = _suite(vlm, pretrained, documents, repeats, rows, figures) if pretrained and "suite" in parts else []
-    result = {"about": about, "rows": [r.as_dict(rates) for r in rows], "figures": [asdict(f) for f in figures], "notes": notes}
-    result["peak_memory_bytes"] = vlm.peak_memory()
+    contestants: list[Contestant] = []
+    ratios: list[Ratio] = []
+    notes: list[str] = []
+    if "vision" in settings.parts:
+        _vision(vlm, settings.repeats, contestants, ratios)
+    if "turns" in settings.parts:
+        pages = Pages(vlm, settings.tokens, settings.batch, settings.call_rate, settings.answer)
+        _turns(pages, "stock" in settings.parts, settings.repeats, contestants, ratios)
+    if "suite" in settings.parts and settings.pretrained:
+        notes = _suite(vlm, settings.pretrained, settings.documents, settings.repeats, contestants, ratios)
+    result = {
+        "about": about,
+        "rows": [c.as_dict(rates) for c in contestants],
+        "figures": [asdict(r) for r in ratios],
+        "notes": notes,
+        "peak_memory_bytes": vlm.peak_memory(),
+    }
     _print(result)
-    if json_file:
-        Path(json_file).write_text(json.dumps(result | {"provenance": provenance()}, indent=1))
+    if settings.json_file:
+        Path(settings.json_file).write_text(json.dumps(result | {"provenance": provenance()}, indent=1))
     return result
 
 
-def _ratio(top: Row, bottom: Row, turn: int | None = None, phases: tuple[str, ...] = PHASES) -> float:
+def _about(settings: Settings, vlm: LocalModel, rates: tuple[float, float]) -> dict:
+    """Model, machine and settings, as they are printed above everything."""
+    text, tower = vlm.model.config.text_config, vlm.model.config.vision_config
+    if vlm.device.type == "cuda":
+        device = torch.cuda.get_device_name(vlm.device)
+    else:
+        device = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "model": settings.pretrained or f"{settings.geometry or 'nano'} geometry, random weights, nano's tokenizer",
+        "decoder_layers": text.num_hidden_layers,
+        "vision_layers": tower.depth,
+        "layers_cut_to": settings.layers,
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "device": device,
+        "torch": f"{torch.__version__}, transformers {transformers.__version__}",
+        "threads": torch.get_num_threads(),
+        "matmul_gflops": {"prompt": rates[0] / 1e9, "one_token_each": rates[1] / 1e9},
+        "tokens": settings.tokens,
+        "batch": settings.batch,
+        "call_rate": settings.call_rate,
+        "repeats": settings.repeats,
+    }
+
+
+def _ratio(top: Contestant, bottom: Contestant, turn: int | None = None, phases: tuple[str, ...] = PHASES) -> float:
     return median(top.seconds(turn, phases)) / median(bottom.seconds(turn, phases))
 
 
-def _vision(vlm: LocalModel, repeats: int, rows: list[Row], figures: list[Figure]) -> None:
+def _vision(vlm: LocalModel, repeats: int, contestants: list[Contestant], ratios: list[Ratio]) -> None:
     """The tower with one attention call per window size, and as transformers runs it."""
     for name, sides in ((f"{BATCH} pictures of 224x224", [224] * BATCH), ("one picture of 1036x1036", [1036])):
         views = [vlm.host.image_input(Image.effect_noise((side, side), 64).convert("RGB")) for side in sides]
-        grids = [tuple(view.inputs["image_grid_thw"][0].tolist()) for view in views]
-        visual = sum(view.tokens for view in views)
+        tokens = [view.tokens for view in views]
 
-        def timed(call, visual: int = visual) -> list[list[Usage]]:
+        def timed(call, visual: int = sum(tokens)) -> list[list[Usage]]:
             vlm.synchronise()
             start = time.perf_counter()
             call()
@@ -120,84 +188,99 @@ def _vision(vlm: LocalModel, repeats: int, rows: list[Row], figures: list[Figure
             patches, grids = (torch.cat([v.inputs[name] for v in views]) for name in ("pixel_values", "image_grid_thw"))
             return vlm.host.tower(patches.to(vlm.device, vlm.host.dtype), grid_thw=grids.to(vlm.device))
 
-        flops = (encode_flops(vlm.host.model.config, grids), 0.0, 0.0)
-        ours = Row(f"ours, {name}", lambda v=views, t=timed: t(lambda: vlm.host.encode(v)), flops)
-        stock = Row(f"transformers, {name}", lambda f=looped, t=timed: t(f), flops)
+        flops = (sum(vision_flops(n, vlm.model.config.vision_config.to_dict()) for n in tokens), 0.0, 0.0)
+        ours = Contestant(f"ours, {name}", lambda v=views, t=timed: t(lambda: vlm.host.encode(v)), flops)
+        stock = Contestant(f"transformers, {name}", lambda f=looped, t=timed: t(f), flops)
         alternate([ours, stock], repeats)
-        rows += [ours, stock]
+        contestants += [ours, stock]
         ratio = _ratio(stock, ours)
-        figures.append(Figure(f"vision encode, {name}: per-window loop over ours", ratio, ">= 1.3", ratio >= 1.3))
-        apart = float((vlm.encode(views) - looped().pooler_output).abs().max())
-        figures.append(Figure(f"vision encode, {name}: largest difference of a feature", apart, *_exact(vlm, apart)))
+        ratios.append(Ratio(f"vision encode, {name}: per-window loop over ours", ratio, ">= 1.3", ratio >= 1.3))
+        difference = float((vlm.encode(views) - looped().pooler_output).abs().max())
+        ratios.append(Ratio(f"vision encode, {name}: largest difference of a feature", difference, *_exact(vlm, difference)))
 
 
-def _exact(vlm: LocalModel, apart: float) -> tuple[str, bool | None]:
-    return ("<= 1e-4", apart <= 1e-4) if vlm.host.model.dtype == torch.float32 else ("1e-4 holds in float32", None)
+def _exact(vlm: LocalModel, difference: float) -> tuple[str, bool | None]:
+    """Aim and whether it is met, of a difference that is rounding alone."""
+    return ("<= 1e-4", difference <= 1e-4) if vlm.model.dtype == torch.float32 else ("1e-4 holds in float32", None)
 
 
-def _turns(pages: Pages, stock: bool, repeats: int, rows: list[Row], figures: list[Figure]) -> None:
-    full = Row("full: ours", pages.full, pages.flops("full"))
-    kept = Row("AwaRes: ours, one cache", pages.low_then_crop, pages.flops("kept"))
-    again = Row("AwaRes: ours, everything again", pages.low_then_everything, pages.flops("again"))
-    some = [full, kept, again]
-    if stock:
-        some.append(Row("full: model.generate", pages.generate_full, pages.flops("full")))
-        some.append(Row("AwaRes: model.generate twice", pages.generate_low_then_everything, pages.flops("again")))
-    alternate(some, repeats)
-    rows += some
+def _turns(pages: Pages, stock: bool, repeats: int, contestants: list[Contestant], ratios: list[Ratio]) -> None:
+    """One turn at full resolution and two of AwaRes: by the engine, and with ``stock`` by ``model.generate``."""
+    full = Contestant("full: ours", pages.full, pages.flops("full"))
+    kept = Contestant("AwaRes: ours, one cache", pages.low_then_crop, pages.flops("kept"))
+    again = Contestant("AwaRes: ours, everything again", pages.low_then_everything, pages.flops("again"))
+    stock_full = Contestant("full: model.generate", pages.generate_full, pages.flops("full"))
+    stock_twice = Contestant("AwaRes: model.generate twice", pages.generate_low_then_everything, pages.flops("again"))
+    runners = [full, kept, again, *([stock_full, stock_twice] if stock else [])]
+    alternate(runners, repeats)
+    contestants += runners
 
-    whole, parts = sum(full.turns[0], Usage()), sum(kept.turns[0], Usage())
-    rtr, clock = parts.prefill / whole.prefill, _ratio(kept, full)
-    figures.append(Figure("AwaRes over full resolution, tokens (RTR)", rtr, "", None))
-    figures.append(
-        Figure("AwaRes over full resolution, seconds", clock, f"<= RTR + 0.15 = {rtr + 0.15:.3f}", clock <= rtr + 0.15)
-    )
+    # is the clock proportional to the tokens?
+    rtr = sum(kept.turns[0], Usage()).prefill / sum(full.turns[0], Usage()).prefill
+    clock = _ratio(kept, full)
+    ratios.append(Ratio("AwaRes over full resolution, tokens (RTR)", rtr, "", None))
+    ratios.append(Ratio("AwaRes over full resolution, seconds", clock, f"<= RTR + 0.15 = {rtr + 0.15:.3f}", clock <= rtr + 0.15))
     if any(pages.calls):
-        ready = ("preprocess", "encode", "prefill")
-        ratio, fed, refed = _ratio(kept, again, 1, ready), kept.turns[0][1], again.turns[0][1]
+        # what the second turn saves by going on with the cache of the first
+        ratio, fed, refed = _ratio(kept, again, 1, PHASES[:3]), kept.turns[0][1], again.turns[0][1]
         share = (fed.prefill + fed.text) / (refed.prefill + refed.text)
-        figures.append(Figure("second turn to its first token, kept cache over everything again", ratio, "<= 0.7", ratio <= 0.7))
         bound = 1.25 * share
-        figures.append(Figure("the same against its share of the tokens", ratio, f"<= 1.25 x {share:.3f}", ratio <= bound))
-        figures.append(Figure("second turn with its answer, the same", _ratio(kept, again, 1), "", None))
+        ratios.append(Ratio("second turn to its first token, kept cache over everything again", ratio, "<= 0.7", ratio <= 0.7))
+        ratios.append(Ratio("the same against its share of the tokens", ratio, f"<= 1.25 x {share:.3f}", ratio <= bound))
+        ratios.append(Ratio("second turn with its answer, the same", _ratio(kept, again, 1), "", None))
+        # what the grammar saves: tokens of a call that have no alternative share a pass
         passes = {}
-        for pages.vlm.constrained in (False, True):
-            passes[pages.vlm.constrained] = sum((pages.low_then_crop()[0]), Usage()).passes
+        for by_grammar in (False, True):
+            with constrained(pages.vlm, by_grammar):
+                passes[by_grammar] = sum(pages.low_then_crop()[0], Usage()).passes
         ratio = passes[True] / passes[False]
         name = f"decode passes of the first turn, grammar ({passes[True]}) over none ({passes[False]})"
-        figures.append(Figure(name, ratio, "<= 0.5", ratio <= 0.5))
+        ratios.append(Ratio(name, ratio, "<= 0.5", ratio <= 0.5))
     if stock:
-        figures.append(Figure("full resolution, model.generate over ours, seconds", _ratio(some[3], full), "", None))
-        figures.append(Figure("AwaRes, model.generate twice over ours, seconds", _ratio(some[4], kept), "", None))
-        apart = pages.difference()
-        figures.append(Figure("largest difference of a score from model.generate", apart, *_exact(pages.vlm, apart)))
+        ratios.append(Ratio("full resolution, model.generate over ours, seconds", _ratio(stock_full, full), "", None))
+        ratios.append(Ratio("AwaRes, model.generate twice over ours, seconds", _ratio(stock_twice, kept), "", None))
+        difference = pages.difference()
+        ratios.append(Ratio("largest difference of a score from model.generate", difference, *_exact(pages.vlm, difference)))
 
 
-def _suite(vlm: LocalModel, pretrained: str, documents: int, repeats: int, rows: list[Row], figures: list[Figure]) -> list[str]:
+@contextmanager
+def constrained(vlm: LocalModel, by_grammar: bool) -> Iterator[None]:
+    """The model with calls held to their grammar, or not, and afterwards as it was."""
+    before, vlm.constrained = vlm.constrained, by_grammar
+    try:
+        yield
+    finally:
+        vlm.constrained = before
+
+
+def _suite(
+    vlm: LocalModel, pretrained: str, documents: int, repeats: int, contestants: list[Contestant], ratios: list[Ratio]
+) -> list[str]:
     """Documents per second on the nano suite at full resolution, beside lmms-eval's own model on the same weights."""
-    room, answers = Path(str(files("awares_bench.tasks.nano") / "nano_chart.yaml")).parent, {}
-    samples = _nano_samples(room, documents)
+    folder, answers = Path(str(files("awares_bench.tasks.nano") / "nano_chart.yaml")).parent, {}
+    samples = _nano_samples(folder, documents)
     policy = method_class("full")()
 
-    def answered(samples: list[Sample]) -> dict:
+    def outcomes_of(samples: list[Sample]) -> dict:
         return dict(Engine(vlm, policy, BATCH).run(Job(s, 16) for s in samples))
 
     def ours() -> list[list[Usage]]:
         start = time.perf_counter()
-        outcomes = answered(samples)
+        outcomes = outcomes_of(samples)
         taken = time.perf_counter() - start
         answers["ours"] = [outcomes[i].answer for i in range(len(samples))]
-        spent = sum((outcomes[i].usage for i in range(len(samples))), Usage())
-        return [[Usage(spent.encoded, spent.prefill, spent.text, spent.output, decode_seconds=taken, passes=spent.passes)]]
+        usage = sum((outcomes[i].usage for i in range(len(samples))), Usage())
+        seconds = {f"{phase}_seconds": 0.0 for phase in PHASES} | {"decode_seconds": taken}
+        return [[replace(usage, **seconds)]]
 
-    row = Row(f"nano suite: ours, batch {BATCH}", ours)
+    own = Contestant(f"nano suite: ours, batch {BATCH}", ours)
     try:
-        from awares_bench.evaluation.lmms_model import stock_answers
+        from awares_bench.evaluation.lmms_run import stock_answers
 
         stock = stock_answers(pretrained, vlm, BATCH)
     except ImportError as error:  # optional packages of lmms-eval
-        alternate([row], repeats)
-        rows.append(row)
+        alternate([own], repeats)
+        contestants.append(own)
         return [f"lmms-eval's own qwen2_5_vl cannot run here ({error}), so it has no row"]
 
     def theirs() -> list[list[Usage]]:
@@ -205,17 +288,17 @@ def _suite(vlm: LocalModel, pretrained: str, documents: int, repeats: int, rows:
         answers["theirs"] = stock([(s.images[0], s.question) for s in samples], 16)
         return [[Usage(decode_seconds=time.perf_counter() - start)]]
 
-    other = Row(f"nano suite: lmms-eval's qwen2_5_vl, batch {BATCH}", theirs)
-    alternate([row, other], repeats)
-    rows += [row, other]
-    ratio = _ratio(other, row)
-    figures.append(Figure("nano suite, documents per second, ours over lmms-eval's qwen2_5_vl", ratio, ">= 1.5", ratio >= 1.5))
-    same = _alike(answers["ours"], answers["theirs"])
-    figures.append(Figure("nano suite, share of equal answers", same, "= 1", same == 1))
+    other = Contestant(f"nano suite: lmms-eval's qwen2_5_vl, batch {BATCH}", theirs)
+    alternate([own, other], repeats)
+    contestants += [own, other]
+    ratio = _ratio(other, own)
+    ratios.append(Ratio("nano suite, documents per second, ours over lmms-eval's qwen2_5_vl", ratio, ">= 1.5", ratio >= 1.5))
+    equal = _alike(answers["ours"], answers["theirs"])
+    ratios.append(Ratio("nano suite, share of equal answers", equal, "= 1", equal == 1))
     odd = [replace(s, images=tuple(i.resize((i.width + 9, i.height - 5)) for i in s.images)) for s in samples]
-    mine, its = answered(odd), stock([(s.images[0], s.question) for s in odd], 16)
-    apart = _alike([mine[i].answer for i in range(len(odd))], its)
-    figures.append(Figure("the same with sides that are no multiples of 28, share of equal answers", apart, "", None))
+    outcomes, texts = outcomes_of(odd), stock([(s.images[0], s.question) for s in odd], 16)
+    equal = _alike([outcomes[i].answer for i in range(len(odd))], texts)
+    ratios.append(Ratio("the same with sides that are no multiples of 28, share of equal answers", equal, "", None))
     return [
         "nano suite: whole seconds of a round stand under decode; lmms-eval's model is cast to the same dtype",
         "lmms-eval resizes pictures whose sides are no multiples of 28 with Pillow (qwen_vl_utils), the processor with torchvision",
@@ -223,20 +306,22 @@ def _suite(vlm: LocalModel, pretrained: str, documents: int, repeats: int, rows:
 
 
 def _alike(ours: list[str], theirs: list[str]) -> float:
+    """Share of equal answers."""
     return sum(a.strip() == b.strip() for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
-def _nano_samples(room: Path, documents: int) -> list[Sample]:
+def _nano_samples(folder: Path, documents: int) -> list[Sample]:
+    """The first documents of every task of the suite but V*, tasks in turn."""
     import pandas as pd
 
     frames = [
         pd.read_parquet(path, columns=["image", "question"])
-        for path in sorted(room.glob("nano_*.parquet"))
+        for path in sorted(folder.glob("nano_*.parquet"))
         if "vstar" not in path.name
     ]
-    every = [r for rows in zip(*(f.itertuples() for f in frames), strict=False) for r in rows][:documents]
-    pictures = [Image.open(io.BytesIO(r.image["bytes"])).convert("RGB") for r in every]
-    return [Sample((p,), r.question, str(i)) for i, (p, r) in enumerate(zip(pictures, every, strict=True))]
+    rows = [row for together in zip(*(f.itertuples() for f in frames), strict=False) for row in together][:documents]
+    pictures = [Image.open(io.BytesIO(row.image["bytes"])).convert("RGB") for row in rows]
+    return [Sample((picture,), row.question, str(i)) for i, (picture, row) in enumerate(zip(pictures, rows, strict=True))]
 
 
 def _print(result: dict) -> None:

@@ -1,4 +1,4 @@
-"""What a pruner's own work takes, call by call, while a prefill goes on: seconds, or the most memory; for ``bench_pruners.py``."""
+"""What a pruner's own work takes, call by call, while a prefill goes on: seconds, or the most memory; for ``pruner_bench.py``."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from awares_bench.models.prompt_chunk import PromptChunk
 
 @dataclass
 class Meter:
-    """Runs calls and keeps their seconds or, since asking slows them down, the most memory that any of them needed.
-
-    cut: seconds of the cuts among them; within: of the scoring within those.
-    """
+    """Runs calls and keeps their seconds or, since asking slows them down, the most memory that any of them needed."""
 
     vlm: LocalModel
     memory: bool = False
+    """Whether memory is kept."""
     seconds: list[float] = field(default_factory=list)
+    """Of each call."""
     peak: int | None = 0
+    """Bytes; None where the system does not say."""
     cut: float = 0.0
+    """Seconds of the cuts among the calls."""
     within: float = 0.0
+    """Seconds of the scoring within those cuts."""
 
     def __call__(self, call: Callable, *args):
         before = reset_peak(self.vlm) if self.memory else None

@@ -12,32 +12,32 @@ that a 7B fits a laptop; a pruner's own work is done in full: every cut at its r
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from awares_bench.evaluation.records import provenance
+from awares_bench.evaluation.provenance import provenance
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.padded_batch import PaddedBatch
 from awares_bench.inference.session import Session
 from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.methods.registry import pruner_classes
 from awares_bench.models.base import HostModel, ImageInput
 from awares_bench.models.cpu_kernels import onednn_linears
 from awares_bench.models.families import host_of
-from awares_bench.models.geometry import geometry, random_model
 from awares_bench.models.packaged import NANO
 from awares_bench.models.qwen2_5_vl import runs_of
 from awares_bench.models.qwen2_5_vl_vision import probed, windowed_attention
 
 from .meter import Meter, MeteredBatch, clock, metered
+from .synthetic_models import geometry, random_model
 
 TEXT = 64
 """Text tokens after the image: a question and the template."""
@@ -47,30 +47,24 @@ LIMIT_SHARE, LIMIT_BYTES = 0.05, 100 * 2**20
 
 @dataclass
 class Cost:
-    """A pruner's own work on one batch of pictures.
-
-    visual: tokens after the last cut, of one picture. seconds: with the cut, median over the rounds. share: of the prefill of the same
-    round, median. scoring_seconds, scoring_share: without the cut. extra_bytes: the most held at a time beside its inputs.
-    rounds, scoring_rounds: seconds of each.
-    """
+    """A pruner's own work on one batch of pictures."""
 
     pruner: str
     visual: int = 0
+    """Tokens after the last cut, of one picture."""
     seconds: float = 0.0
+    """With the cut, median over the rounds."""
     share: float = 0.0
+    """Of the prefill of the same round, median."""
     scoring_seconds: float = 0.0
+    """Without the cut."""
     scoring_share: float = 0.0
     extra_bytes: int | None = None
+    """The most held at a time beside its inputs; None where the system does not say."""
     rounds: list[float] = field(default_factory=list)
+    """Seconds of each round, with the cut."""
     scoring_rounds: list[float] = field(default_factory=list)
-
-
-def pruners() -> list[type[Pruner]]:
-    """The pruner class of every file of ``baselines`` that has one, by file name."""
-    names = sorted(p.name[:-3] for p in files("awares_bench.baselines").iterdir() if p.name.endswith(".py") and p.name[0] != "_")
-    modules = [import_module(f"awares_bench.baselines.{name}") for name in names]
-    own = [c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
-    return [c for c in own if issubclass(c, Pruner)]
+    """Without the cut."""
 
 
 def small(size: str):
@@ -84,6 +78,24 @@ def small(size: str):
     return config
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--geometry", default=NANO, choices=["nano", "3b", "7b"], help="published sizes with random weights (default: nano)"
+    )
+    parser.add_argument("--tokens", type=int, default=1200, help="visual tokens of a picture")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
+    parser.add_argument("--retention", type=float, default=0.5, help="of the pruners")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, help="write the result there")
+
+
+def main(args: argparse.Namespace) -> int:
+    run(args.geometry, args.tokens, args.batch, args.retention, args.repeats, args.device, args.dtype, args.json)
+    return 0
+
+
 @torch.inference_mode()
 def run(
     size: str = NANO, tokens: int = 1200, batch: int = 1, retention: float = 0.5, repeats: int = 5, device: str = "auto",
@@ -92,10 +104,12 @@ def run(
     """Measure every pruner on ``batch`` pictures of about ``tokens`` visual tokens -> what is printed, as a dictionary."""
     if min(tokens, batch, repeats) < 1:
         raise ValueError(f"tokens is {tokens}, batch is {batch} and repeats is {repeats}; each must be at least 1")
-    chosen = [cls(retention) for cls in pruners()]
+    contestants = [cls(retention) for cls in pruner_classes()]
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     kind = getattr(torch, ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype)
-    vlm, whole = LocalModel(host_of(*random_model(small(size), kind, device), geometry(size)))
+    vlm, config = LocalModel(host_of(*random_model(small(size), kind, device))), geometry(size)
+
+    # one conversation a picture: a system message, the picture, a question
     side = max(1, math.isqrt(tokens))
     grid = (1, 2 * side, 2 * max(1, round(tokens / side)))
     visual = grid[1] * grid[2] // 4
@@ -104,15 +118,16 @@ def run(
     marks = vlm.host.model.config.vision_start_token_id, vlm.host.model.config.vision_end_token_id
     ids = [20] * 16 + [marks[0]] + [vlm.host.image_token] * visual + [marks[1]] + [*range(20, 20 + TEXT)]
 
-    layers, costs = _Layers(vlm), [Cost(type(p).__module__.rsplit(".", 1)[-1]) for p in chosen]
+    # every round: a prefill without a pruner, then the work of each pruner
+    layers, costs = _Layers(vlm), [Cost(type(p).__module__.rsplit(".", 1)[-1]) for p in contestants]
     with onednn_linears(vlm.host.decoder):  # as where it answers
         for round_ in range(repeats + 1):  # the first warms up, and looks at memory instead of the clock; the others alternate
             chunks = [vlm.host.chunk(ids, pictures[:1], [image], 0) for image in vlm.see(pictures)]
             PaddedBatch(vlm.host, [Session() for _ in chunks], chunks).prefill()
-            layers.close_round(whole)
-            for pruner, cost in zip(chosen, costs, strict=True):
+            layers.close_round(config)
+            for pruner, cost in zip(contestants, costs, strict=True):
                 meter = Meter(vlm, memory=round_ == 0)
-                cost.visual = _decide(meter, pruner, whole, pictures, ids)
+                cost.visual = _decide(meter, pruner, config, pictures, ids)
                 if meter.memory:
                     cost.extra_bytes = meter.peak
                 else:
@@ -120,6 +135,8 @@ def run(
                     cost.scoring_rounds.append(meter.scored)
                 layers.forget()
     layers.remove()
+
+    # shares are of the prefill of the same round
     prefills = layers.rounds[1:]
     for cost in costs:
         cost.seconds, cost.scoring_seconds = median(cost.rounds), median(cost.scoring_rounds)

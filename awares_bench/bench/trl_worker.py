@@ -1,12 +1,12 @@
-"""GRPO steps by TRL's own GRPOTrainer, for ``awares-bench bench grpo``: a script for an environment that has TRL, and not us.
+"""GRPO steps by TRL's own GRPOTrainer, for ``awares-bench bench grpo``: a script for an environment with TRL and without us.
 
-    python -I trl_worker.py JOB.json     then a line on stdin for each step; a line of JSON on stdout in return
+    python -I trl_worker.py JOB.json     then a line on stdin for each step; it answers with a line of JSON on stdout
 
-TRL's transformers back end takes a second turn with new pictures by one public way: ``environment_factory``, whose tool
-returns image parts (``tools=`` knows no row, ``rollout_func`` cannot hand pictures on; TRL 1.16). It wants a chat template that
-renders tool calls and a response template that reads them; those below write AwaRes' own conversation, token for token.
-A call that is no list of known regions stays an answer here. ``max_completion_length`` bounds both turns with the crops between
-them, so it is set where no crops are dropped, and a reply's own limit goes through ``generation_kwargs``.
+TRL's transformers back end has one public way to take a second turn with new pictures: ``environment_factory``, whose tool
+returns image parts (``tools=`` does not know its row, ``rollout_func`` cannot return pictures; TRL 1.16). That way needs a chat
+template that renders tool calls and a response template that reads them; those below write AwaRes' own conversation, token for
+token. A call that is no list of known regions counts as an answer here. ``max_completion_length`` covers both turns and the crops
+between them, so it is set high enough to drop no crops, and ``generation_kwargs`` limits each reply.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TEMPLATE = r"""{%- for message in messages %}{%- set role = 'user' if message['r
 {{- "GET_CROPS: ['" + (call.function.arguments['ids'] | join("', '")) + "']" }}
 {%- else %}{{- call.function.name + (call.function.arguments | tojson) }}{%- endif %}{%- endfor %}{%- endif %}
 {{- '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-"""A tool's pictures are a user's message, as AwaRes sends them. The last ``else`` is for TRL's probe of the template."""
+"""Renders a tool's pictures as a user message, as AwaRes sends them. The last ``else`` is for TRL's test of the template."""
 
 RESPONSE = {
     "defaults": {"role": "assistant"},
@@ -47,9 +47,9 @@ RESPONSE = {
 
 
 class Tokens:
-    """Counts what goes through a Qwen2.5-VL, padding included, by what it is for.
+    """Counts the tokens that go through a Qwen2.5-VL, padding included, by purpose.
 
-    ``counts``: tokens into the decoder (prefill, decode, reference, loss, backward) and visual tokens out of the tower (encoded).
+    counts: tokens into the decoder (prefill, decode, reference, loss, backward) and visual tokens out of the tower (encoded).
     """
 
     def __init__(self, policy, reference=None):
@@ -64,12 +64,12 @@ class Tokens:
 
         def count(_, args, kwargs):
             embeds = kwargs["inputs_embeds"]  # (B, L, D)
-            fed = embeds.shape[0] * embeds.shape[1]
+            tokens = embeds.shape[0] * embeds.shape[1]
             if name or not torch.is_grad_enabled():
-                self.counts[name or ("decode" if embeds.shape[1] == 1 else "prefill")] += fed
+                self.counts[name or ("decode" if embeds.shape[1] == 1 else "prefill")] += tokens
             else:
-                self.counts["loss"] += fed
-                self.counts["backward"] += fed
+                self.counts["loss"] += tokens
+                self.counts["backward"] += tokens
 
         return count
 
@@ -82,12 +82,13 @@ class Tokens:
         return count
 
     def take(self) -> dict[str, int]:
-        taken, self.counts = dict(self.counts), Counter()
-        return taken
+        """The counts since the last call."""
+        counts, self.counts = dict(self.counts), Counter()
+        return counts
 
 
 class Crops:
-    """The environment of one rollout: it has the picture, and a tool that cuts it."""
+    """The environment of one rollout: it holds the picture, and offers a tool that crops it."""
 
     def reset(self, full=None, boxes=None, **_):
         self.full, self.boxes = full, json.loads(boxes)
@@ -110,7 +111,7 @@ def main(job: dict) -> None:
     import os
 
     os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    say = os.fdopen(os.dup(1), "w")  # what libraries print must not mix with the answers
+    answers = os.fdopen(os.dup(1), "w")  # apart from stdout, which libraries print to
     os.dup2(2, 1)
 
     import torch
@@ -125,14 +126,14 @@ def main(job: dict) -> None:
     processor.chat_template, processor.tokenizer.response_template = TEMPLATE, RESPONSE
 
     def reward(completions, answer, label, log_metric=None, **_):
-        out, calls = [], 0
-        for said, right, known in zip(completions, answer, label, strict=True):
-            called = any(m["role"] == "tool" for m in said)
+        rewards, calls = [], 0
+        for messages, accepted, row_label in zip(completions, answer, label, strict=True):
+            called = any(m["role"] == "tool" for m in messages)
             calls += called
-            score = float(text_of(said[-1]).strip().lower() == right.strip().lower())
-            out.append(score - costs["use"] * called - costs["miss"] * (known == "HR" and not called))
-        seen["call_rate"] = calls / len(out)
-        return out
+            score = float(text_of(messages[-1]).strip().lower() == accepted.strip().lower())
+            rewards.append(score - costs["use"] * called - costs["miss"] * (row_label == "HR" and not called))
+        report["call_rate"] = calls / len(rewards)
+        return rewards
 
     rows = [
         {
@@ -178,36 +179,36 @@ def main(job: dict) -> None:
         environment_factory=Crops,
     )
     trainer.model.model.visual.requires_grad_(False)  # as ours
-    tokens, seen = Tokens(trainer.model, trainer.ref_model), {}
+    tokens, report = Tokens(trainer.model, trainer.ref_model), {}
     generate, padding = trainer.model.generate, processor.tokenizer.pad_token_id
 
-    def watched(*args, **kwargs):
-        fed = [[t for t in row if t != padding] for row in kwargs["input_ids"].tolist()]
-        seen.setdefault("prompts", [list(x) for x in dict.fromkeys(map(tuple, fed))])  # of the step's first turn
+    def generate_and_note(*args, **kwargs):
+        prompts = [[t for t in row if t != padding] for row in kwargs["input_ids"].tolist()]
+        report.setdefault("prompts", [list(x) for x in dict.fromkeys(map(tuple, prompts))])  # of the step's first turn
         return generate(*args, **kwargs)
 
-    trainer.model.generate = watched
+    trainer.model.generate = generate_and_note
 
-    def tell(**more) -> None:
-        say.write(json.dumps(more) + "\n")
-        say.flush()
+    def tell(**values) -> None:
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
 
     def wait() -> float:
         if not sys.stdin.readline():
-            sys.exit(0)  # nobody asks any more
+            sys.exit(0)  # the other side has closed the pipe
         return time.perf_counter()
 
     class Steps(TrainerCallback):
         def on_train_begin(self, *_, **__):
-            self.began = wait()
+            self.start = wait()
 
         def on_step_end(self, args, state, *_, **__):
             if torch.cuda.is_available() and not args.use_cpu:
                 torch.cuda.synchronize()
-            tell(seconds=time.perf_counter() - self.began, tokens=tokens.take(), **seen)
-            seen.clear()
+            tell(seconds=time.perf_counter() - self.start, tokens=tokens.take(), **report)
+            report.clear()
             if state.global_step < args.max_steps:
-                self.began = wait()
+                self.start = wait()
 
     trainer.add_callback(Steps())
     tell(trl=trl.__version__)

@@ -91,7 +91,7 @@ def _prompt(to_messages: Callable, config: object) -> str | None:
     if config is None:
         return None
     state = hashlib.sha256()
-    specific = getattr(to_messages.__self__, "lmms_eval_specific_kwargs", None)
+    specific = getattr(getattr(to_messages, "__self__", None), "lmms_eval_specific_kwargs", None)
     for value in (specific, *(getattr(config, name, None) for name in PROMPT)):
         function = value.func if isinstance(value, partial) else value
         if callable(function):
@@ -124,7 +124,7 @@ def unshown(to_messages: Callable, prompt: str, doc_id: int) -> str | None:
     """
     task = getattr(to_messages, "__self__", None)
     config = getattr(task, "config", None)
-    if config is None or config.doc_to_messages is not None or config.doc_to_visual is None:
+    if task is None or config is None or config.doc_to_messages is not None or config.doc_to_visual is None:
         return None
     if prompt == str(task.doc_to_text(task.eval_docs_no_media[doc_id])):
         return None

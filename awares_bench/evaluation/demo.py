@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -15,6 +16,20 @@ from awares_bench.methods.options import unknown_option
 from . import doctor
 
 MODELS = ("awares_full", "awares_low", "awares")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", type=Path, help="a suite made by nano-data (default: the one in the package)")
+    parser.add_argument("--methods", default=",".join(MODELS), help="comma-separated lmms-eval model names of this package")
+    parser.add_argument("--limit", type=int, help="documents per task (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("awares-demo"), help="output folder; a second call resumes there")
+    parser.add_argument("--pretrained", default="nano", help="checkpoint (default: the nano weights in the package)")
+    parser.add_argument("--batch-size", type=int, default=8)
+
+
+def main(args: argparse.Namespace) -> int:
+    run(args.out, args.methods.split(","), args.suite, args.limit, args.pretrained, args.batch_size)
+    return 0
 
 
 def run(
@@ -53,8 +68,8 @@ def run(
 
 def _same_suite(out: Path, suite: Path) -> None:
     """Raise ValueError when ``out`` holds a demo on another suite: its runs would stand beside the new ones."""
-    told = out / "demo.json"
-    before = json.loads(told.read_text())["suite"] if told.is_file() else str(suite.resolve())
+    path = out / "demo.json"
+    before = json.loads(path.read_text())["suite"] if path.is_file() else str(suite.resolve())
     if before != str(suite.resolve()):
         raise ValueError(
             f"{out} holds a demo on the suite {before}, not {suite.resolve()}; pass another --out, or delete the folder"
@@ -91,7 +106,7 @@ def report(out: Path) -> None:
 
     shown = "awares" if "awares" in settings["methods"] else settings["methods"][0]
     suite = Path(settings["suite"])
-    count = select.write(str(out / "runs" / shown), out / "gallery.html", images=suite, chosen=markup.choose)
+    count = select.write(str(out / "runs" / shown), out / "gallery.html", images=suite, choose=markup.choose)
     _, frame, said = reports.write(runs, out)
     frame.to_csv(out / "documents.csv", index=False, float_format="%.9g")
     print((out / "table.md").read_text(encoding="utf-8"))

@@ -73,10 +73,11 @@ print(json.dumps({"gpus": gpus, "free": free, "cpu": torch.backends.cpu.get_cpu_
 
 @dataclass(frozen=True)
 class Fault:
-    """Something known not to work: a sentence, and the command that mends it."""
+    """Something known not to work."""
 
     sentence: str
     mend: str
+    """The command that mends it."""
 
 
 def installed(names) -> dict[str, str | None]:
@@ -101,7 +102,7 @@ def tested_set(text: str | None = None) -> dict[str, str]:
             text = (files("awares_bench") / "constraints.txt").read_text(encoding="utf-8")
         except OSError:
             return {}
-    found = {}
+    exact_versions = {}
     for line in text.splitlines():
         try:
             wanted = Requirement(line.split("#")[0].strip())
@@ -109,17 +110,17 @@ def tested_set(text: str | None = None) -> dict[str, str]:
             continue
         exact = [s.version for s in wanted.specifier if s.operator == "=="]
         if exact and (wanted.marker is None or wanted.marker.evaluate()):
-            found[wanted.name] = exact[0]
-    return found
+            exact_versions[wanted.name] = exact[0]
+    return exact_versions
 
 
 def known_bad(versions: dict[str, str | None]) -> list[Fault]:
     """Combinations that are known not to work, of the versions that are given."""
     has = {name: Version(v) for name, v in versions.items() if v}
-    found = []
+    faults = []
 
     def fault(sentence: str, *mend: str) -> None:
-        found.append(Fault(sentence, "pip install " + " ".join(f"'{m}'" for m in mend)))
+        faults.append(Fault(sentence, "pip install " + " ".join(f"'{m}'" for m in mend)))
 
     lmms, lock, transformers, torch = (has.get(n) for n in ("lmms-eval", "filelock", "transformers", "torch"))
     if lmms and lock and lock >= Version("4") and lmms < Version("0.8"):
@@ -145,7 +146,7 @@ def known_bad(versions: dict[str, str | None]) -> list[Fault]:
     for name in ("lmms-eval", "torch", "torchvision", "transformers"):
         if name in versions and not versions[name]:
             fault(f"{name} is not installed", name)
-    return found
+    return faults
 
 
 def unmet(name: str = "awares-bench", needs: list[str] | None = None, versions=None) -> list[Fault]:
@@ -158,17 +159,17 @@ def unmet(name: str = "awares-bench", needs: list[str] | None = None, versions=N
             needs = requires(name) or []
         except PackageNotFoundError:
             return [Fault(f"{name} is not installed as a package", "pip install -e .")]
-    found = []
+    faults = []
     for line in needs:
         need = Requirement(line)
         if need.marker is not None and not need.marker.evaluate({"extra": ""}):
             continue
         have = _version(need.name) if versions is None else versions.get(need.name)
         if have is None:
-            found.append(Fault(f"{need.name} is not installed; {name} needs {need.name}{need.specifier}", _pip(need)))
+            faults.append(Fault(f"{need.name} is not installed; {name} needs {need.name}{need.specifier}", _pip(need)))
         elif not need.specifier.contains(have, prereleases=True):
-            found.append(Fault(f"{need.name} is {have}; {name} needs {need.name}{need.specifier}", _pip(need)))
-    return found
+            faults.append(Fault(f"{need.name} is {have}; {name} needs {need.name}{need.specifier}", _pip(need)))
+    return faults
 
 
 def _pip(need: Requirement) -> str:
@@ -256,18 +257,18 @@ def run() -> int:
     known = {f.sentence.split()[0] for f in faults}  # told already, with the reason
     faults += [f for name in ("awares-bench", "torchvision") for f in unmet(name) if f.sentence.split()[0] not in known]
     for name, code in IMPORTS.items():
-        if (said := tried(code)) is not None:
+        if (message := tried(code)) is not None:
             mend = faults[0].mend if faults else "pip install --upgrade --force-reinstall -c constraints.txt -e ."
-            faults.append(Fault(f"{name} does not work: {said}", mend))
+            faults.append(Fault(f"{name} does not work: {message}", mend))
 
-    found = device()
-    if isinstance(found, str):
-        print(f"device: unknown, PyTorch fails: {found}")
+    hardware = device()
+    if isinstance(hardware, str):
+        print(f"device: unknown, PyTorch fails: {hardware}")
     else:
-        gpus = [f"{name}, {_gib(free)} free" for name, free in zip(found["gpus"], found["free"], strict=True)]
-        print(f"device: {'; '.join(gpus) or 'no GPU that PyTorch can use'}; CPU with {found['cpu']}, {os.cpu_count()} cores")
+        gpus = [f"{name}, {_gib(free)} free" for name, free in zip(hardware["gpus"], hardware["free"], strict=True)]
+        print(f"device: {'; '.join(gpus) or 'no GPU that PyTorch can use'}; CPU with {hardware['cpu']}, {os.cpu_count()} cores")
         flash = _version("flash-attn")
-        print(f"attention: sdpa with {', '.join(found['kernels'])}; flash-attn {flash or 'not installed'}")
+        print(f"attention: sdpa with {', '.join(hardware['kernels'])}; flash-attn {flash or 'not installed'}")
     print(f"free: {_gib(free_memory())} of memory, {_gib(shutil.disk_usage(Path.cwd()).free)} of disk in this folder")
     sets, hub = caches()
     here = [name for name, repository in DATA_SETS.items() if cached(repository, sets, hub)]

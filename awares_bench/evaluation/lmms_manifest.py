@@ -17,15 +17,15 @@ def manifests():
 
     loading = sys.modules.get("lmms_eval.models")
     taken = {*getattr(loading, "AVAILABLE_SIMPLE_MODELS", ()), *getattr(loading, "AVAILABLE_CHAT_TEMPLATE_MODELS", ())}
-    found = [ModelManifest(model_id=COMPOSED, chat_class_path=f"awares_bench.evaluation.lmms_model.{COMPOSED}")]
+    entries = [ModelManifest(model_id=COMPOSED, chat_class_path=f"awares_bench.evaluation.lmms_model.{COMPOSED}")]
     for name in filter(str.isidentifier, names()):
         ids = [i for i in (name, name if name == "awares" else f"awares_{name}") if i not in taken]
         if ids:
-            found.append(
+            entries.append(
                 ModelManifest(
                     model_id=ids[0],
                     chat_class_path=f"awares_bench.evaluation.lmms_model.{name}",
                     aliases=tuple(dict.fromkeys(ids[1:])),
                 )
             )
-    return found
+    return entries

@@ -1,26 +1,24 @@
 """A run is a folder: ``run.json`` says what was run, ``records.jsonl`` holds one line per document, written as it is answered.
 
-A run that is cut goes on where it stopped: the same command on the same folder answers only what is missing.
+A run that is cut goes on where it stopped: the same command on the same folder answers only what is missing. So does one whose
+answers an earlier release gave, as far as the code of its method is the same: each record says its own version.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from awares_bench.methods.conversation import Trajectory
+from awares_bench.methods.conversation import EventKind, Trajectory
 
-VERSION = 1
-"""Of the record's fields. A reader refuses others."""
+from .provenance import provenance
+
+VERSION = 2
+"""Of the record's fields. Version 1, where boxes and malformed calls were events, is read too; others are refused."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,9 @@ class Record:
     """One document answered, or not. Missing is None, never 0.
 
     rtr: retained token ratio over all turns. usage: one entry per turn (see ``Usage``), and its peak memory where
-    one conversation is answered at a time. crops: what was asked for.
+    one conversation is answered at a time. crops: names of the regions that were shown after a smaller view, or beside one.
+    boxes: those that were shown so by a method that has boxes, in pixels of the image: left, top, right, bottom.
+    malformed_call: why the model's call could not be read; None when it made none, or one that could.
     models: who answered each turn, "" for the model under test; empty when no auxiliary model did.
     batch_size: conversations in flight; seconds of a batch above 1 are shares, not latencies.
     content: digest of what the document shows and asks. generation: the arguments that decided the answer. Both are None in
@@ -53,6 +53,8 @@ class Record:
     content: str | None = None
     generation: dict | None = None
     attempt: int = 0
+    boxes: list[list[int]] = field(default_factory=list)
+    malformed_call: str | None = None
     version: int = VERSION
 
     @classmethod
@@ -75,6 +77,8 @@ class Record:
             events=[asdict(e) for e in trajectory.events],
             batch_size=batch_size,
             models=[turn.model for turn in trajectory.turns] if any(turn.model for turn in trajectory.turns) else [],
+            boxes=[list(box) for box in trajectory.boxes],
+            malformed_call=trajectory.malformed_call,
         )
 
 
@@ -210,9 +214,11 @@ def read_records(folder: Path, repair: Path | None = None) -> Iterator[Record]:
                 raise ValueError(
                     f"{path}, line {number} is not JSON ({error}); delete that line to go on without its document"
                 ) from error
+            if fields.get("version") == 1:
+                fields = _from_version_1(fields)
             if fields.get("version") != VERSION:
                 raise ValueError(
-                    f"{path}, line {number} is a record of version {fields.get('version')}; this release reads version {VERSION}"
+                    f"{path}, line {number} is a record of version {fields.get('version')}; this release reads versions 1 and {VERSION}"
                 )
             record = Record(**fields)
             before = found.get((record.task, record.doc_id))
@@ -221,57 +227,17 @@ def read_records(folder: Path, repair: Path | None = None) -> Iterator[Record]:
     yield from found.values()
 
 
+def _from_version_1(fields: dict) -> dict:
+    """The fields of a record of version 1 -> those of version 2. An event ``box`` becomes ``boxes``."""
+    events = fields.get("events", [])
+    boxes = [[int(side) for side in e["detail"].split(",")] for e in events if e["kind"] == "box"]
+    malformed = next((e["detail"] for e in events if e["kind"] == EventKind.MALFORMED_CALL), None)
+    kept = [e for e in events if e["kind"] != "box"]
+    return fields | {"events": kept, "boxes": boxes, "malformed_call": malformed, "version": VERSION}
+
+
 def _differences(before: dict, now: dict) -> str:
     """What two dictionaries do not share, in words; empty when they are equal."""
     return "; ".join(
         f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in sorted({*before, *now}) if before.get(k) != now.get(k)
     )
-
-
-def provenance() -> dict:
-    """When, with what and on what: time, command, package versions, commit of a checkout, hardware."""
-    packages = ("awares-bench", "lmms-eval", "torch", "transformers", "datasets", "pillow", "numpy")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": versions,
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()},
-    }
-
-
-def _commit() -> dict | None:
-    here = Path(__file__).resolve().parent
-    try:
-        head = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        state = subprocess.run(["git", "-C", str(here), "status", "--porcelain"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return {"head": head.stdout.strip(), "dirty": bool(state.stdout.strip())} if head.returncode == 0 else None
-
-
-def cpu_name() -> str:
-    """The processor as the system names it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def fingerprint(folder: Path) -> str:
-    """A short hash of the files of a checkpoint folder: names, sizes, and the content of all that is small."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in Path(folder).iterdir() if p.is_file()):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        if path.stat().st_size < 16 * 2**20:
-            digest.update(path.read_bytes())
-        else:
-            with path.open("rb") as f:
-                digest.update(f.read(2**20))
-    return digest.hexdigest()[:16]

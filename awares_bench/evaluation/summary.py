@@ -30,11 +30,11 @@ def table(records: Iterable[Record]) -> str:
     by_task: dict[str, list[Record]] = {}
     for record in records:
         by_task.setdefault(record.task, []).append(record)
-    failed = any(r.error is not None for some in by_task.values() for r in some)
+    failed = any(r.error is not None for group in by_task.values() for r in group)
     rows = [[*COLUMNS, *(["failed"] if failed else [])]]
     for task in sorted(by_task):
         answered = [r for r in by_task[task] if r.error is None]
-        malformed = [_malformed(r) for r in answered]
+        malformed = [r.malformed_call is not None for r in answered]
         called = [bool(r.crops) or bad for r, bad in zip(answered, malformed, strict=True)]
         row = [
             task,
@@ -65,10 +65,6 @@ def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
 def width(text: str) -> int:
     """Columns of a terminal that a text takes: two for a wide character, none for a combining one."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def _malformed(record: Record) -> bool:
-    return any(e["kind"] == "malformed_call" for e in record.events)
 
 
 def _tokens(record: Record) -> float | None:

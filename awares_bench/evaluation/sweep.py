@@ -10,6 +10,7 @@ all its cells, and an exception names what failed (the command exits 0 on failur
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -26,60 +27,53 @@ import yaml
 from awares_bench.methods import registry
 from awares_bench.methods.options import unknown_option
 
-from .records import fingerprint
+from . import run_options
+from .provenance import fingerprint
+from .run_options import WEIGHTS, RunOptions
 
 RECIPE_KEYS = ("tasks", "include_path", "limit", "batch_size", "options", "methods")
 """What a recipe may hold; ``options`` are model arguments of every cell, ``methods`` a list of names or of options with ``method``."""
 
-WEIGHTS = (
-    *(
-        "pretrained",
-        "dtype",
-        "device",
-        "attn_implementation",
-        "min_pixels",
-        "max_pixels",
-        "constrained",
-        "repetition_penalty",
-        "reuse_features",
-    ),
-    *("engine", "base_url", "model"),
-)
-"""Options that decide what is in memory, or which server answers: cells that share them run one after the other."""
+OPTIONS = tuple(name for name in run_options.NAMES if name not in ("output_dir", "label"))
+"""Options of a run that a cell may have; ``output_dir`` is the sweep's, ``label`` the cell's own."""
 
-OTHER = ("batch_size", "max_batch_tokens", "seed", "on_error")
-"""Further options of every model beside the method's own; ``output_dir`` is the sweep's."""
+CHANGES_NOTHING = ("batch_size", "max_batch_tokens", "on_error")
+"""Options with which a finished cell stays finished."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method with its options on the tasks. ``name`` is the folder, ``label`` what tables call it.
-
-    include: a digest of the folder that holds the recipe's own task files and data; None without one.
-    """
+    """One method with its options on the tasks."""
 
     name: str
+    """Of its folder."""
     label: str
+    """How tables name it."""
     method: str
     options: dict
+    """As the recipe gives them: those of the run and of the method."""
     tasks: tuple[str, ...]
     limit: int | None
+    """Documents per task; None for all."""
     include: str | None = None
+    """A digest of the folder that holds the recipe's own task files and data; None without one."""
 
     @property
     def spec(self) -> dict:
         """What must be equal for a finished cell to count as done."""
-        told = {k: v for k, v in self.options.items() if k not in ("batch_size", "max_batch_tokens", "on_error")}
-        spec = {"method": self.method, "options": told, "tasks": list(self.tasks), "limit": self.limit}
+        options = {k: v for k, v in self.options.items() if k not in CHANGES_NOTHING}
+        spec = {"method": self.method, "options": options, "tasks": list(self.tasks), "limit": self.limit}
         return spec | ({"include": self.include} if self.include else {})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Cells in the order they run, and where their task files are beside lmms-eval's and this package's own."""
+    """A recipe that was read and checked."""
 
     cells: tuple[Cell, ...]
+    """In the order they run."""
     include_path: str | None = None
+    """Folder of task files beside lmms-eval's and this package's own."""
 
 
 def shipped() -> dict[str, Path]:
@@ -112,19 +106,23 @@ def read(path: str | Path, limit: int | None = None, **options) -> Recipe:
     limit = recipe.get("limit") if limit is None else limit
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit is {limit!r}; it is a number of documents per task, at least 1")
+
+    # every method with its options, one cell for each combination of their values
     common = {"batch_size": recipe.get("batch_size", 1)} | (recipe.get("options") or {})
-    given = {k: v for k, v in options.items() if v is not None}
+    overrides = {k: v for k, v in options.items() if v is not None}
     cells = []
     for entry in recipe["methods"]:
         entry = {"method": entry} if isinstance(entry, str) else dict(entry)
         if "method" not in entry:
             raise ValueError(f"{file}: {entry} names no method; write - {{method: NAME, ...}}")
-        for chosen in _grid(common | entry | given):
-            cells.append(_cell(file, chosen, _listed(recipe["tasks"]), limit, set(entry) & set(WEIGHTS)))
+        for combination in _grid(common | entry | overrides):
+            cells.append(_cell(file, combination, _listed(recipe["tasks"]), limit, set(entry) & set(WEIGHTS)))
     names = [c.name for c in cells]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice:
         raise ValueError(f"{file} has two cells named {twice}; give one of them a label of its own")
+
+    # cells that share weights side by side, in the order in which the recipe names the weights
     order = list(dict.fromkeys(_weights(c) for c in cells))
     include = (file.parent / recipe["include_path"]).resolve() if recipe.get("include_path") else None
     if include and not include.is_dir():
@@ -133,16 +131,16 @@ def read(path: str | Path, limit: int | None = None, **options) -> Recipe:
     return Recipe(tuple(sorted(cells, key=lambda c: order.index(_weights(c)))), str(include) if include else None)
 
 
-def _cell(file: Path, chosen: dict, tasks: tuple[str, ...], limit: int | None, own: set[str]) -> Cell:
+def _cell(file: Path, options: dict, tasks: tuple[str, ...], limit: int | None, own: set[str]) -> Cell:
     """One combination of options -> a cell. own: options of the entry itself that say which weights, and so belong to its label."""
-    method, label = str(chosen.pop("method")), chosen.pop("label", None)
-    common = (*WEIGHTS, *OTHER)
+    name, label = str(options.pop("method")), options.pop("label", None)
     try:
-        made = registry.build(method, {k: v for k, v in chosen.items() if k not in common or k == "seed"}, common)
+        method = registry.build(name, {k: v for k, v in options.items() if k not in OPTIONS or k == "seed"}, OPTIONS)
+        RunOptions.parse({k: v for k, v in options.items() if v is not None})
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    label = label or " ".join([made.label, *(f"{k}={Path(str(chosen[k])).name}" for k in WEIGHTS if k in own)])
-    return Cell(re.sub(r"[^A-Za-z0-9.+=_-]+", "_", label), label, method, chosen, tasks, limit)
+    label = label or " ".join([method.label, *(f"{k}={Path(str(options[k])).name}" for k in WEIGHTS if k in own)])
+    return Cell(re.sub(r"[^A-Za-z0-9.+=_-]+", "_", label), label, name, options, tasks, limit)
 
 
 def _grid(options: dict) -> list[dict]:
@@ -165,11 +163,11 @@ def run(recipe: Recipe, out: Path) -> list[dict]:
     A cell that fails does not stop the others; what it answered is kept, and the next call goes on from there.
     """
     out.mkdir(parents=True, exist_ok=True)
-    todo = [c for c in recipe.cells if not _done(out, c)]
+    todo = [c for c in recipe.cells if not _is_done(out, c)]
     say = _speaker()
     if len(todo) < len(recipe.cells):
         say(f"{len(recipe.cells) - len(todo)} of {len(recipe.cells)} cells are done in {out}")
-    ended, vlms, began, loaded, index = [], {}, time.time(), None, None
+    results, vlms, began, loaded, index = [], {}, time.time(), None, None
     for number, cell in enumerate(todo, 1):
         if _weights(cell) != loaded:
             vlms.clear()  # the weights before this are not needed again
@@ -177,51 +175,51 @@ def run(recipe: Recipe, out: Path) -> list[dict]:
         spent = time.time() - began
         left = f", about {_clock(spent / (number - 1) * (len(todo) - number + 1))} left" if number > 1 else ""
         say(f"[{number}/{len(todo)}] {cell.label} on {','.join(cell.tasks)} ({_clock(spent)} so far{left})")
-        started, error = time.time(), None
+        start, message = time.time(), None
         try:
             index = index or _index(recipe)
             _run_cell(cell, out, index, vlms)
-        except Exception as raised:  # whatever a cell's method, data or device raises is reported, and the next cell runs
-            error = f"{type(raised).__name__}: {raised}"
+        except Exception as error:  # whatever a cell's method, data or device raises is reported, and the next cell runs
+            message = f"{type(error).__name__}: {error}"
             _write(out / "lmms" / cell.name / "error.txt", traceback.format_exc())
-            say(f"    failed: {error}")
+            say(f"    failed: {message}")
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # processes that no longer agree cannot go on together
                 raise
-        status = {"status": "failed", "error": error} if error else {"status": "done"}
-        ended.append({"cell": cell.name, "label": cell.label, **cell.spec, **status, "seconds": round(time.time() - started, 1)})
+        status = {"status": "failed", "error": message} if message else {"status": "done"}
+        results.append({"cell": cell.name, "label": cell.label, **cell.spec, **status, "seconds": round(time.time() - start, 1)})
     before = [{"cell": c.name, "label": c.label, **c.spec, "status": "done"} for c in recipe.cells if c not in todo]
-    _write(out / "sweep.json", json.dumps({"cells": before + ended}, indent=1, default=str))
-    return before + ended
+    _write(out / "sweep.json", json.dumps({"cells": before + results}, indent=1, default=str))
+    return before + results
 
 
 def _index(recipe: Recipe):
-    from . import lmms_model  # loads torch and lmms-eval
+    from .lmms_run import task_index  # loads torch and lmms-eval
 
-    return lmms_model.task_index(recipe.include_path)
+    return task_index(recipe.include_path)
 
 
 def _run_cell(cell: Cell, out: Path, index, vlms: dict) -> None:
-    from . import lmms_model
+    from . import lmms_model, lmms_run
 
     name = cell.method if cell.method in registry.names() else lmms_model.COMPOSED
     options = cell.options if name == cell.method else cell.options | {"method": cell.method}
     model = getattr(lmms_model, name)(vlms=vlms, output_dir=out / "runs" / cell.name, label=cell.label, **options)
     try:
-        lmms_model.evaluate(model, cell.tasks, cell.limit, index, out / "lmms" / cell.name)
+        lmms_run.evaluate(model, cell.tasks, cell.limit, index, out / "lmms" / cell.name)
     finally:
         model.run.close()
     (out / "lmms" / cell.name / "error.txt").unlink(missing_ok=True)
     _write(out / "lmms" / cell.name / "cell.json", json.dumps(cell.spec, indent=1, default=str))
 
 
-def _done(out: Path, cell: Cell) -> bool:
+def _is_done(out: Path, cell: Cell) -> bool:
     """Whether the cell ended before, with the same specification, and is whole: without documents that were left out."""
     run, scored = out / "runs" / cell.name / "run.json", out / "lmms" / cell.name / "cell.json"
     if not (run.is_file() and scored.is_file()):
         return False
-    same = json.loads(scored.read_text()) == json.loads(json.dumps(cell.spec, default=str))
-    ended = json.loads(run.read_text())
-    return same and ended["status"] == "complete" and not ended.get("left_out")
+    is_same = json.loads(scored.read_text()) == json.loads(json.dumps(cell.spec, default=str))
+    data = json.loads(run.read_text())
+    return is_same and data["status"] == "complete" and not data.get("left_out")
 
 
 def _write(path: Path, text: str) -> None:
@@ -241,3 +239,22 @@ def _clock(seconds: float) -> str:
     return (
         f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe in the package: nano, paper_table1")
+    parser.add_argument("--out", type=Path, help="output folder (default: awares-runs/RECIPE); a second call resumes there")
+    parser.add_argument("--limit", type=int, help="documents per task, for a trial (default: the recipe's)")
+    parser.add_argument("--pretrained", help="checkpoint of every cell, in place of the recipe's")
+    parser.add_argument("--batch-size", type=int, help="conversations in flight, in place of the recipe's")
+
+
+def main(args: argparse.Namespace) -> int:
+    recipe = read(args.recipe, args.limit, pretrained=args.pretrained, batch_size=args.batch_size)
+    out = args.out or Path("awares-runs") / Path(args.recipe).stem
+    cells = run(recipe, out)
+    failed = [c for c in cells if c["status"] == "failed"]
+    for cell in failed:
+        print(f"failed: {cell['label']}: {cell['error']} (more in {out / 'lmms' / cell['cell'] / 'error.txt'})", file=sys.stderr)
+    print(f"{len(cells) - len(failed)} of {len(cells)} cells are done in {out}; awares-bench report {out}", file=sys.stderr)
+    return 1 if failed else 0

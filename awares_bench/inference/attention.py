@@ -9,15 +9,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-if TYPE_CHECKING:
-    from .ragged_batch import RaggedBatch
-
 NAME = "awares"
+
+
+class AttendingRows(Protocol):
+    """A batch that attends for itself, with the caches of its rows."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries (1, H, T, d), keys and values (1, G, T, d) of all rows -> (1, T, H, d)."""
 
 
 def attend(
@@ -26,7 +30,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     *args,
-    rows: RaggedBatch | None = None,
+    rows: AttendingRows | None = None,
     observer: Callable[[Tensor, Tensor], None] | None = None,
     implementation: str = "",
     **kwargs,

@@ -15,9 +15,8 @@ from pathlib import Path
 from traceback import extract_tb
 
 from awares_bench.errors import RunError
-from awares_bench.methods.conversation import Event, Failure, Reply, Sample, Trajectory, Turn
-from awares_bench.methods.crop_grid import CropRequestError
-from awares_bench.methods.images import as_rgb, half_size
+from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Sample, Trajectory, Turn
+from awares_bench.methods.images import as_rgb
 from awares_bench.methods.policy import Policy, TurnGenerator
 from awares_bench.methods.pruner import Pruner
 from awares_bench.methods.usage import Usage
@@ -27,9 +26,6 @@ from .session import Prepared, Request, Session
 
 LOOKAHEAD_BATCHES = 4
 """Batches of conversations that are started at a time: their pictures are in memory, and batches are chosen among them."""
-
-LOW_RATIO = 0.35
-"""Above this share of the full tokens, limits of the processor bend the half-size view away from a quarter."""
 
 
 @dataclass(frozen=True)
@@ -201,9 +197,9 @@ class Engine:
         for run in batch:
             if short:
                 detail = f"{len(batch)} rows of up to {max(costs)} tokens did not fit; went on with half"
-                run.events.append(Event("out_of_memory", detail))
+                run.events.append(Event(EventKind.OUT_OF_MEMORY, detail))
             else:
-                run.events.append(Event("batch_failed", f"{len(batch)} rows went on in halves: {failure.error}"))
+                run.events.append(Event(EventKind.BATCH_FAILED, f"{len(batch)} rows went on in halves: {failure.error}"))
         middle = len(batch) // 2
         return [*lost, *self._answer(batch[:middle]), *self._answer(batch[middle:])]
 
@@ -215,10 +211,11 @@ class Engine:
             if not job.sample.question.strip():
                 if not converted:
                     return Failure("the document holds neither a question nor an image; exclude it")
-                events.append(Event("no_question", "the question is empty: answered from the image alone"))
-            job = replace(job, sample=replace(job.sample, images=tuple(image for image, _ in converted)))
-            run = Exchange(index, job, self.policy.turns(job.sample), Turn(), events=events)
-            run.full_tokens = sum(self.vlm.visual_tokens(image) for image in job.sample.images)
+                events.append(Event(EventKind.NO_QUESTION, "the question is empty: answered from the image alone"))
+            images = tuple(image for image, _ in converted)
+            full_tokens = sum(self.vlm.visual_tokens(image) for image in images)
+            job = replace(job, sample=replace(job.sample, images=images, full_tokens=full_tokens))
+            run = Exchange(index, job, self.policy.turns(job.sample), Turn(), events=events, full_tokens=full_tokens)
         except Exception as error:
             return _failure(error)
         outcome = self._advance(run, None)
@@ -233,6 +230,8 @@ class Engine:
                     run.events.append(step)
                     step = run.generator.send(None)
             except StopIteration as stop:
+                if isinstance(stop.value, Failure):
+                    return stop.value
                 if not isinstance(stop.value, Reply):
                     return Failure(f"{type(self.policy).__name__} ended with {stop.value!r}, which is not a Reply")
                 return self._finish(run, stop.value)
@@ -243,8 +242,6 @@ class Engine:
             visual = sum(self.vlm.visual_tokens(image) for image in step.images)
             run.cost = run.session.length + visual + text // 4 + max(run.job.max_new_tokens, step.min_reply_tokens or 0)
             return None
-        except CropRequestError as error:
-            return Failure(f"malformed crop request and on_malformed='error': {error}")
         except Exception as error:  # the policy is anyone's code
             return _failure(error)
 
@@ -253,17 +250,8 @@ class Engine:
         text, cap = answer.text, run.job.max_new_tokens
         if answer.tokens and answer.usage.output > cap:  # a server's own count; its text may be other tokens when read again
             text = self.vlm.text(answer.tokens[:cap], run.job.until)
-            events.append(Event("answer_cut", f"the answer had {answer.usage.output} tokens, the task allows {cap}"))
-        first = next(i for i, turn in enumerate(run.turns) if not turn.model and turn.hidden_state_depth is None)
-        images, share = run.turns[first].images, run.replies[first].usage.encoded / max(run.full_tokens, 1)
-        halved = [half_size(*image.size) for image in run.job.sample.images]
-        if images and [image.size for image in images] == halved and share > LOW_RATIO:
-            events.append(
-                Event("low_view_not_a_quarter", f"the first view costs {share:.2f} of the full tokens: processor limits bite")
-            )
-        crops = next((tuple(e.detail.split(",")) for e in events if e.kind == "crops"), ())
-        events = [e for e in events if e.kind != "crops"]
-        return Trajectory(tuple(run.turns), tuple(run.replies), text, tuple(events), run.full_tokens, crops)
+            events.append(Event(EventKind.ANSWER_CUT, f"the answer had {answer.usage.output} tokens, the task allows {cap}"))
+        return Trajectory(tuple(run.turns), tuple(run.replies), text, tuple(events), run.full_tokens)
 
 
 def _failure(error: Exception) -> Failure:

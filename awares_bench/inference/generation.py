@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 MAX_NEW_TOKENS = 128
 """Of an answer where the task does not say, as lmms-eval's own Qwen2.5-VL."""
@@ -125,7 +126,7 @@ def _refusal(name: str, value: object) -> str:
     )
 
 
-def _length(value: object) -> int:
+def _length(value: Any) -> int:
     try:
         if isinstance(value, bool) or float(value) != int(value) or int(value) < 1:
             raise ValueError
@@ -136,7 +137,7 @@ def _length(value: object) -> int:
     return int(value)
 
 
-def _same(value: object, other: object) -> bool:
+def _same(value: Any, other: Any) -> bool:
     """Whether two arguments are equal, numbers in words too."""
     try:
         return value is not None and other is not None and float(value) == float(other)

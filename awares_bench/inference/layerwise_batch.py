@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from awares_bench.methods.pruner import Pruner
+from awares_bench.methods.pruner import Pruner, quirks_of
 from awares_bench.models.attention_scores import AttentionRows
 from awares_bench.models.base import CACHE, HostModel
 from awares_bench.models.prompt_chunk import ImageSpan, PromptChunk
@@ -28,6 +28,7 @@ class LayerwiseBatch(PaddedBatch):
     ):
         super().__init__(host, sessions, chunks)
         self.pruner, self.cuts, self.chunks = pruner, cuts, chunks
+        self.renumber = quirks_of(pruner).renumber_positions
         self.prompt_columns = self.mask.shape[1]  # at the first layer
         self.raters = [self.choose_raters(c) for c in chunks]
         """Places of every row's raters, counted back from the end, which no cut moves."""
@@ -53,7 +54,7 @@ class LayerwiseBatch(PaddedBatch):
         for layer in range(self.host.layers):
             self.filled.append(self._filled(self.past[layer], [len(c.embeds) for c in self.chunks]))
             entering.append([c.visual for c in self.chunks])
-            shift = self.shifts_before[layer] * (not self._repacked(layer))
+            shift = self.shifts_before[layer] * (not self._renumbered(layer))
             rope = self.host.rope(hidden, positions + shift[None, :, None])
             if layer not in self.cuts:
                 hidden = self._layer(layer, hidden, rope)
@@ -64,8 +65,8 @@ class LayerwiseBatch(PaddedBatch):
                 hidden = self._layer(layer, hidden, rope, **observed)
             self.chunks = [self.cut(layer, b, hidden[b], positions[:, b], rope) for b in self.rows]
             hidden, positions = self.padded(self.chunks)
-            if self.pruner.repacks:
-                positions = self._repack(layer, positions)
+            if self.renumber:
+                positions = self._renumber(layer, positions)
         self.visual = torch.tensor(entering, dtype=torch.float64).mean(0).tolist()
         return self.host.logits(hidden[:, -1:])
 
@@ -81,7 +82,7 @@ class LayerwiseBatch(PaddedBatch):
         rope = None
         for layer in range(self.host.layers):
             shift = self.shifts[layer][self.rows]
-            if rope is None or self.pruner.repacks:
+            if rope is None or self.renumber:
                 rope = self.host.rope(hidden, positions + shift[None, :, None])
             hidden = self._layer(layer, hidden, rope)
         return hidden
@@ -116,10 +117,10 @@ class LayerwiseBatch(PaddedBatch):
         columns = slice(past + span.start, past + span.stop)
         return AttentionRows(self.queries[b].transpose(0, 1), keys, past + new + self.raters[b], columns, rope)
 
-    def _repacked(self, layer: int) -> bool:
-        return self.pruner.repacks and layer > min(self.cuts)
+    def _renumbered(self, layer: int) -> bool:
+        return self.renumber and layer > min(self.cuts)
 
-    def _repack(self, layer: int, positions: Tensor) -> Tensor:
+    def _renumber(self, layer: int, positions: Tensor) -> Tensor:
         """Positions that count the tokens of layer ``layer + 1`` one by one; later tokens of these layers go on from there."""
         length = torch.tensor([len(c.embeds) for c in self.chunks], device=positions.device)
         first = self.first + self.shifts_before[layer + 1]

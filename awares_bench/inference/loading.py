@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from awares_bench.methods.options import parse_bool, parse_int
 from awares_bench.methods.policy import UNDER_TEST, Policy
 from awares_bench.models.packaged import resolve
 
@@ -17,8 +18,8 @@ def load_vlm(
     the checkpoint's own. Raises ValueError for an option that cannot be read, CheckpointError for the checkpoint.
     """
     folder = resolve(str(pretrained))
-    limits = whole("min_pixels", options["min_pixels"]), whole("max_pixels", options["max_pixels"])
-    device, constrained = str(options["device"] or "auto"), flag("constrained", options["constrained"])
+    limits = parse_int("min_pixels", options["min_pixels"]), parse_int("max_pixels", options["max_pixels"])
+    device, constrained = str(options["device"] or "auto"), parse_bool("constrained", options["constrained"])
     key = (folder, str(options["dtype"]), device, options["attn_implementation"], *limits, constrained, penalty)
     if key not in loaded:
         loaded[key] = LocalModel.load(*key)
@@ -28,21 +29,3 @@ def load_vlm(
 def auxiliary_checkpoints(policy: Policy) -> dict[str, str]:
     """Role -> checkpoint of the models that a policy needs beside the one under test."""
     return {role: checkpoint for role, checkpoint in policy.models.items() if checkpoint != UNDER_TEST}
-
-
-def whole(name: str, value: object, least: int = 1) -> int:
-    """An option that is a whole number. Raises ValueError that says which."""
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}; it must be a whole number") from None
-    if number < least:
-        raise ValueError(f"{name} is {number}; it must be at least {least}")
-    return number
-
-
-def flag(name: str, value: object) -> bool:
-    """An option that is true or false. Raises ValueError that says which."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; allowed: true, false")
-    return value

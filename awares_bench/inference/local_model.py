@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from awares_bench.errors import RunError
-from awares_bench.methods.conversation import Event, Failure, Reply, Turn
+from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn
 from awares_bench.methods.crop_grid import CropGrid
 from awares_bench.methods.pruner import Pruner, VisualTokens
 from awares_bench.methods.usage import Usage
@@ -316,10 +316,10 @@ class LocalModel:
             r.session.events += [*prepared[b].events, *replies[b].events]
             if prepared[b].room < r.max_reply_tokens and not reply.complete:
                 detail = f"the reply was cut after {prepared[b].room} tokens: the checkpoint's context was full"
-                r.session.events.append(Event("context_full", detail))
+                r.session.events.append(Event(EventKind.CONTEXT_FULL, detail))
             if reused[b] and not sampling:
                 detail = f"{reused[b]} pictures were encoded before; their encode time is not here"
-                r.session.events.append(Event("features_reused", detail))
+                r.session.events.append(Event(EventKind.FEATURES_REUSED, detail))
         return out
 
     def _reused(self, images: list[list[ImageInput]]) -> list[int]:

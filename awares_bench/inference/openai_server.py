@@ -7,18 +7,15 @@ where it reports them. A server's phases cannot be told apart: its seconds, queu
 
 from __future__ import annotations
 
-import base64
-import io
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from openai import APIConnectionError, APIStatusError, OpenAI
+from openai import APIConnectionError, APIStatusError
 from PIL import Image
 from transformers import GenerationConfig
 
 from awares_bench.errors import RunError
-from awares_bench.methods.conversation import Event, Failure, Reply, Turn, chat_messages
+from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn, chat_messages
 from awares_bench.methods.images import within_aspect
 from awares_bench.methods.usage import Usage
 from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, check_text
@@ -26,18 +23,15 @@ from awares_bench.models.checkpoint import family_of, open_processor
 from awares_bench.models.packaged import resolve
 
 from .decoding import own_penalty, penalty_of
+from .openai_client import RETRIES, image_part, is_refusal, open_client, reason, refusal, refuses_all
 from .session import Prepared, Request
-
-RETRIES = 12
-"""The client waits 0.5 s after the first failure and up to 8 s after later ones: a server has about a minute to come back."""
 
 
 class Endpoint:
-    """A served model. It answers what a ``LocalModel`` answers, except for pruners and probes.
+    """A served model. It answers what a ``VLM`` answers, except for pruners and probes.
 
     base_url: such as http://localhost:8000/v1. model: its name there. pretrained: whose processor counts tokens.
-    concurrency: requests in flight. retries: after refused connections, time-outs, rate limits (waiting as long as the server
-    asks) and server errors. The key is read from OPENAI_API_KEY.
+    concurrency: requests in flight. retries, timeout: see ``openai_client``. The key is read from OPENAI_API_KEY.
     repetition_penalty: sent with every request unless it is 1; None: the one of ``pretrained``'s ``generation_config.json``. A server
     that refuses the field is trusted to apply the checkpoint's own, which is then an event.
     """
@@ -54,6 +48,7 @@ class Endpoint:
         timeout: float = 600.0,
         repetition_penalty: float | None = None,
     ):
+        self.client = open_client(base_url, retries, timeout)
         self.processor = open_processor(resolve(pretrained))
         self.family = family_of(resolve(pretrained))
         self.own_penalty = _own_penalty(resolve(pretrained))
@@ -62,8 +57,6 @@ class Endpoint:
         self.tokenizer = self.processor.tokenizer
         self.limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        self.client = OpenAI(base_url=base_url, api_key=key, max_retries=retries, timeout=timeout)
 
     def visual_tokens(self, image) -> int:
         """Merged visual tokens of ``image`` under this processor's limits; the server's limits should be the same."""
@@ -88,7 +81,8 @@ class Endpoint:
         """Answer one turn of each conversation. A request that the server refuses, or fails at while it answers others, is a
         failure of its document.
 
-        Raises RunError when the server cannot be reached any more: what was answered is in the run folder.
+        Raises RunError when the server cannot be reached any more, or knows neither key nor model: what was answered is in the
+        run folder.
         """
         if pruner is not None:
             raise RunError(f"{type(pruner).__name__} cuts tokens inside the model; leave engine=openai out, or the pruner")
@@ -111,7 +105,9 @@ class Endpoint:
         visual, before = self._visual([turn]), self._visual(session.turns)
         text, earlier = self._text(history, session.replies), self._text(session.turns, session.replies)
         if turn.omit_newline:
-            events.append(Event("template", "the line break before this message is the server's; the checkpoint had none"))
+            events.append(
+                Event(EventKind.TEMPLATE, "the line break before this message is the server's; the checkpoint had none")
+            )
         if turn.forced_reply is not None:
             answer, output, complete, seconds = turn.forced_reply, 0, True, (0.0, 0.0)
         else:
@@ -120,9 +116,11 @@ class Endpoint:
             try:
                 made = self._create(payload, request, events)
             except APIStatusError as error:
-                if error.status_code < 500 and error.status_code not in (408, 409, 429):
-                    return Failure(f"the server refused the request ({error.status_code}): {_said(error)}")
-                return self._failed(error, f"{error.status_code}: {_said(error)}")
+                if refuses_all(error):
+                    raise RunError(f"{self.base_url}, model {self.model}: {refusal(error)}") from error
+                if is_refusal(error):
+                    return Failure(refusal(error))
+                return self._failed(error, f"{error.status_code}: {reason(error)}")
             except APIConnectionError as error:
                 return self._failed(error, str(error))
             if not made.choices:
@@ -137,7 +135,7 @@ class Endpoint:
                 counted = text + visual + before
                 if spent.prompt_tokens != counted:
                     said = f"the server counts {spent.prompt_tokens} prompt tokens, the processor here {counted}"
-                    events.append(Event("token_count", f"{said}: limits or templates differ"))
+                    events.append(Event(EventKind.TOKEN_COUNT, f"{said}: limits or templates differ"))
                     text = spent.prompt_tokens - visual - before
             if session.turns:
                 events += _cache_events(spent)
@@ -159,11 +157,11 @@ class Endpoint:
             try:
                 return create(**asked, extra_body={"repetition_penalty": penalty})
             except APIStatusError as error:
-                if not own or error.status_code not in (400, 422) or "repetition_penalty" not in _said(error):
+                if not own or error.status_code not in (400, 422) or "repetition_penalty" not in reason(error):
                     raise
                 self._takes_penalty = False
         told = f"the server takes no repetition_penalty; it is trusted to apply the checkpoint's own, {penalty:g}"
-        events.append(Event("repetition_penalty", told))
+        events.append(Event(EventKind.REPETITION_PENALTY, told))
         return create(**asked)
 
     def _failed(self, error: Exception, told: str) -> Failure:
@@ -205,11 +203,6 @@ class Endpoint:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _said(error: APIStatusError) -> str:
-    """What the server gave as its reason; the client's own sentence leaves out what it does not know the form of."""
-    return error.response.text.strip()[:500] or error.message
-
-
 def _own_penalty(pretrained: str) -> float:
     """The repetition penalty of a checkpoint's ``generation_config.json``; 1 where it has no such file."""
     try:
@@ -222,9 +215,15 @@ def _cache_events(spent) -> list[Event]:
     details = getattr(spent, "prompt_tokens_details", None)
     cached = getattr(details, "cached_tokens", None)
     if cached is None:
-        return [Event("prefix_cache", "the server does not say whether it kept the first turn; tokens are counted as if it had")]
+        return [
+            Event(
+                EventKind.PREFIX_CACHE, "the server does not say whether it kept the first turn; tokens are counted as if it had"
+            )
+        ]
     return (
-        [] if cached else [Event("prefix_cache", "the server kept nothing of the first turn and prefilled it again, uncounted")]
+        []
+        if cached
+        else [Event(EventKind.PREFIX_CACHE, "the server kept nothing of the first turn and prefilled it again, uncounted")]
     )
 
 
@@ -234,15 +233,9 @@ def _payload(talk: list[dict]) -> list[dict]:
     for message in talk:
         content = message["content"]
         if not isinstance(content, str):
-            content = [_picture(part["image"]) if part["type"] == "image" else part for part in content]
+            content = [image_part(within_aspect(part["image"])[0]) if part["type"] == "image" else part for part in content]
         out.append({"role": message["role"], "content": content})
     return out
-
-
-def _picture(image) -> dict:
-    data = io.BytesIO()
-    within_aspect(image)[0].save(data, "PNG", compress_level=1)
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"}}
 
 
 def _cut(text: str, until: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from awares_bench.methods.conversation import Event
+from awares_bench.methods.conversation import Event, EventKind
 
 from .call_grammar import CallGrammar
 from .session import Request
@@ -68,7 +68,7 @@ class ReplyDecoder:
         """``call_overruled``, once, when the reply is not what the model alone would have written."""
         if not self.overruled:
             return []
-        return [Event("call_overruled", f"the grammar of calls held the model: {'; '.join(self.overruled)}")]
+        return [Event(EventKind.CALL_OVERRULED, f"the grammar of calls held the model: {'; '.join(self.overruled)}")]
 
     def next_input(self) -> list[int]:
         """The last token, not yet in the cache, and a draft of what the grammar makes of it."""

@@ -8,9 +8,14 @@ lmms-eval adapter, typo included, because the published weights were evaluated w
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Box = tuple[int, int, int, int]
 """(left, top, right, bottom) in pixels, right and bottom exclusive."""
@@ -46,6 +51,11 @@ class CropGrid:
     def ids(self) -> dict[str, str]:
         """id -> name, ``all`` included."""
         return {str(i): name for i, name in enumerate(self.names)} | {ALL: ALL}
+
+    @cached_property
+    def quarters(self) -> dict[str, tuple[int, int, int, int]]:
+        """name -> (left, top, right, bottom) in quarters of the side, ``all`` included."""
+        return dict(self.regions) | {ALL: (0, 0, 4, 4)}
 
     @property
     def prompt(self) -> str:
@@ -118,20 +128,24 @@ class CropGrid:
         of one pixel a side every region is that pixel.
         """
         names = (names,) if isinstance(names, str) else names
-        regions = dict(self.regions) | {ALL: (0, 0, 4, 4)}
-        unknown = [n for n in names if n not in regions]
+        unknown = [n for n in names if n not in self.quarters]
         if unknown:
-            raise CropRequestError(f"unknown crop {unknown[0]!r}; allowed: {', '.join(regions)}")
-        return [_box(regions[name], width, height) for name in names]
+            raise CropRequestError(f"unknown crop {unknown[0]!r}; allowed: {', '.join(self.quarters)}")
+        return [_box(self.quarters[name], width, height) for name in names]
 
-    def cut(self, image, names) -> list:
+    def cut(self, image: Image.Image, names: tuple[str, ...] | list[str] | str) -> list[Image.Image]:
         """The named regions of a PIL image, at its own pixel density."""
-        return [image.crop(box) for box in self.boxes(*image.size, names)]
+        return [image.crop(box) for box in self.boxes(image.width, image.height, names)]
 
-    def area(self, names) -> float:
+    def area(self, names: Iterable[str]) -> float:
         """Sum of the regions' areas as a fraction of the image; overlaps count twice, as their tokens do."""
-        regions = dict(self.regions) | {ALL: (0, 0, 4, 4)}
-        return sum((r - l) * (b - t) for l, t, r, b in (regions[n] for n in names)) / 16  # noqa: E741
+        return sum((right - left) * (bottom - top) for left, top, right, bottom in (self.quarters[n] for n in names)) / 16
+
+    def union_area(self, names) -> float:
+        """Share of the image that the regions cover together, 0 to 1; overlaps count once."""
+        boxes = (self.quarters[n] for n in names)
+        cells = {(x, y) for left, top, right, bottom in boxes for x in range(left, right) for y in range(top, bottom)}
+        return len(cells) / 16
 
     def holds(self, names: tuple[str, ...], evidence: list[Box], width: int, height: int, slack: int = 2) -> bool:
         """Whether each evidence box lies in one of the named regions, give or take ``slack`` pixels on each side."""
@@ -146,7 +160,8 @@ class CropGrid:
 
         slack: pixels by which a box may stick out of its region on each side.
         """
-        best, best_area = (ALL,), 1.0
+        best: tuple[str, ...] = (ALL,)
+        best_area = 1.0
         for n in range(1, most + 1):
             for names in combinations(self.names, n):
                 if self.area(names) < best_area and self.holds(names, evidence, width, height, slack):
@@ -173,6 +188,18 @@ class CropGrid:
 _BEGINS = re.compile(r"\s*GET_CROPS\b", re.IGNORECASE)
 _CALL = re.compile(r"GET_CROPS\s*:?\s*\[(?P<inside>[^\[\]]*)(?P<closed>\])?", re.IGNORECASE)
 _ENTRY = re.compile(r"\s*(?P<quote>['\"]?)\s*(?P<word>[A-Za-z0-9 _-]+?)\s*(?P=quote)\s*")
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes, 0 to 1."""
+    across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(0, across) * max(0, down)
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def hull(boxes: list[Box]) -> Box:
+    """The smallest box around one or more boxes."""
+    return (min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes))
 
 
 def _quote(reply: str) -> str:

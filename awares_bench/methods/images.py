@@ -14,7 +14,7 @@ from urllib.request import url2pathname
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from .conversation import Event
+from .conversation import Event, EventKind
 
 MAX_ASPECT = 200
 """Qwen2.5-VL's processor refuses images longer than 200 times their width (transformers ``smart_resize``)."""
@@ -127,7 +127,7 @@ def _from_array(array: object) -> tuple[Image.Image, list[Event]]:
     if 0 in values.shape:
         raise PictureError(f"the image has no pixels (an array of shape {values.shape}); replace or exclude it")
     values, said = _scaled(values * np.uint8(255) if values.dtype.kind == "b" else values)
-    return Image.fromarray(np.ascontiguousarray(values)), [Event("image_depth", said)] if said else []
+    return Image.fromarray(np.ascontiguousarray(values)), [Event(EventKind.IMAGE_DEPTH, said)] if said else []
 
 
 def _frames(image: Image.Image) -> list[Event]:
@@ -137,7 +137,7 @@ def _frames(image: Image.Image) -> list[Event]:
         detail = f"frame or page {image.tell() + 1} of {image.n_frames} is shown, the others are not"
     except Exception as error:  # a broken frame behind the one that is shown
         detail = f"one frame or page is shown; how many there are cannot be read ({_named(error)})"
-    return [Event("image_frames", detail)]
+    return [Event(EventKind.IMAGE_FRAMES, detail)]
 
 
 def _upright(image: Image.Image) -> tuple[Image.Image, list[Event]]:
@@ -146,9 +146,9 @@ def _upright(image: Image.Image) -> tuple[Image.Image, list[Event]]:
         orientation = image.getexif().get(0x0112)
         turned = ImageOps.exif_transpose(image)
     except Exception as error:
-        return image.copy(), [Event("image_exif", f"the EXIF block cannot be read ({_named(error)}): not rotated")]
+        return image.copy(), [Event(EventKind.IMAGE_EXIF, f"the EXIF block cannot be read ({_named(error)}): not rotated")]
     rotated = orientation in range(2, 9)
-    return turned, [Event("image_rotated", "EXIF orientation applied")] if rotated else []
+    return turned, [Event(EventKind.IMAGE_ROTATED, "EXIF orientation applied")] if rotated else []
 
 
 def _eight_bits(image: Image.Image) -> tuple[Image.Image, list[Event]]:
@@ -156,7 +156,7 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, list[Event]]:
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image, []
     values, said = _scaled(np.asarray(image))
-    return Image.fromarray(values), [Event("image_depth", said)] if said else []
+    return Image.fromarray(values), [Event(EventKind.IMAGE_DEPTH, said)] if said else []
 
 
 def _scaled(values: np.ndarray) -> tuple[np.ndarray, str | None]:
@@ -198,8 +198,8 @@ def _opaque(image: Image.Image) -> tuple[Image.Image, list[Event]]:
         if image.mode in ("RGBA", "LA", "PA"):
             raise
         del image.info["transparency"]
-        return image, [Event("image_transparent", f"the transparency cannot be read ({_named(error)}): taken as opaque")]
-    events = [Event("image_transparent", "transparency laid on white")] if layer.getextrema()[3][0] < 255 else []
+        return image, [Event(EventKind.IMAGE_TRANSPARENT, f"the transparency cannot be read ({_named(error)}): taken as opaque")]
+    events = [Event(EventKind.IMAGE_TRANSPARENT, "transparency laid on white")] if layer.getextrema()[3][0] < 255 else []
     return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer), events
 
 
@@ -233,4 +233,6 @@ def within_aspect(image: Image.Image) -> tuple[Image.Image, list[Event]]:
         return image, []
     canvas = Image.new("RGB", (max(w, need), max(h, need)), (255, 255, 255))
     canvas.paste(image, (0, 0))
-    return canvas, [Event("image_padded", f"{w}x{h} padded to {canvas.width}x{canvas.height}: longer than 1:{MAX_ASPECT}")]
+    return canvas, [
+        Event(EventKind.IMAGE_PADDED, f"{w}x{h} padded to {canvas.width}x{canvas.height}: longer than 1:{MAX_ASPECT}")
+    ]

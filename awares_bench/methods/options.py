@@ -1,13 +1,13 @@
-"""The options of a method: the fields of its dataclass, checked, and named when they are misspelt."""
+"""Options: the fields of a method's dataclass, checked, and named when they are misspelt; values of a command line, read."""
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import fields
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
-def check_choices(method: object) -> None:
+def check_choices(method: Any) -> None:
     hints = get_type_hints(type(method))
     for f in fields(method):
         hint, value = hints[f.name], getattr(method, f.name)
@@ -25,3 +25,23 @@ def unknown_option(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown option {name!r}.{hint} Known: {', '.join(sorted(known))}"
+
+
+def parse_int(name: str, value: object, least: int = 1) -> int:
+    """An option that is a whole number, or a text of one. Raises ValueError that says which."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number") from None
+    if isinstance(value, bool) or (isinstance(value, float) and number != value):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+    if number < least:
+        raise ValueError(f"{name} is {number}; it must be at least {least}")
+    return number
+
+
+def parse_bool(name: str, value: object) -> bool:
+    """An option that is true or false. Raises ValueError that says which."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; allowed: true, false")
+    return value

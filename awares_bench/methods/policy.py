@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 
-from .conversation import Event, Reply, Sample, Turn
+from .conversation import Event, Failure, Reply, Sample, Turn
 from .options import check_choices
 
-TurnGenerator = Generator[Turn | Event, Reply | None, Reply]
-"""Yields a Turn and is sent its Reply, or yields an Event and is sent None; returns the reply that is the answer."""
+TurnGenerator = Generator[Turn | Event, Reply | None, Reply | Failure]
+"""Yields a Turn and is sent its Reply, or yields an Event and is sent None; returns the reply that is the answer, or a Failure."""
 
 UNDER_TEST = "pretrained"
 """As the checkpoint of an auxiliary model: the model under test itself, whose tokens then count as its own."""

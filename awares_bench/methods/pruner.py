@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from .options import check_choices
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from awares_bench.models.attention_scores import AttentionRows
+
+class DecoderAttention(Protocol):
+    """Attention of R rating text tokens on an image's V tokens in one decoder layer of H heads, computed when asked for."""
+
+    def per_head(self, divisor: Tensor | None = None) -> Tensor:
+        """Mean over the raters of the attention, divided by ``divisor`` (R, V) if given: (H, V) in float32."""
+
+    def rotary_kernel(self) -> Tensor:
+        """Inner product of all-ones vectors rotated to each rater's and each token's place, over sqrt(head width): (R, V)."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,7 @@ class VisualTokens:
     """The visual tokens of one image as a pruner sees them, in raster order."""
 
     features: Tensor
-    """(V, D) what enters the decoder, or between decoder layers the hidden states there."""
+    """(V, D) what enters the decoder; at a cut between decoder layers the hidden states there."""
 
     grid: tuple[int, int]
     """Rows and columns of the whole image in tokens."""
@@ -30,13 +38,31 @@ class VisualTokens:
     """(V,) attention received in the pruner's vision block, mean over heads, queries and a token's patches; float32."""
 
     vision_keys: Tensor | None = None
-    """(V, d) key in that block, mean over heads and patches; float32."""
+    """(V, d) key in that block, mean over heads and a token's patches; float32."""
 
-    decoder_attention: AttentionRows | None = None
-    """Attention of the raters on these tokens, between decoder layers (``attention_scores.AttentionRows``)."""
+    decoder_attention: DecoderAttention | None = None
+    """Attention of the raters on these tokens, at a cut between decoder layers."""
 
     seed: int = 0
     """A number that the picture alone decides."""
+
+    tower_order: Tensor | None = None
+    """(V,) raster places in the order in which the vision tower holds the tokens; with attention or keys, before the first cut."""
+
+
+NEEDS = ("attention", "vision_keys", "seed")
+"""What a pruner may ask for in its ``needs``."""
+
+
+@dataclass(frozen=True)
+class ReleasedQuirks:
+    """What released code does to positions beside choosing tokens. The defaults do nothing; see ``quirks_of``."""
+
+    renumber_positions: bool = False
+    """The tokens after a cut between decoder layers get the positions 0, 1, 2, ... (SparseVLM v1.5)."""
+
+    span_offset: int = 0
+    """Tokens by which the cut is moved against the image (HoloV)."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +79,10 @@ class Pruner:
     retention: float = 0.5
 
     needs: ClassVar[tuple[str, ...]] = ()
-    """Fields of ``VisualTokens`` to be computed: any of attention, vision_keys, seed. ``decoder_attention`` comes with a cut in the decoder."""
+    """Fields of ``VisualTokens`` to be computed: any of ``NEEDS``. ``decoder_attention`` comes with a cut between layers."""
 
     vision_block: ClassVar[int] = -1
-    """The block that attention and vision_keys are taken from."""
-
-    repacks: ClassVar[bool] = False
-    """Give the tokens after a decoder stage the positions 0, 1, 2, ...; only to reproduce released code."""
-
-    offset: ClassVar[int] = 0
-    """Tokens by which the cut is moved against the image; only to reproduce released code."""
+    """The block that attention and keys are taken from."""
 
     def score(self, image: VisualTokens) -> Tensor:
         """-> (V,) scores; the highest are kept, the first of equals."""
@@ -93,3 +113,8 @@ class Pruner:
         if isinstance(self.retention, bool) or not isinstance(self.retention, (int, float)) or not 0 < self.retention <= 1:
             raise ValueError(f"retention is {self.retention!r}; it must be a number above 0 and at most 1, such as 0.5")
         check_choices(self)
+
+
+def quirks_of(pruner: Pruner) -> ReleasedQuirks:
+    """The quirks that a pruner reproduces: those of its property ``quirks``, which only SparseVLM and HoloV have."""
+    return getattr(pruner, "quirks", ReleasedQuirks())

@@ -6,22 +6,39 @@ import ast
 import difflib
 import inspect
 import sys
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 from .options import options, unknown_option
 from .policy import Policy
-from .pruner import Pruner
+from .pruner import NEEDS, Pruner
 
 GROUP = "awares_bench.methods"
 
 BLOCK = ("Paper", "Code", "Needs", "Cost", "Differs")
 """What a method's module docstring says beside its first line."""
+
+MOVED = {
+    "awares_bench.method": "import Policy, Pruner, TurnGenerator (was Look) and VisualTokens (was Visual) from awares_bench",
+    "awares_bench.trajectory": "import Event, Reply, Sample and Turn from awares_bench",
+    "awares_bench.crops": "import from awares_bench.methods.crop_grid",
+    "awares_bench.images": "import from awares_bench.methods.images",
+}
+"""Modules of earlier releases that a method may import -> what to write instead."""
+
+
+RENAMED = {
+    Policy: {"look": "turns(self, sample)"},
+    Pruner: {"budget": "tokens_to_keep(self, visual, share)", "stages": "cut_layers(self, layers)"},
+}
+"""What earlier releases called of a method: old name -> new one. Under its old name it would never be called."""
 
 
 def names() -> list[str]:
@@ -65,6 +82,11 @@ def method_class(name: str) -> type[Policy] | type[Pruner]:
     return own[0]
 
 
+def pruner_classes() -> list[type[Pruner]]:
+    """The pruners of this package, by file name."""
+    return [found for found in map(method_class, own_names()) if issubclass(found, Pruner)]
+
+
 @cache  # a class is the same class whenever its file is named
 def _from_file(place: str) -> type[Policy] | type[Pruner]:
     file, _, wanted = place.partition(".py:")
@@ -72,6 +94,7 @@ def _from_file(place: str) -> type[Policy] | type[Pruner]:
     if not path.is_file():
         raise ValueError(f"no file {path} (from method={place}); pass method=path/to/file.py:Class")
     spec = spec_from_file_location(f"awares_bench_method_{path.stem}_{abs(hash(path.resolve()))}", path)
+    assert spec is not None and spec.loader is not None  # a path that ends in .py has both
     module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses and type hints look for its names
     try:
         spec.loader.exec_module(module)
@@ -80,7 +103,9 @@ def _from_file(place: str) -> type[Policy] | type[Pruner]:
             f"{path}, line {error.lineno}: {error.msg}; the file is not valid Python, so no method can be read"
         ) from error
     except Exception as error:  # a stranger's code may raise anything when it is imported
-        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}; mend the file first") from error
+        raise ValueError(
+            f"{path} cannot be imported: {type(error).__name__}: {error}; {_remedy(error, 'mend the file first')}"
+        ) from error
     if not wanted:
         own = [c.__name__ for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
         raise ValueError(f"name the class: method={path}:Class; {path.name} defines {', '.join(own) or 'no class'}")
@@ -94,22 +119,33 @@ def _of_entry_point(entry: EntryPoint) -> type[Policy] | type[Pruner]:
     try:
         found = entry.load()
     except Exception as error:  # a stranger's package may raise anything when it is imported
-        raise ValueError(
-            f"method {entry.name!r} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}; mend or remove its package"
-        ) from error
+        message = f"method {entry.name!r} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}"
+        raise ValueError(f"{message}; {_remedy(error, 'mend or remove its package')}") from error
     return _checked(found, entry.value)
+
+
+def _remedy(error: Exception, otherwise: str) -> str:
+    """What to do about a method that cannot be imported: the new place of a module that moved, else ``otherwise``."""
+    return MOVED.get(error.name or "", otherwise) if isinstance(error, ModuleNotFoundError) else otherwise
 
 
 def _checked(found: object, place: str) -> type[Policy] | type[Pruner]:
     """``found`` when it is a method class. Raises ValueError that says what it lacks."""
     if not (inspect.isclass(found) and issubclass(found, (Policy, Pruner))):
         raise ValueError(f"{place} is not a method; derive the class from awares_bench.Policy or awares_bench.Pruner")
-    if not (is_dataclass(found) and found.__dataclass_params__.frozen and "__dataclass_fields__" in vars(found)):
+    if not ("__dataclass_fields__" in vars(found) and vars(found)["__dataclass_params__"].frozen):
         raise ValueError(f"{place} must be a frozen dataclass; write @dataclass(frozen=True) above the class")
+    for old, new in RENAMED[Policy if issubclass(found, Policy) else Pruner].items():
+        if inspect.isfunction(getattr(found, old, None)):
+            raise ValueError(f"{place} has a method {old}, the name of earlier releases; rename it to {new}")
     if issubclass(found, Policy) and found.turns is Policy.turns:
         raise ValueError(
             f"{place} has no turns(self, sample); a policy yields turns there and returns the reply that is the answer"
         )
+    needs = getattr(found, "needs", ())
+    unknown = [] if isinstance(needs, property) else [name for name in needs if name not in NEEDS]
+    if unknown:
+        raise ValueError(f"{place} needs {unknown[0]!r}; a pruner may need {', '.join(NEEDS)}")
     if issubclass(found, Pruner) and all(getattr(found, rung) is getattr(Pruner, rung) for rung in ("score", "select", "reduce")):
         raise ValueError(f"{place} has no score, select or reduce; a pruner writes one of them (see awares_bench.Pruner)")
     return found
@@ -117,11 +153,12 @@ def _checked(found: object, place: str) -> type[Policy] | type[Pruner]:
 
 @dataclass(frozen=True)
 class Method:
-    """What is run: a policy, and the pruner it is composed with, if any. ``parts`` are their names, the policy's first."""
+    """What is run: a policy, and the pruner it is composed with, if any."""
 
     policy: Policy
     pruner: Pruner | None
     parts: tuple[str, str | None]
+    """Their names, the policy's first."""
 
     @property
     def fields(self) -> dict[str, object]:
@@ -137,7 +174,7 @@ class Method:
         return " ".join([name, *told])
 
 
-def build(name: str, given: dict[str, object], common: tuple[str, ...] = ()) -> Method:
+def build(name: str, given: Mapping[str, Any], common: tuple[str, ...] = ()) -> Method:
     """A method by its name and options.
 
     given: options of the method, and ``pruner=NAME`` or, for a pruner, ``policy=NAME`` (default full) with the options of
@@ -156,10 +193,10 @@ def build(name: str, given: dict[str, object], common: tuple[str, ...] = ()) -> 
     for option in given:
         if option not in (*known, *common):
             raise ValueError(f"method {name}: {unknown_option(option, [*known, *common, other])}")
-    made = [cls(**{k: given[k] for k in options(cls) if k in given}) for cls in classes]
-    if other == "policy":
-        return Method(made[1], made[0], (str(second), name))
-    return Method(made[0], made[1] if second else None, (name, str(second) if second else None))
+    parts = [cls(**{k: given[k] for k in options(cls) if k in given}) for cls in classes]
+    policy = next(p for p in parts if isinstance(p, Policy))
+    pruner = next((p for p in parts if isinstance(p, Pruner)), None)
+    return Method(policy, pruner, (str(second), name) if other == "policy" else (name, str(second) if second else None))
 
 
 def describe(name: str) -> dict[str, str]:
@@ -183,9 +220,10 @@ def describe(name: str) -> dict[str, str]:
 def _docstring(name: str) -> str:
     if name in _external():
         try:
-            return (
-                ast.get_docstring(ast.parse(Path(find_spec(_external()[name].module).origin).read_text(encoding="utf-8"))) or ""
-            )
+            spec = find_spec(_external()[name].module)
+            if spec is None or spec.origin is None:
+                raise ImportError(f"there is no file of module {_external()[name].module}")
+            return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
         except (ImportError, OSError, SyntaxError, ValueError, AttributeError, TypeError) as error:
             return f"{_external()[name].value} cannot be read: {error}"
     package, file = _own()[name]

@@ -14,20 +14,27 @@ from awares_bench.errors import RunError
 
 @dataclass(frozen=True)
 class Gate:
-    """``softmax(weight @ hidden + bias)`` over ``sizes``.
-
-    weight: (K, D); bias: (K,). sizes: K longer sides in pixels, ascending. view: longer side of the thumbnail it reads.
-    depth: share of the proxy's layers after which it reads the last token. trained_on: the proxy's checkpoint, for people.
-    """
+    """``softmax(weight @ hidden + bias)`` over ``sizes``, K of them."""
 
     weight: np.ndarray
-    bias: np.ndarray
-    sizes: tuple[int, ...]
-    view: int
-    depth: float
-    trained_on: str = ""
+    """(K, D)."""
 
-    def __post_init__(self):
+    bias: np.ndarray
+    """(K,)."""
+
+    sizes: tuple[int, ...]
+    """K longer sides in pixels, ascending."""
+
+    view: int
+    """Longer side in pixels of the thumbnail that the gate reads."""
+
+    depth: float
+    """Share of the proxy's layers after which it reads the last token."""
+
+    trained_on: str = ""
+    """The proxy's checkpoint, for people."""
+
+    def __post_init__(self) -> None:
         if self.weight.shape != (len(self.sizes), self.weight.shape[-1]) or self.bias.shape != (len(self.sizes),):
             raise ValueError(f"a gate over {len(self.sizes)} sizes has weights {self.weight.shape} and bias {self.bias.shape}")
         if list(self.sizes) != sorted(set(self.sizes)) or self.sizes[0] < 1:
@@ -63,3 +70,9 @@ class Gate:
             raise ValueError(
                 f"{path} is not a gate that can be read ({error}); pass gate=FILE as the training wrote it"
             ) from error
+
+
+def gate_path(name: str) -> Path:
+    """``nano`` -> the gate in this package, trained for the nano weights; anything else -> the file of that name."""
+    packaged = Path(__file__).parents[1] / "weights" / "nano-cares" / "gate.safetensors"
+    return packaged if name == "nano" else Path(name)

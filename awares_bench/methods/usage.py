@@ -7,30 +7,43 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass(frozen=True)
 class Usage:
-    """What one turn, or several added with ``+``, cost.
-
-    encoded: merged visual tokens that left the vision tower
-    prefill: visual tokens entering each decoder layer, averaged over the layers
-    text:    prompt tokens that are not visual
-    output:  tokens the model wrote
-    passes:  forward passes of the decoder that wrote them, after the prefill; tokens fixed by a grammar share one
-    *_seconds: wall-clock per phase; in a batch of several, the batch's time shared out by tokens
-    aux_*:   the same of an auxiliary model (a cropper, a proxy): visual tokens out of its tower, all tokens through its
-             decoder (averaged over its layers), and its seconds of every phase. Never part of the retained token ratio
-    """
+    """What one turn, or several added with ``+``, cost. Seconds are wall-clock; in a batch of several, the batch's, shared out by tokens."""
 
     encoded: int = 0
+    """Merged visual tokens that left the vision tower."""
+
     prefill: float = 0.0
+    """Visual tokens entering each decoder layer, averaged over the layers."""
+
     text: int = 0
+    """Prompt tokens that are not visual."""
+
     output: int = 0
+    """Tokens the model wrote."""
+
     preprocess_seconds: float = 0.0
+    """Pictures to patches, text to tokens."""
+
     encode_seconds: float = 0.0
+    """The vision tower."""
+
     prefill_seconds: float = 0.0
+    """The decoder over the prompt."""
+
     decode_seconds: float = 0.0
+    """The decoder over what it writes."""
+
     passes: int = 0
+    """Forward passes of the decoder that wrote the output, after the prefill; tokens fixed by a grammar share one."""
+
     aux_encoded: int = 0
+    """Of an auxiliary model (a cropper, a proxy): visual tokens out of its tower. Never part of the retained token ratio."""
+
     aux_decoder: float = 0.0
+    """Of an auxiliary model: all tokens through its decoder, averaged over its layers."""
+
     aux_seconds: float = 0.0
+    """Of an auxiliary model: seconds of every phase."""
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -8,11 +8,6 @@ NANO = "nano"
 """The AwaRes checkpoint that ``pretrained`` defaults to: a small Qwen2.5-VL trained by this repository's own code."""
 
 
-def gate(name: str) -> str:
-    """``nano`` -> the CARES gate in this package, trained for the nano weights; anything else -> itself."""
-    return str(Path(__file__).parents[1] / "weights" / "nano-cares" / "gate.safetensors") if name == NANO else name
-
-
 def resolve(pretrained: str) -> str:
     """``nano``, ``nano-base`` or another name of this package -> its folder; anything else (a path, a hub name) -> itself."""
     folder = Path(__file__).parents[1] / "weights" / pretrained

@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from awares_bench.methods.pruner import Pruner, VisualTokens
-
-from .attention_scores import AttentionRows
+from awares_bench.methods.pruner import DecoderAttention, Pruner, VisualTokens, quirks_of
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,13 @@ class PromptChunk:
         return sum(len(s.visual.features) for s in self.spans)
 
     def cut(
-        self, pruner: Pruner, share: float, attention: Callable[[ImageSpan], AttentionRows | None] | None = None
+        self, pruner: Pruner, share: float, attention: Callable[[ImageSpan], DecoderAttention | None] | None = None
     ) -> PromptChunk:
         """The chunk with every image reduced to its share; ``attention`` gives the attention on an image between decoder layers."""
         embeds, positions, spans, at, length = [], [], [], 0, 0
+        offset = quirks_of(pruner).span_offset
         for span in self.spans:
-            start, stop = span.start + pruner.offset, span.stop + pruner.offset
+            start, stop = span.start + offset, span.stop + offset
             rows = attention(span) if attention else span.visual.decoder_attention
             image = replace(span.visual, features=self.embeds[start:stop], decoder_attention=rows)
             n = min(pruner.tokens_to_keep(span.full, share), stop - start)
@@ -66,7 +65,7 @@ class PromptChunk:
             embeds += [self.embeds[at:start], features.to(self.embeds.dtype)]
             positions += [self.positions[:, at:start], self.positions[:, start:stop][:, chosen]]
             length += start - at
-            spans.append(ImageSpan(length - pruner.offset, _kept(image, features, chosen), span.full))
+            spans.append(ImageSpan(length - offset, _kept(image, features, chosen), span.full))
             length, at = length + len(features), stop
         embeds, positions = torch.cat([*embeds, self.embeds[at:]]), torch.cat([*positions, self.positions[:, at:]], 1)
         return PromptChunk(embeds, positions, self.next_position, tuple(spans))
@@ -76,4 +75,4 @@ def _kept(image: VisualTokens, features: Tensor, chosen: Tensor) -> VisualTokens
     """What is left to be seen of an image after a cut."""
     seen = {name: getattr(image, name) for name in ("places", "attention", "vision_keys")}
     seen = {name: None if values is None else values[chosen] for name, values in seen.items()}
-    return replace(image, features=features, decoder_attention=None, **seen)
+    return replace(image, features=features, decoder_attention=None, tower_order=None, **seen)

@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from awares_bench.methods.images import within_aspect
 from awares_bench.methods.pruner import VisualTokens
 
-from .attention_scores import raster_order
+from .attention_scores import raster_order, window_order
 from .base import HostModel, ImageInput
 from .qwen2_5_vl_vision import VisionProbe, probed, windowed_attention
 
@@ -93,6 +93,7 @@ def runs_of(
             seen = {
                 "attention": _per_token(probe.attention, len(features), run, order),
                 "vision_keys": _per_token(probe.keys, len(features), run, order),
+                "tower_order": window_order(rows, columns, window, features.device),
             }
         places = torch.arange(rows * columns, device=features.device)
         seed = image.seed if "seed" in needs else 0

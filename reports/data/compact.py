@@ -19,16 +19,16 @@ RUNS, DOCUMENTS = "runs.json", "documents.csv.gz"
 VERSION = 1
 
 
-def write(found: list[Run], folder: Path) -> None:
+def write(runs: list[Run], folder: Path) -> None:
     """Runs -> ``folder/runs.json`` and ``folder/documents.csv.gz``; the same runs give the same bytes.
 
     Seconds are rounded to microseconds. Sums over phases, and RTR where it is prefill over full tokens, are taken again on reading.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    about = {r.name: portable({**r.about, "model_config": flops.shapes(r.about)}) for r in found}
+    about = {r.name: portable({**r.about, "model_config": flops.shapes(r.about)}) for r in runs}
     (folder / RUNS).write_text(json.dumps({"version": VERSION, "runs": about}, indent=1, sort_keys=True) + "\n")
     frames = []
-    for run in found:
+    for run in runs:
         frame = run.documents.drop(columns=["label", "family", "seconds", "later_seconds", "answer"])
         if (frame["rtr"].fillna(-1) == _ratio(frame).fillna(-1)).all():
             frame = frame.drop(columns="rtr")
@@ -46,9 +46,9 @@ def write(found: list[Run], folder: Path) -> None:
 
 def read(folder: Path) -> list[Run]:
     """What ``write`` wrote -> runs, their ``documents`` with the columns of ``load`` but without answers."""
-    told = json.loads((folder / RUNS).read_text())
-    if told.get("version") != VERSION:
-        raise ReportError(f"{folder / RUNS} is of version {told.get('version')}; this release reads version {VERSION}")
+    index = json.loads((folder / RUNS).read_text())
+    if index.get("version") != VERSION:
+        raise ReportError(f"{folder / RUNS} is of version {index.get('version')}; this release reads version {VERSION}")
     try:
         with gzip.open(folder / DOCUMENTS, "rt", encoding="utf-8") as file:
             header = file.readline().rstrip("\n").split(",")
@@ -62,13 +62,13 @@ def read(folder: Path) -> list[Run]:
         raise ReportError(
             f"{folder / DOCUMENTS} is damaged ({error}); write it again: awares-bench report RUNS --records {folder}"
         ) from error
-    astray = set(told["runs"]) ^ set(table["method"])
+    astray = set(index["runs"]) ^ set(table["method"])
     if astray:
         raise ReportError(f"{folder}: {RUNS} and {DOCUMENTS} do not name the same runs: {', '.join(sorted(astray))}")
-    return [Run(name, told["runs"][name], _whole(part), folder, {}) for name, part in table.groupby("method", sort=False)]
+    return [Run(name, index["runs"][name], _complete(part), folder, {}) for name, part in table.groupby("method", sort=False)]
 
 
-def _whole(frame: pd.DataFrame) -> pd.DataFrame:
+def _complete(frame: pd.DataFrame) -> pd.DataFrame:
     """Put back what follows from the rest: rtr, the sums over phases, zero where no turn came later."""
     frame = frame.reset_index(drop=True).dropna(axis="columns", how="all").copy()
     for key in ("encoded", "prefill", "text", "output", "turns", "full_tokens", "batch_size", "content"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pandas as pd
 
 from .load import ReportError, Run
 
-EXCEPTIONS = {
+REASONS = {
     "pixels": "processor limits differ",
     "weights": "one checkpoint name, different weights",
     "versions": "scored by different versions of lmms-eval or of a task",
@@ -27,10 +28,11 @@ def check(runs: list[Run], frame: pd.DataFrame, allow: tuple[str, ...] = (), tim
     times: whether times stand in the report; without them the hardware may differ.
     Raises ReportError with every reason that is not allowed.
     """
-    unknown = [a for a in allow if a not in EXCEPTIONS]
+    unknown = [a for a in allow if a not in REASONS]
     if unknown:
-        raise ReportError(f"--allow {unknown[0]}: unknown; allowed: {', '.join(EXCEPTIONS)}")
-    found = {
+        raise ReportError(f"--allow {unknown[0]}: unknown; allowed: {', '.join(REASONS)}")
+    # Reason -> the sentence on what differs, None where nothing does.
+    differences = {
         "partial": _partial(runs),
         "pixels": _differ(runs, _pixels, "processor limits (min_pixels, max_pixels)"),
         "weights": _weights(runs),
@@ -40,17 +42,16 @@ def check(runs: list[Run], frame: pd.DataFrame, allow: tuple[str, ...] = (), tim
         "prompts": _prompts(frame),
         "hardware": _differ(runs, _hardware(frame), "machine, batch size, precision and attention kernel") if times else None,
     }
-    refused = [f"{said}. {_remedy(name)}" for name, said in found.items() if said and name not in allow]
+    refused = [f"{what}. {_remedy(name)}" for name, what in differences.items() if what and name not in allow]
     if refused:
         raise ReportError("\n".join(refused))
-    return [f"allowed ({name}): {said}" for name, said in found.items() if said]
+    return [f"allowed ({name}): {what}" for name, what in differences.items() if what]
 
 
 def notes(runs: list[Run]) -> list[str]:
     """What a reader should know and nobody needs to allow: equal ``--limit``, commits, uncommitted changes, foreign models."""
-    out = []
-    out += _left_out(runs)
-    limits = {_evaluation(r).get("limit") for r in runs} - {None}
+    out = _left_out(runs)
+    limits = [limit for r in runs if (limit := _evaluation(r).get("limit")) is not None]
     if limits:
         out.append(f"--limit {min(limits):g}: only the first documents of each task")
     commits = {(r.about.get("commit") or {}).get("head") for r in runs} - {None}
@@ -68,18 +69,17 @@ def _left_out(runs: list[Run]) -> list[str]:
     """Documents that could not be answered, named under every table: they are in no number."""
     out = []
     for run in runs:
-        lost = {
-            task: dict(sorted(ids.items(), key=lambda x: int(x[0]))) for task, ids in (run.about.get("left_out") or {}).items()
-        }
+        lost = run.about.get("left_out") or {}
+        lost = {task: dict(sorted(reasons.items(), key=lambda x: int(x[0]))) for task, reasons in lost.items()}
         count = sum(map(len, lost.values()))
-        if count:
-            named = "; ".join(f"{task} {', '.join(list(ids)[:10])}{', …' if len(ids) > 10 else ''}" for task, ids in lost.items())
-            why = " ".join(next(iter(next(iter(lost.values())).values())).split())
-            why = why if len(why) <= 200 else f"{why[:200]}…"
-            s = "s" if count > 1 else ""
-            out.append(
-                f"{count} document{s} left out of {run.name}, which could not answer {'them' if s else 'it'}: {named} (the first: {why})"
-            )
+        if not count:
+            continue
+        # The first ten of each task by number, and the first one's reason, cut to a line or two.
+        ids = "; ".join(f"{task} {', '.join(list(own)[:10])}{', …' if len(own) > 10 else ''}" for task, own in lost.items())
+        why = " ".join(next(iter(next(iter(lost.values())).values())).split())
+        why = why if len(why) <= 200 else f"{why[:200]}…"
+        s, them = ("s", "them") if count > 1 else ("", "it")
+        out.append(f"{count} document{s} left out of {run.name}, which could not answer {them}: {ids} (the first: {why})")
     return out
 
 
@@ -111,10 +111,13 @@ def _pixels(run: Run) -> object:
 def _versions(runs: list[Run]) -> str | None:
     what = _differ(runs, lambda r: (r.about.get("versions") or {}).get("lmms-eval"), "versions of lmms-eval")
     for task in sorted({t for r in runs for t in _evaluation(r).get("versions") or {}}):
-        what = what or _differ(
-            runs, lambda r, t=task: (_evaluation(r).get("versions") or {}).get(t), f"versions of the task {task}"
-        )
+        if what is None:
+            what = _differ(runs, partial(_task_version, task), f"versions of the task {task}")
     return what
+
+
+def _task_version(task: str, run: Run) -> object:
+    return (_evaluation(run).get("versions") or {}).get(task)
 
 
 def _hardware(frame: pd.DataFrame) -> Callable[[Run], object]:
@@ -142,7 +145,7 @@ def _weights(runs: list[Run]) -> str | None:
     for run in runs:
         identity = run.about.get("identity") or {}
         name, weights = identity.get("pretrained"), identity.get("weights")
-        if weights is None:
+        if name is None or weights is None:
             continue
         first = seen.setdefault(name, (run.name, weights))
         if first[1] != weights:
@@ -161,21 +164,21 @@ def _tasks(frame: pd.DataFrame) -> str | None:
 
 def _documents(runs: list[Run], frame: pd.DataFrame) -> str | None:
     for task, rows in frame.groupby("task", observed=True, sort=False):
-        held = {m: set(d) for m, d in rows.groupby("method", observed=True, sort=False)["doc_id"]}
-        widest = max(held, key=lambda m: len(held[m]))
-        for method, documents in held.items():
-            if documents != held[widest]:
-                missing = (
-                    min(held[widest] - documents, default=None) if documents < held[widest] else min(documents ^ held[widest])
-                )
-                cut = [f"{r.name} ran with --limit {_evaluation(r)['limit']:g}" for r in runs if _evaluation(r).get("limit")]
-                cut += [
-                    f"{r.name} could not answer {len(lost)}"
-                    for r in runs
-                    if (lost := (r.about.get("left_out") or {}).get(str(task)))
-                ]
-                why = f" ({'; '.join(cut[:2])})" if cut else ""
-                return f"{method}, {task}: {len(documents)} documents, {widest} has {len(held[widest])}{why}; document {missing} is in one only"
+        documents_of = {m: set(d) for m, d in rows.groupby("method", observed=True, sort=False)["doc_id"]}
+        widest = max(documents_of, key=lambda m: len(documents_of[m]))
+        most = documents_of[widest]
+        for method, documents in documents_of.items():
+            if documents == most:
+                continue
+            # Name a document that one of them lacks, and what is known of why.
+            missing = min(most ^ documents)
+            causes = [f"{r.name} ran with --limit {_evaluation(r)['limit']:g}" for r in runs if _evaluation(r).get("limit")]
+            lost = {r.name: len((r.about.get("left_out") or {}).get(str(task)) or ()) for r in runs}
+            causes += [f"{name} could not answer {count}" for name, count in lost.items() if count]
+            why = f" ({'; '.join(causes[:2])})" if causes else ""
+            return (
+                f"{method}, {task}: {len(documents)} documents, {widest} has {len(most)}{why}; document {missing} is in one only"
+            )
     return None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from awares_bench.evaluation.records import read_records
+from awares_bench.methods.conversation import EventKind
 
 from . import names
 
@@ -40,16 +41,18 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """A method's run. name: its row in every table. about: run.json and lmms-eval's settings (``{}`` where unknown).
-
-    documents: a row per document, see ``load``. samples: task -> lmms-eval's samples file (none for compact records).
-    """
+    """A method's run."""
 
     name: str
+    """Its row in every table."""
     about: dict
+    """run.json, and lmms-eval's settings under ``evaluation``; ``{}`` where unknown."""
     documents: pd.DataFrame
+    """A row per document, see ``load``."""
     folder: Path | None
+    """The run's, a foreign model's output or that of compact records."""
     samples: dict[str, Path]
+    """Task -> lmms-eval's samples file; none for compact records."""
 
 
 def samples_lines(path: Path) -> Iterator[dict]:
@@ -65,10 +68,10 @@ def samples_lines(path: Path) -> Iterator[dict]:
 
 def samples_files(folder: Path) -> dict[str, Path]:
     """Task -> its newest samples file below an lmms-eval output folder, in the order of the paper's table."""
-    found: dict[str, Path] = {}
+    newest: dict[str, Path] = {}
     for path in sorted(folder.rglob("*_samples_*.jsonl"), key=lambda p: p.name):
-        found[path.stem.split("_samples_", 1)[1]] = path
-    return {t: found[t] for t in sorted(found, key=lambda t: (ORDER.index(t) if t in ORDER else len(ORDER), t))}
+        newest[path.stem.split("_samples_", 1)[1]] = path
+    return {t: newest[t] for t in sorted(newest, key=lambda t: (ORDER.index(t) if t in ORDER else len(ORDER), t))}
 
 
 def load(method: str, run: Path | None, lmms_output: Path, metrics: dict[str, str] | None = None) -> pd.DataFrame:
@@ -101,10 +104,10 @@ def load(method: str, run: Path | None, lmms_output: Path, metrics: dict[str, st
                 f"{method}, {task}: {len(scored)} scores but no record for {len(missing)} of them (document {missing[0]} first). "
                 "lmms-eval may have answered them from its own cache: rerun without --use_cache"
             )
-        for doc_id, (score, told) in sorted(scored.items()):
+        for doc_id, (score, telemetry) in sorted(scored.items()):
             record = records.get((task, doc_id))
             row = {"method": method, "task": task, "doc_id": doc_id, "score": score}
-            rows.append(row | (_spent(told) if record is None else _spent(vars(record))))
+            rows.append(row | (_spent(telemetry) if record is None else _spent(vars(record))))
     return typed(pd.DataFrame(rows))
 
 
@@ -144,10 +147,10 @@ def _scored(path: Path, task: str, metrics: dict[str, str], telemetry: bool) -> 
 
 def _telemetry(sample: dict) -> dict:
     """A line of lmms-eval's samples file -> the fields of a record; a foreign model's tell the tokens it wrote at most."""
-    told = next(iter(sample.get("token_counts") or []), None) or {}
+    counts = next(iter(sample.get("token_counts") or []), None) or {}
     answer = sample.get("filtered_resps")
-    usage = told.get("usage") or ([{"output": told["output_tokens"]}] if told.get("output_tokens") is not None else [])
-    return {**told, "usage": usage, "answer": answer, "question": str(sample.get("input", ""))}
+    usage = counts.get("usage") or ([{"output": counts["output_tokens"]}] if counts.get("output_tokens") is not None else [])
+    return {**counts, "usage": usage, "answer": answer, "question": str(sample.get("input", ""))}
 
 
 def _spent(record: dict) -> dict:
@@ -155,11 +158,11 @@ def _spent(record: dict) -> dict:
     turns = [_flat(u) for u in record["usage"]]
     keys = dict.fromkeys(("encoded", "prefill", "text", "output")) | {k: None for u in turns for k in u}
     kinds = [e["kind"] for e in record.get("events") or []]
-    crops = record.get("crops") or []
+    crops, malformed = record.get("crops") or [], EventKind.MALFORMED_CALL in kinds
     row = {
         "full_tokens": record.get("full_tokens"),
-        "called": bool(crops) or "malformed_call" in kinds,
-        "malformed": "malformed_call" in kinds,
+        "called": bool(crops) or malformed,
+        "malformed": malformed,
         "crops": ",".join(crops),
         "events": ",".join(kinds),
         "turns": len(turns) or None,
@@ -168,16 +171,15 @@ def _spent(record: dict) -> dict:
         "prompt": zlib.crc32(str(record["question"]).encode()),
         "content": zlib.crc32(record["content"].encode()) if record.get("content") else None,
     }
+    spent: dict[str, float | None] = {}
     for key in keys:
-        row[key] = _sum(key, turns)
+        spent[key] = _sum(key, turns)
         if not key.startswith("peak_"):
-            row[f"later_{key}"] = _sum(key, turns[1:]) if len(turns) > 1 else (None if row[key] is None else 0)
-    phases = [row[k] for k in keys if k.endswith("_seconds")]
-    row["seconds"] = None if not phases or None in phases else sum(phases)
-    later = [row[f"later_{k}"] for k in keys if k.endswith("_seconds")]
-    row["later_seconds"] = None if not later or None in later else sum(later)
-    row["rtr"] = record.get("rtr")
-    return row
+            spent[f"later_{key}"] = _sum(key, turns[1:]) if len(turns) > 1 else (None if spent[key] is None else 0)
+    phases = [k for k in keys if k.endswith("_seconds")]
+    spent["seconds"] = _sum_known([spent[k] for k in phases])
+    spent["later_seconds"] = _sum_known([spent[f"later_{k}"] for k in phases])
+    return row | spent | {"rtr": record.get("rtr")}
 
 
 def _flat(usage: dict, before: str = "") -> dict[str, float | None]:
@@ -194,9 +196,15 @@ def _flat(usage: dict, before: str = "") -> dict[str, float | None]:
 def _sum(key: str, turns: list[dict]) -> float | None:
     """Over turns: the sum, of a peak the maximum; null where a turn does not know."""
     values = [u.get(key) for u in turns]
-    if not values or None in values:
-        return None
-    return max(values) if key.startswith("peak_") else sum(values)
+    if not key.startswith("peak_"):
+        return _sum_known(values)
+    known = [v for v in values if v is not None]
+    return max(known) if known and len(known) == len(values) else None
+
+
+def _sum_known(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) if known and len(known) == len(values) else None
 
 
 TEXT = ("method", "label", "family", "task", "crops", "events")

@@ -59,18 +59,18 @@ def family(method: str, identity: dict | None = None) -> str:
     return "+".join(str(part).rsplit(":", 1)[-1] for part in parts)
 
 
-def label(method: str, identity: dict | None = None, told: str | None = None) -> str:
+def label(method: str, identity: dict | None = None, run_label: str | None = None) -> str:
     """A run's name in print, with the share of tokens kept where that is a setting.
 
-    told: ``label`` of run.json. The one that awares-bench makes (``awares+visionzip retention=0.5``) is put in print form, with the
+    run_label: ``label`` of run.json. The one that awares-bench makes (``awares+visionzip retention=0.5``) is put in print form, with the
     other options that it names; one that a user gave stands as it is.
     """
     own = family(method, identity)
     word = " + ".join(METHODS[part][0] if part in METHODS else part for part in own.split("+"))
     retention = ((identity or {}).get("fields") or {}).get("retention")
-    first, *options = (told or own).split(" ")
-    if told and (first.rsplit(":", 1)[-1] != own or not all("=" in o for o in options)):
-        return told
+    first, *options = (run_label or own).split(" ")
+    if run_label and (first.rsplit(":", 1)[-1] != own or not all("=" in o for o in options)):
+        return run_label
     kept = [] if retention is None else [f"{100 * float(retention):g} %"]
     return " ".join([word, *(o for o in options if not o.startswith("retention=")), *kept])
 

@@ -2,6 +2,10 @@
 
 Everything is paired where it can be: methods are compared on the same documents, drawn with the same numbers. The draws of a
 task depend on its name and size alone, so a method's interval does not depend on which others stand beside it.
+
+Why not ``scipy.stats.permutation_test`` and ``bootstrap``: they draw other numbers, so published digits would change; they do not
+leave out unanswered documents; and 10,000 sign flips of 1,000 documents and 40 methods take them 16 s, here 0.3 s: one matrix
+product. The tests hold ours to scipy's exact p-values.
 """
 
 from __future__ import annotations
@@ -155,10 +159,7 @@ def holm(p: np.ndarray) -> np.ndarray:
     out = np.full(len(p), np.nan)
     known = np.flatnonzero(~np.isnan(p))
     order = known[np.argsort(p[known], kind="stable")]
-    highest = 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, p[i] * (len(order) - rank)))
-        out[i] = highest
+    out[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
     return out
 
 

@@ -41,11 +41,14 @@ form.addEventListener('change', show); show();
 
 @dataclass(frozen=True)
 class Side:
-    """One method's exchange on a document. row: the columns of ``load.load``. texts: question, target, replies, usage, image_sizes, events."""
+    """One method's exchange on a document."""
 
     name: str
+    """The run's."""
     row: dict
+    """The columns of ``load.load``."""
     texts: dict
+    """question, target, replies, usage (a dict per turn), image_sizes (a list per turn), events; models where an endpoint names them."""
 
 
 def choose(frame: pd.DataFrame, count: int = 12) -> pd.DataFrame:
@@ -58,8 +61,8 @@ def choose(frame: pd.DataFrame, count: int = 12) -> pd.DataFrame:
         (~frame["called"] & ~right, 1),
     ]
     picked: list[int] = []
-    for chosen, share in [*kinds, (right | ~right, 12)]:
-        pool = frame[chosen].drop(index=[i for i in picked if chosen[i]])
+    for is_kind, share in [*kinds, (right | ~right, 12)]:  # the last fills up from all
+        pool = frame[is_kind].drop(index=[i for i in picked if is_kind[i]])
         in_turn = pool.assign(turn=pool.groupby("task", observed=True).cumcount()).sort_values("turn", kind="stable").index
         picked += list(in_turn[: min(round(share * count / 12), count - len(picked))])
     return frame.loc[picked]
@@ -105,6 +108,7 @@ def _side(image: Image.Image, side: Side, named: bool) -> str:
         f'<span class="tag">{ratio}</span>',
         f'<span class="tag">{"called" if row["called"] else "answered directly"}</span>',
     ]
+    tags += [f'<span class="tag">box: {",".join(map(str, box))}</span>' for box in texts.get("boxes") or []]
     tags += [f'<span class="tag event">{html.escape(e["kind"])}: {html.escape(e["detail"])}</span>' for e in texts["events"]]
     turns = [_turn(image, i, side, names) for i in range(len(texts["replies"]))]
     places = boxes(image, names)
@@ -123,14 +127,14 @@ def _turn(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> str
     usage = texts["usage"][i] if i < len(texts["usage"]) else None
     answers = texts.get("models") or []
     who = f", {html.escape(answers[i])}" if i < len(answers) and answers[i] else ""
-    shown, caption = _seen(image, i, side, names)
+    pictures, caption = _seen(image, i, side, names)
     if usage is None:
         spent = "tokens not known"
     else:
         seconds = sum(v for k, v in usage.items() if k.endswith("_seconds") and isinstance(v, (int, float)))
         spent = f"{usage.get('prefill', 0):g} visual, {usage.get('text', 0)} text, {usage.get('output', 0)} output tokens; {1000 * seconds:.0f} ms"
     return (
-        f'<div class="turn"><small>turn {i + 1}{who}: {html.escape(caption)}</small><br>{"".join(map(image_tag, shown))}'
+        f'<div class="turn"><small>turn {i + 1}{who}: {html.escape(caption)}</small><br>{"".join(map(image_tag, pictures))}'
         f"<br>model: <code>{html.escape(texts['replies'][i]) or '&nbsp;'}</code><br><small>{spent}</small></div>"
     )
 
@@ -145,21 +149,21 @@ def _seen(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> tup
             else ([], "what was shown is not recorded")
         )
     crops = PAPER_GRID.cut(image, names) if boxes(image, names) else []
-    shown, words = [], []
+    pictures, words = [], []
     for j, size in enumerate(tuple(s) for s in sizes[0]):
         if i and j < len(crops) and crops[j].size == size:
             blank = side.row.get("family") == "blank_crop"
-            shown.append(Image.new("RGB", size, (127, 127, 127)) if blank else crops[j])
+            pictures.append(Image.new("RGB", size, (127, 127, 127)) if blank else crops[j])
             words.append(f"{names[j]}{' replaced by grey' if blank else ''}")
         elif size == image.size:
-            shown.append(image)
+            pictures.append(image)
             words.append("the full image")
         elif size == half(image).size:
-            shown.append(scaled(half(image), 2))
+            pictures.append(scaled(half(image), 2))
             words.append("half-size view, enlarged")
         elif i == 0 and abs(size[0] / size[1] - image.width / image.height) < 0.03:
-            shown.append(image.resize(size, Image.Resampling.LANCZOS))
+            pictures.append(image.resize(size, Image.Resampling.LANCZOS))
             words.append(f"the image at {size[0]}×{size[1]}")
         else:
             words.append(f"a picture of {size[0]}×{size[1]} whose place is not recorded")
-    return shown, ", ".join(words) or "no picture"
+    return pictures, ", ".join(words) or "no picture"

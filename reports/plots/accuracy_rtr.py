@@ -5,8 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..data import names
-from ..tables.main import summary
+from ..data.summary import summary
 from . import scatter
 
 
@@ -17,7 +16,7 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def published(cells: pd.DataFrame) -> pd.DataFrame:
-    """Published cells (see ``paper.cells``) -> the hollow points: label, family, rtr, accuracy (a fraction)."""
+    """Published cells (see ``data.published.cells``) -> the hollow points: label, family, rtr, accuracy (a fraction)."""
     wide = cells[cells["task"] == "mean"].pivot_table(index=["run", "method"], columns="quantity", values="value").reset_index()
     if not {"accuracy", "rtr"} <= set(wide.columns):
         return pd.DataFrame(columns=["label", "family", "rtr", "accuracy"])
@@ -30,8 +29,3 @@ def draw(points: pd.DataFrame, title: str, paper: pd.DataFrame | None = None, no
     x = "retained token ratio (all turns, share of full resolution)"
     hollow = None if paper is None else paper.rename(columns={"rtr": "cost"})
     return scatter.draw_points(points.rename(columns={"rtr": "cost"}), title, x, hollow, notes)
-
-
-def title(frame: pd.DataFrame) -> str:
-    """``nano suite, 6 tasks, 200 documents each``"""
-    return names.suite(frame)

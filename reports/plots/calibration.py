@@ -6,8 +6,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..data import names
-from ..tables.main import reference
-from . import style as drawing
+from ..data.summary import reference
+from . import style
+
+MOST = 8
+"""Runs whose points stay apart; the CSV has them all."""
 
 
 def data(frame: pd.DataFrame) -> pd.DataFrame:
@@ -27,51 +30,50 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
         if not own["called"].any() or method in (full, low):
             continue
         both = own.astype({"task": str}).merge(need, on=["task", "doc_id"])
-        for task, some in both.groupby("task", sort=False):
-            called = some["called"]
-            row = {"method": method, "label": some["label"].iloc[0], "family": some["family"].iloc[0], "task": task}
-            row |= {"needed": some["needed"].mean(), "called": called.mean(), "documents": len(some)}
-            rows.append(
-                row | {"called_needed": called[some["needed"]].mean(), "called_not_needed": called[~some["needed"]].mean()}
-            )
+        for task, documents in both.groupby("task", sort=False):
+            called, needed = documents["called"], documents["needed"]
+            row = {"method": method, "label": documents["label"].iloc[0], "family": documents["family"].iloc[0], "task": task}
+            row |= {"needed": needed.mean(), "called": called.mean(), "documents": len(documents)}
+            rows.append(row | {"called_needed": called[needed].mean(), "called_not_needed": called[~needed].mean()})
     return pd.DataFrame(rows, columns=columns)
 
 
 def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure:
     """Plot ``data``: share needed on x, share called on y, a point per run and task; on the diagonal as many calls as needed."""
-    with drawing.style():
-        figure, axes = drawing.canvas(2.75 + 0.13 * -(-min(8, table["method"].nunique()) // 2))
+    with style.house_style():
+        figure, axes = style.subplots(2.75 + 0.13 * -(-min(MOST, table["method"].nunique()) // 2))
         axes.plot([0, 100], [0, 100], color="#bbbbbb", ls="--", lw=0.8, zorder=1)
         axes.text(
             97, 93, "as often as needed", ha="right", va="top", fontsize=5.8, color="#777777", rotation=38, rotation_mode="anchor"
         )
         methods = list(table["method"].unique())
-        for method in methods[:8]:
+        families: set[str] = set()
+        for method in methods[:MOST]:
             own = table[table["method"] == method]
             family = own["family"].iloc[0]
-            face = (
-                names.colour(family)
-                if [table.loc[table["method"] == m, "family"].iloc[0] for m in methods].index(family) == methods.index(method)
-                else "none"
-            )
             axes.plot(
                 100 * own["needed"],
                 100 * own["called"],
                 names.marker(family),
                 color=names.colour(family),
-                mfc=face,
+                mfc="none" if family in families else names.colour(family),  # filled for the first run of a family only
                 label=names.short(own["label"].iloc[0]),
             )
+            families.add(family)
         axes.set_xlim(-3, 103)
         axes.set_ylim(-3, 103)
         axes.set_xlabel("full resolution beats half size (% of documents)")
         axes.set_ylabel("method looks closer (% of documents)")
-        drawing.title(figure, title)
-        drawing.key(figure, *axes.get_legend_handles_labels(), 2, handletextpad=0.2)
+        style.title(figure, title)
+        handles, labels = axes.get_legend_handles_labels()
+        style.legend(figure, handles, labels, 2, handletextpad=0.2)
+        # Tasks are named at the first run's points, clear of the others'.
         first = table[table["method"] == methods[0]]
-        others = [(100 * r.needed, 100 * r.called) for r in table[table["method"].isin(methods[1:8])].itertuples()]
-        said = [(100 * r.needed, 100 * r.called, names.task(r.task).removeprefix("nano "), "#444444") for r in first.itertuples()]
-        drawing.place(axes, said, others)
-        more = [f"8 of {len(methods)} runs; all are in the CSV."] if len(methods) > 8 else []
-        drawing.footnote(figure, [*notes, *more, f"A point per task; tasks are named at {first['label'].iloc[0]}."])
+        others = [(100 * r.needed, 100 * r.called) for r in table[table["method"].isin(methods[1:MOST])].itertuples()]
+        labelled = [
+            (100 * r.needed, 100 * r.called, names.task(r.task).removeprefix("nano "), "#444444") for r in first.itertuples()
+        ]
+        style.place_labels(axes, labelled, others)
+        cut = [f"{MOST} of {len(methods)} runs; all are in the CSV."] if len(methods) > MOST else []
+        style.footnote(figure, [*notes, *cut, f"A point per task; tasks are named at {first['label'].iloc[0]}."])
     return figure

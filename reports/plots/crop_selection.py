@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 from awares_bench.methods.crop_grid import PAPER_GRID
 
 from ..data import names
-from . import style as drawing
+from . import style
 
 COLOURS = dict(
     zip(
@@ -51,17 +51,11 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure:
     """Plot ``data``: a stacked bar per run; shares of 7 % and more are written in."""
-    methods = list(table["method"].unique())[:MOST]
-    notes = [
-        *notes,
-        *(
-            [f"{len(methods)} of {table['method'].nunique()} runs; all are in the CSV."]
-            if table["method"].nunique() > MOST
-            else []
-        ),
-    ]
-    with drawing.style():
-        figure, axes = drawing.canvas(1.25 + 0.24 * len(methods))
+    runs = list(table["method"].unique())
+    methods = runs[:MOST]
+    cut = [f"{MOST} of {len(runs)} runs; all are in the CSV."] if len(runs) > MOST else []
+    with style.house_style():
+        figure, axes = style.subplots(1.25 + 0.24 * len(methods))
         for y, method in enumerate(methods):
             left = 0.0
             for part in table[table["method"] == method].itertuples():
@@ -83,12 +77,10 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
         axes.grid(visible=False)
         axes.set_xlim(0, 100)
         axes.set_xlabel("share of documents (%)")
-        drawing.title(figure, title)
+        style.title(figure, title)
         seen = [c for c in COLOURS if table.loc[table["crop"] == c, "share"].any()]
-        handles = [
-            Patch(color=COLOURS[c], label={"direct": "no crop", "all": "whole image", "several": "two or more"}.get(c, c))
-            for c in seen
-        ]
-        drawing.key(figure, handles, [h.get_label() for h in handles], 4, handlelength=1)
-        drawing.footnote(figure, notes)
+        words = {"direct": "no crop", "all": "whole image", "several": "two or more"}
+        handles = [Patch(color=COLOURS[c]) for c in seen]
+        style.legend(figure, handles, [words.get(c, c) for c in seen], 4, handlelength=1)
+        style.footnote(figure, [*notes, *cut])
     return figure

@@ -7,8 +7,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..data import names, stats
-from ..tables.main import reference, summary
-from . import style as drawing
+from ..data.summary import reference, summary
+from . import style
 
 MOST = 40
 
@@ -38,10 +38,10 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure:
     """Plot ``data``: a point per run, best first."""
     ordered = table.sort_values("accuracy", ascending=False, kind="stable")
-    notes = [*notes, *([f"The best {MOST} of {len(ordered)} runs; all are in the CSV."] if len(ordered) > MOST else [])]
+    cut = [f"The best {MOST} of {len(ordered)} runs; all are in the CSV."] if len(ordered) > MOST else []
     ordered = ordered.head(MOST)
-    with drawing.style():
-        figure, axes = drawing.canvas(0.75 + 0.16 * len(ordered))
+    with style.house_style():
+        figure, axes = style.subplots(0.75 + 0.16 * len(ordered))
         for y, r in enumerate(ordered.itertuples()):
             spread = 100 * np.array([[r.accuracy - r.low], [r.high - r.accuracy]])
             axes.errorbar(
@@ -51,8 +51,7 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
         axes.set_ylim(len(ordered) - 0.4, -0.6)
         axes.set_xlim(0, 102)
         axes.set_xlabel("accuracy where half size is wrong (%)", loc="right")
-        drawing.title(figure, title)
-        drawing.footnote(
-            figure, [*notes, f"{ordered['documents'].max():,} documents, mean over tasks; bars: 95 % bootstrap interval."]
-        )
+        style.title(figure, title)
+        counted = f"{ordered['documents'].max():,} documents, mean over tasks; bars: 95 % bootstrap interval."
+        style.footnote(figure, [*notes, *cut, counted])
     return figure

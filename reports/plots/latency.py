@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ..data import names
-from . import style as drawing
+from . import style
 
 COLOURS = {"preprocess": "#949494", "encode": "#de8f05", "prefill": "#0173b2", "decode": "#029e73"}
 OTHER = ("#cc78bc", "#d55e00", "#56b4e9", "#ca9161")
@@ -38,15 +38,14 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame, title: str, machine: str, notes: tuple[str, ...] = ()) -> Figure:
     """Plot ``data``: a bar per method, later turns hatched. machine: what it ran on, for the footnote."""
     methods = list(table["method"].unique())
-    shown, notes = methods[:MOST], [*notes, f"Times: {machine}."]
-    if len(shown) < len(methods):
-        notes.append(f"{len(shown)} of {len(methods)} runs; all are in the CSV.")
+    drawn = methods[:MOST]
+    cut = [f"{MOST} of {len(methods)} runs; all are in the CSV."] if len(methods) > MOST else []
     phases = list(table["phase"].unique())
     spare = iter(OTHER * len(phases))
     colours = {p: COLOURS.get(p) or next(spare) for p in phases}
-    with drawing.style():
-        figure, axes = drawing.canvas(0.9 + 0.19 * len(shown))
-        for y, method in enumerate(shown):
+    with style.house_style():
+        figure, axes = style.subplots(0.9 + 0.19 * len(drawn))
+        for y, method in enumerate(drawn):
             left = 0.0
             for part in table[table["method"] == method].sort_values("turn", kind="stable").itertuples():
                 hatch = {"hatch": "/////", "alpha": 0.75} if part.turn == "later" else {}
@@ -62,15 +61,13 @@ def draw(table: pd.DataFrame, title: str, machine: str, notes: tuple[str, ...] =
                 )
                 left += 1000 * part.seconds
             axes.text(left, y, f" {left:.3g}", va="center", fontsize=6)
-        axes.set_yticks(range(len(shown)), [names.short(table.loc[table["method"] == m, "label"].iloc[0]) for m in shown])
-        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.set_yticks(range(len(drawn)), [names.short(table.loc[table["method"] == m, "label"].iloc[0]) for m in drawn])
+        axes.set_ylim(len(drawn) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.12)
         axes.set_xlabel("milliseconds a document", loc="right")
-        drawing.title(figure, title)
-        handles = [Patch(color=c, label=p) for p, c in colours.items()] + [
-            Patch(fc="#dddddd", ec="white", hatch="/////", label="later turns")
-        ]
-        drawing.key(figure, handles, [h.get_label() for h in handles], 3, handlelength=1.2)
-        drawing.footnote(figure, notes)
+        style.title(figure, title)
+        handles = [Patch(color=c) for c in colours.values()] + [Patch(fc="#dddddd", ec="white", hatch="/////")]
+        style.legend(figure, handles, [*colours, "later turns"], 3, handlelength=1.2)
+        style.footnote(figure, [*notes, f"Times: {machine}.", *cut])
     return figure

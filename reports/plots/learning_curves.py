@@ -12,17 +12,21 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..data import names
 from ..data.load import ReportError
-from . import style as drawing
+from . import style
 
 WATCHED = ("reward", "answer_score", "call_rate", "rtr")
 """What a GRPO run is judged by while it runs; its loss says little."""
+
+LINES = ("-", "--", ":", "-.")
+MOST = 11
+"""Panels of evaluations; the CSV has every run's."""
 
 
 def read(logs: list[Path]) -> pd.DataFrame:
     """Logs (``run/log.jsonl`` or ``NAME.jsonl``) -> run, step, seconds, kind ("loss" or "evaluation"), group, series, value.
 
     A line is ``{"step", "seconds", "loss", parts…}``, ``{"step", "evaluation": {name: number or {name: number}}}``, or GRPO's with a
-    ``reward``, whose ``WATCHED`` figures stand for an evaluation. An unfinished last line is left out; other broken lines are refused.
+    ``reward``, whose ``WATCHED`` metrics stand for an evaluation. An unfinished last line is left out; other broken lines are refused.
     """
     rows = []
     for path in logs:
@@ -36,20 +40,21 @@ def read(logs: list[Path]) -> pd.DataFrame:
                     break
                 raise ReportError(f"{path}, line {number} is not JSON ({error})") from error
             same = {"run": run, "step": entry.get("step"), "seconds": entry.get("seconds")}
-            told = entry.get("evaluation") or {k: entry[k] for k in WATCHED if k in entry and "reward" in entry}
-            kind = "evaluation" if told else "loss"
-            told = told or {k: v for k, v in entry.items() if k not in ("step", "seconds")}
-            rows += [same | {"kind": kind, "group": k.split("/")[0], "series": k, "value": v} for k, v in _numbers(told)]
+            metrics = entry.get("evaluation") or {k: entry[k] for k in WATCHED if k in entry and "reward" in entry}
+            kind = "evaluation" if metrics else "loss"
+            metrics = metrics or {k: v for k, v in entry.items() if k not in ("step", "seconds")}
+            rows += [same | {"kind": kind, "group": k.split("/")[0], "series": k, "value": v} for k, v in _numbers(metrics)]
     return pd.DataFrame(rows, columns=["run", "step", "seconds", "kind", "group", "series", "value"])
 
 
-def _numbers(told: dict, before: str = "") -> list[tuple[str, float]]:
+def _numbers(metrics: dict, prefix: str = "") -> list[tuple[str, float]]:
+    """Nested metrics -> (names joined with ``/``, number); what is not a number is left out."""
     out = []
-    for key, value in told.items():
+    for key, value in metrics.items():
         if isinstance(value, dict):
-            out += _numbers(value, f"{before}{key}/")
+            out += _numbers(value, f"{prefix}{key}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            out.append((before + key, float(value)))
+            out.append((prefix + key, float(value)))
     return out
 
 
@@ -73,12 +78,13 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
     palette = dict(zip(runs, sns.color_palette(colours, len(runs)).as_hex(), strict=True))
     loss, evaluation = (table[table["kind"] == kind] for kind in ("loss", "evaluation"))
     panels = [r for r in runs if (evaluation["run"] == r).any()]
-    more = [f"Evaluations of {MOST} of {len(panels)} runs; all are in the CSV."] if len(panels) > MOST else []
+    cut = [f"Evaluations of {MOST} of {len(panels)} runs; all are in the CSV."] if len(panels) > MOST else []
     panels = panels[:MOST]
-    with drawing.style():
+    with style.house_style():
         columns = 1 if len(panels) < 4 else 2
         rows = -(-(len(panels) + 1) // columns)
-        figure, grid = drawing.canvas(0.7 + 1.4 * rows, rows, columns, columns * drawing.WIDTH, squeeze=False)
+        figure, grid = style.subplots(0.7 + 1.4 * rows, rows, columns, columns * style.WIDTH, squeeze=False)
+        # The losses of all runs in the first panel, on a logarithmic axis where they allow one.
         top, *others = grid.flat
         for axes in others[len(panels) :]:
             axes.remove()
@@ -91,13 +97,9 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
             top.yaxis.set_major_formatter("{x:g}")
             top.yaxis.set_minor_formatter(NullFormatter())
         top.set_ylabel("loss")
-        drawing.key(
-            figure,
-            [top.plot([], [], color=c)[0] for c in palette.values()],
-            [names.short(r) for r in runs],
-            3 * columns,
-            handlelength=1.2,
-        )
+        handles = [top.plot([], [], color=c)[0] for c in palette.values()]
+        style.legend(figure, handles, [names.short(r) for r in runs], 3 * columns, handlelength=1.2)
+        # Each run's evaluations, named at the end of their lines, to the right of the last step.
         for axes, run in zip(others, panels, strict=True):
             ends = []
             for i, (series, line) in enumerate(evaluation[evaluation["run"] == run].groupby("series", sort=False)):
@@ -108,13 +110,11 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
             axes.margins(y=0.2)
             axes.set_ylabel(f"{names.short(run, 16)}, evaluation")
             axes.set_xlim(right=axes.get_xlim()[1] + 0.25 * (axes.get_xlim()[1] - axes.get_xlim()[0]))
-            drawing.place(axes, sorted(ends, key=lambda e: -e[1]), offsets=[(5, dy) for s in range(0, 40, 2) for dy in (s, -s)])
+            style.place_labels(
+                axes, sorted(ends, key=lambda e: -e[1]), offsets=[(5, dy) for s in range(0, 40, 2) for dy in (s, -s)]
+            )
         for axes in [top, *others][-columns:]:
             axes.set_xlabel("step")
-        drawing.title(figure, title)
-        drawing.footnote(figure, [*notes, *more, "An evaluation is each group's mean."])
+        style.title(figure, title)
+        style.footnote(figure, [*notes, *cut, "An evaluation is each group's mean."])
     return figure
-
-
-LINES = ("-", "--", ":", "-.")
-MOST = 11

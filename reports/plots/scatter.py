@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..data import names, stats
-from ..tables.main import summary
+from ..data.summary import summary
 from . import style
 
 FIRST = ("awares", "full", "low")
@@ -27,34 +27,22 @@ def points(frame: pd.DataFrame, cost: dict[str, float | None]) -> pd.DataFrame:
         if cost.get(m.method) is None or accuracy is None:
             continue
         low, high = means.loc[m.method, ["low", "high"]]
-        rows.append(
-            {
-                "method": m.method,
-                "label": m.label,
-                "family": m.family,
-                "cost": cost[m.method],
-                "accuracy": accuracy,
-                "low": low,
-                "high": high,
-            }
-        )
+        row = {"method": m.method, "label": m.label, "family": m.family, "cost": cost[m.method]}
+        rows.append(row | {"accuracy": accuracy, "low": low, "high": high})
     out = pd.DataFrame(rows, columns=["method", "label", "family", "cost", "accuracy", "low", "high"])
-    better = [
-        (
-            (out["cost"] <= r.cost) & (out["accuracy"] >= r.accuracy) & ((out["cost"] < r.cost) | (out["accuracy"] > r.accuracy))
-        ).any()
-        for r in out.itertuples()
-    ]
-    return out.assign(front=[not b for b in better])
+    beaten = []
+    for r in out.itertuples():
+        no_worse = (out["cost"] <= r.cost) & (out["accuracy"] >= r.accuracy)
+        beaten.append((no_worse & ((out["cost"] < r.cost) | (out["accuracy"] > r.accuracy))).any())
+    return out.assign(front=[not b for b in beaten])
 
 
 def draw_points(
     data: pd.DataFrame, title: str, xlabel: str, paper: pd.DataFrame | None = None, notes: tuple[str, ...] = ()
 ) -> Figure:
     """Plot ``points``: cost on x, accuracy in percent on y. paper: rows (label, family, cost, accuracy as a fraction), drawn hollow."""
-    notes = list(notes)
-    with style.style():
-        figure, axes = style.canvas(3.4)
+    with style.house_style():
+        figure, axes = style.subplots(3.4)
         front = data[data["front"]].sort_values("cost")
         axes.plot(front["cost"], 100 * front["accuracy"], color="#bbbbbb", lw=0.9, ls="--", zorder=1)
         crowd = len(data) > 60
@@ -69,36 +57,25 @@ def draw_points(
                 own["cost"], 100 * own["accuracy"], yerr=None if crowd else spread, fmt=names.marker(family), color=colour,
                 markersize=3 if crowd else 4.8, elinewidth=0.7, markeredgecolor="white", markeredgewidth=0.3, zorder=3, label=family,
             )  # fmt: skip
-        for p in [] if paper is None else paper.itertuples():
-            axes.plot(
-                p.cost,
-                100 * p.accuracy,
-                names.marker(p.family),
-                mfc="none",
-                mec=names.colour(p.family),
-                mew=0.9,
-                ms=4.8,
-                zorder=3,
-            )
+        for p in () if paper is None else paper.itertuples():
+            colour = names.colour(p.family)
+            axes.plot(p.cost, 100 * p.accuracy, names.marker(p.family), mfc="none", mec=colour, mew=0.9, ms=4.8, zorder=3)
         everything = pd.concat([data["cost"], *([] if paper is None else [paper["cost"]])])
         axes.set_xlim(0, 1.06 * everything.max() if len(everything) else 1)
         axes.margins(y=0.12)
         axes.set_xlabel(xlabel)
         axes.set_ylabel("accuracy, mean over tasks (%)")
-        if paper is not None and len(paper):
-            notes.append("Hollow: as published.")
-        notes.append(
-            "Bars: 95 % bootstrap interval over documents. Dashed: Pareto front." if not crowd else "Dashed: Pareto front."
-        )
-        style.footnote(figure, notes)
+        published = ["Hollow: as published."] if paper is not None and len(paper) else []
+        bars = "" if crowd else "Bars: 95 % bootstrap interval over documents. "
+        style.footnote(figure, [*notes, *published, f"{bars}Dashed: Pareto front."])
         style.title(figure, f"{title}; {len(data)} runs, all in the CSV" if crowd else title)
         wanted, obstacles = _labels(data, crowd)
-        keyed: list[str] = []
-        while left := style.place(axes, [w for w in wanted if w[2] not in keyed], obstacles):
-            keyed += left  # a key makes the axes smaller, so the others are placed again
-            for drawn in (*axes.texts, *figure.legends):
-                drawn.remove()
-            _key(figure, data, keyed)
+        in_legend: list[str] = []
+        while unplaced := style.place_labels(axes, [w for w in wanted if w[2] not in in_legend], obstacles):
+            in_legend += unplaced  # a legend makes the axes smaller, so the others are placed again
+            for artist in (*axes.texts, *figure.legends):
+                artist.remove()
+            _legend(figure, data, in_legend)
     return figure
 
 
@@ -119,28 +96,23 @@ def _labels(data: pd.DataFrame, crowd: bool) -> tuple[list, list]:
         named = [(r.cost, r.accuracy, str(r.label)) for r in own[~series].itertuples()]
         settings = list(own[series].sort_values("cost", ascending=False).itertuples())
         if settings:
-            named.append(
-                (
-                    settings[0].cost,
-                    settings[0].accuracy,
-                    names.label(str(family)) if len(settings) > 1 else str(settings[0].label),
-                )
-            )
+            text = names.label(str(family)) if len(settings) > 1 else str(settings[0].label)
+            named.append((settings[0].cost, settings[0].accuracy, text))
         wanted += [(x, 100 * y, names.short(text), names.colour(str(family))) for x, y, text in named]
         obstacles += [(r.cost, 100 * r.accuracy) for r in settings[1:]]
         obstacles += [] if crowd else [(r.cost, 100 * y) for r in own.itertuples() for y in (r.low, r.high)]
     return wanted, obstacles
 
 
-def _key(figure: Figure, data: pd.DataFrame, unplaced: list[str], most: int = 12) -> None:
-    """A key below the axes for the labels that found no room."""
+def _legend(figure: Figure, data: pd.DataFrame, unplaced: list[str], most: int = 12) -> None:
+    """A legend below the axes for the labels that found no room."""
     mark = {
         names.short(t): str(f)
         for r in data.itertuples()
         for t, f in ((r.label, r.family), (names.label(str(r.family)), r.family))
     }
-    shown = unplaced[:most]
-    handles = [Line2D([], [], ls="", marker=names.marker(mark[t]), color=names.colour(mark[t]), ms=4) for t in shown]
+    texts = unplaced[:most]
+    handles = [Line2D([], [], ls="", marker=names.marker(mark[t]), color=names.colour(mark[t]), ms=4) for t in texts]
     if len(unplaced) > most:
-        shown[-1] = f"and {len(unplaced) - most + 1} more"
-    style.key(figure, handles, shown, 2, fontsize=5.8, handletextpad=0.2)
+        texts[-1] = f"and {len(unplaced) - most + 1} more"
+    style.legend(figure, handles, texts, 2, fontsize=5.8, handletextpad=0.2)

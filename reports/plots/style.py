@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg", force=False)
-from matplotlib import pyplot as plt
+from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
@@ -22,14 +25,19 @@ WIDTH = 3.3
 FORMATS = ("pdf", "svg", "png")
 
 
-def canvas(height: float = 2.7, rows: int = 1, columns: int = 1, width: float = WIDTH, **more):
-    """(figure, axes), laid out so that nothing is cut off. Use inside ``style()``."""
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **more)
+def subplots(height: float = 2.7, rows: int = 1, columns: int = 1, width: float = WIDTH, **options) -> tuple[Figure, Any]:
+    """(figure, axes) in inches, laid out so that nothing is cut off; without pyplot, which would choose a window system.
+
+    axes: one, or an array of them as ``Figure.subplots`` returns it. Use inside ``house_style()``.
+    """
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **options)
 
 
-def style():
-    """The house style as a context."""
-    return plt.style.context(STYLE)
+def house_style() -> AbstractContextManager:
+    """The style of all figures as a context."""
+    return style.context(STYLE)
 
 
 def title(figure: Figure, text: str) -> None:
@@ -37,12 +45,12 @@ def title(figure: Figure, text: str) -> None:
     figure.suptitle("\n".join(textwrap.wrap(text, 52)), x=0.01, ha="left", fontsize=7.5, fontweight="bold")
 
 
-def key(figure: Figure, handles: list, labels: list[str], columns: int, **more) -> None:
+def legend(figure: Figure, handles: list, labels: list[str], columns: int, **options) -> None:
     """A legend below the axes."""
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=0.9, borderaxespad=0, **more)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=0.9, borderaxespad=0, **options)
 
 
-def footnote(figure: Figure, notes: list[str]) -> None:
+def footnote(figure: Figure, notes: Iterable[str]) -> None:
     """Caveats below the figure; ``save`` makes room for them."""
     lines = [line for note in notes for line in textwrap.wrap(note, 92)]
     figure.text(0.01, -0.01, "\n".join(lines), fontsize=5, color="#555555", va="top", linespacing=1.2)
@@ -54,31 +62,31 @@ def save(figure: Figure, path: Path) -> None:
     A PNG gets a palette of 256 colours, which takes a third of the bytes and cannot be told apart; SVG and PDF are for print.
     """
     metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}.get(path.suffix)
-    with style():
+    with house_style():
         _freeze(figure)
         width, height = figure.get_size_inches()
         lowest = min((t.get_window_extent().y0 for t in figure.texts if t.get_text()), default=0) / figure.dpi
         box = Bbox.from_extents(0, min(0, lowest - 0.03), width, height)
         figure.savefig(path, metadata=metadata, bbox_inches=box)
     if path.suffix == ".png":
-        with Image.open(path) as drawn:
-            small, dpi = drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE), drawn.info["dpi"]
+        with Image.open(path) as picture:
+            small, dpi = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE), picture.info["dpi"]
         small.save(path, optimize=True, dpi=dpi)
 
 
 def _freeze(figure: Figure) -> None:
-    """Settle the layout once: a page that grows by the footnote would otherwise pull the key down with it."""
+    """Settle the layout once: a page that grows by the footnote would otherwise pull the legend down with it."""
     if figure.get_layout_engine() is None:
         return
     figure.draw_without_rendering()
     for legend in figure.legends:
-        corner = figure.transFigure.inverted().transform(legend.get_window_extent().p0)
+        x, y = figure.transFigure.inverted().transform(legend.get_window_extent().p0)
         legend.set_loc("lower left")
-        legend.set_bbox_to_anchor(corner, transform=figure.transFigure)
+        legend.set_bbox_to_anchor((x, y), transform=figure.transFigure)
     figure.set_layout_engine("none")
 
 
-def place(
+def place_labels(
     axes: Axes,
     points: list[tuple[float, float, str, str]],
     obstacles: list[tuple[float, float]] | None = None,
@@ -89,8 +97,10 @@ def place(
     Greedy, in the order given. obstacles: further (x, y) to keep clear. offsets: places to try, in points from the mark.
     """
     figure = axes.figure
+    assert isinstance(figure, Figure) and isinstance(figure.canvas, FigureCanvasAgg)  # as ``subplots`` makes them
     figure.draw_without_rendering()  # settles the layout, so that positions on the page are known
     renderer = figure.canvas.get_renderer()
+    # Boxes in pixels: what labels must stay inside of, and a square around each mark that they must not touch.
     frame = axes.get_window_extent(renderer)
     scale = figure.dpi / 72
     centres = [axes.transData.transform((x, y)) for x, y, *_ in points] + [axes.transData.transform(o) for o in obstacles or []]
@@ -99,6 +109,7 @@ def place(
     left_over = []
     for x, y, text, colour in points:
         for dx, dy in offsets or OFFSETS:
+            # The text grows away from the mark; a far one gets a line back to it.
             side = "left" if dx > 0 else ("right" if dx < 0 else "center")
             height = "center" if abs(dx) > abs(dy) or offsets else ("bottom" if dy > 0 else "top")
             line = (
@@ -110,7 +121,7 @@ def place(
                 text, (x, y), (dx, dy), textcoords="offset points", ha=side, va=height, color=colour, fontsize=6.2, arrowprops=line,
                 path_effects=[withStroke(linewidth=1.6, foreground="white")],
             )  # fmt: skip
-            box = _text_box(label, renderer)
+            box = text_box(label, renderer)
             inside = box.x0 >= frame.x0 and box.x1 <= frame.x1 + 2 * scale and box.y0 >= frame.y0 and box.y1 <= frame.y1
             if inside and not any(box.overlaps(other) for other in (*taken, *marks)):
                 taken.append(box)
@@ -121,10 +132,10 @@ def place(
     return left_over
 
 
-def _text_box(label, renderer) -> Bbox:
+def text_box(label: Annotation, renderer: RendererBase) -> Bbox:
     """Where the words stand, without the line to the mark."""
     label.update_positions(renderer)
-    return matplotlib.text.Text.get_window_extent(label, renderer)
+    return Text.get_window_extent(label, renderer)
 
 
 NEAR = [(5, 0), (-5, 0), (4, 5), (-4, 5), (4, -5), (-4, -5), (0, 6), (0, -6)]

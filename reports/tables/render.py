@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .main import Table
+from .table import Table
 
 
 def write(table: Table, folder: Path, notes: list[str]) -> None:

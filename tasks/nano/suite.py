@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import shutil
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from .world import FAMILIES, SEEDS, Document, document
 
@@ -35,7 +37,7 @@ def row(d: Document, index: int) -> dict:
     d.image.save(encoded, "WEBP", lossless=True, quality=50, method=2)
     image, name = {"bytes": encoded.getvalue(), "path": None}, f"{d.family}-{d.seed}"
     options = " ".join(f"({letter}) {option}" for letter, option in zip("ABCD", d.options, strict=False))
-    official = {
+    official: Any = {
         "chart": {"type": ("human_test", "augmented_test")[index % 2], "question": d.question, "answer": d.answer},
         "doc": {
             "questionId": str(index),
@@ -85,3 +87,18 @@ def write(out: Path, suite: int, documents: int, progress: Callable = iter) -> N
             target = out / source.name
             if not (target.exists() and target.samefile(str(source))):
                 shutil.copyfile(str(source), target)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, required=True, help="suite number; 0 is the shipped suite")
+    parser.add_argument("--documents", type=int, default=200, help="documents per task")
+    parser.add_argument("--out", type=Path, required=True)
+
+
+def main(args: argparse.Namespace) -> int:
+    """``awares-bench nano-data``."""
+    from tqdm import tqdm
+
+    write(args.out, args.seed, args.documents, tqdm)
+    print(f"{args.documents} documents per task in {args.out}; try: awares-bench demo --suite {args.out}")
+    return 0

@@ -144,12 +144,12 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono-Bold.ttf"), size)
 
 
-def _text(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, fill) -> None:
+def draw_text(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int, fill) -> None:
     """Write ``text`` centred on (x, y)."""
     draw.text((round(x), round(y)), text, font=_font(size), fill=fill, anchor="mm")
 
 
-def _mark(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, name: str, fill, back) -> None:
+def draw_mark(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, name: str, fill, back) -> None:
     """Draw a symbol or an arrow of radius ``r`` pixels centred on (x, y)."""
     around = [(math.sin(i * math.pi / 5), -math.cos(i * math.pi / 5)) for i in range(10)]
     if name == "star":
@@ -230,17 +230,17 @@ def _draw(draw: ImageDraw.ImageDraw, rng: random.Random, panel: Panel) -> None:
     colour = COLOURS.get(panel.key)
     if panel.family in ("chart", "ocr"):
         draw.rectangle(panel.box, fill=colour)
-        _text(draw, x, y, panel.content, size, white)
+        draw_text(draw, x, y, panel.content, size, white)
     elif panel.family == "doc":
         draw.rectangle(panel.box, fill=white, outline=(70, 70, 70), width=2)
-        _text(draw, x - 33, y, panel.key, 22, (30, 60, 170))
-        _text(draw, x, y, panel.content, size, ink)
+        draw_text(draw, x - 33, y, panel.key, 22, (30, 60, 170))
+        draw_text(draw, x, y, panel.content, size, ink)
     elif panel.family == "pope":
         draw.rectangle(panel.box, fill=white, outline=colour, width=6)
-        _mark(draw, x, y, radius, panel.content, ink, white)
+        draw_mark(draw, x, y, radius, panel.content, ink, white)
     elif panel.family == "real":
         draw.ellipse(panel.box, fill=colour)
-        _mark(draw, x, y, radius, panel.content, white, colour)
+        draw_mark(draw, x, y, radius, panel.content, white, colour)
     else:
         grey = (88, 92, 100)
         if panel.key == "circle":
@@ -253,7 +253,7 @@ def _draw(draw: ImageDraw.ImageDraw, rng: random.Random, panel: Panel) -> None:
             draw.polygon([(x, top), (right, y), (x, bottom), (left, y)], fill=grey)
         else:
             draw.polygon([(x + r * math.cos(i * math.pi / 3), y + r * math.sin(i * math.pi / 3)) for i in range(6)], fill=grey)
-        _mark(draw, x, y, radius, panel.content, white, grey)
+        draw_mark(draw, x, y, radius, panel.content, white, grey)
 
 
 def scene(
@@ -340,8 +340,8 @@ def ask(
     if panel.family == "pope":
         same = [p for p in panels if p.key == key]
         if not varied:
-            there = any(p.content in ROUND for p in same)
-            return f"Is there a round symbol in a {key} frame?", "yes" if there else "no", (), same
+            is_round = any(p.content in ROUND for p in same)
+            return f"Is there a round symbol in a {key} frame?", "yes" if is_round else "no", (), same
         there = {p.content for p in same}
         yes = rng.random() < 0.5
         symbol = rng.choice(sorted(there)) if yes else rng.choice([s for s in SYMBOLS if s not in there])

@@ -1,4 +1,4 @@
-"""Training a policy's auxiliary model, such as CropVLM's cropper: its turn alone, worth what the frozen target makes of it.
+"""Training of a method's auxiliary model, such as CropVLM's cropper: on its turn alone, rewarded by a frozen target.
 
 Paper  Carvalho and Martins, CVPRW 2026, https://arxiv.org/abs/2511.19820: the reward is the log-likelihood of the answer under a
        frozen target that sees the image and the crop, plus 1 for a valid box, 0.25 for "Not needed."; ``generate_bboxes.py`` and
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from awares_bench.inference.local_model import LocalModel
-from awares_bench.methods.conversation import Event, Reply, Sample, Turn
+from awares_bench.methods.conversation import Event, EventKind, Reply, Sample, Turn
 from awares_bench.methods.policy import Policy, TurnGenerator
 
 from ..packing import Scorer, pack
@@ -21,69 +21,72 @@ from ..rendering import Conversation
 from ..rollouts import Rollout
 
 NOT_NEEDED = "Not needed."
-"""The reply that asks for no crop; a malformed one is shown to the target as this, so that nothing is gained by it."""
+"""The reply that asks for no crop. A malformed reply is treated as this one, so that nothing is gained by it."""
 
-VALID = {"box": 1.0, "malformed_box": 0.0}
-"""Worth of a reply's form by the event it leads to; 0.25 for no event, which is "Not needed." (the authors' values)."""
+BOX, NO_BOX, MALFORMED_BOX = 1.0, 0.25, 0.0
+"""Reward for the form of a reply: a box, "Not needed.", a box that cannot be read (the authors' values)."""
 
 
 @dataclass(frozen=True)
-class Part(Policy):
-    """The part of ``whole`` that its auxiliary model ``role`` answers: a turn, and the events its reply leads to.
+class AuxiliaryTurn(Policy):
+    """The first turn of a method, where an auxiliary model answers it, and the events that its reply leads to."""
 
-    Raises ValueError when the first turn is not that model's.
-    """
-
-    whole: Policy
+    method: Policy
     role: str
+    """The auxiliary model, as the method names it."""
 
     def turns(self, sample: Sample) -> TurnGenerator:
-        look = self.whole.turns(sample)
-        turn = next(look)
+        """Raises ValueError when the first turn is not this model's."""
+        turns = self.method.turns(sample)
+        turn = next(turns)
         if not isinstance(turn, Turn) or turn.model != self.role:
-            raise ValueError(f"sample {sample.key!r}: the first turn of {type(self.whole).__name__} is not the {self.role}'s")
+            raise ValueError(f"sample {sample.key!r}: the first turn of {type(self.method).__name__} is not the {self.role}'s")
         reply = yield replace(turn, model="")
-        yield from _after(look, reply)[0]
+        yield from after_reply(turns, reply)[0]
         return reply
 
 
-def _after(look: TurnGenerator, reply: Reply) -> tuple[list[Event], Turn]:
-    """The events a reply leads to, and the turn that follows."""
-    events, step = [], look.send(reply)
+def after_reply(turns: TurnGenerator, reply: Reply) -> tuple[list[Event], Turn]:
+    """The events that a reply leads to, and the turn that follows."""
+    events, step = [], turns.send(reply)
     while isinstance(step, Event):
         events.append(step)
-        step = look.send(None)
+        step = turns.send(None)
     return events, step
 
 
-class Target:
-    """A frozen model that scores answers to what a policy shows it after a cropper's reply."""
+class FrozenTargetReward:
+    """Rewards a cropper's reply by the likelihood of the answer under a frozen model, given the turn that the reply leads to."""
 
-    def __init__(self, vlm: LocalModel, part: Part):
-        self.vlm, self.part = vlm, part
-        self.scorer = Scorer(vlm.host)
-        self.scorer.requires_grad_(False)
+    def __init__(self, vlm: LocalModel, auxiliary_turn: AuxiliaryTurn):
+        self.vlm, self.method = vlm, auxiliary_turn.method
+        self.scorer = Scorer(vlm.host).requires_grad_(False)
 
-    def shown(self, sample: Sample, text: str) -> Turn:
-        """What the target is shown after the cropper said ``text``."""
-        look = self.part.whole.turns(sample)
-        next(look)
-        return _after(look, Reply(text))[1]
+    def turn_after(self, sample: Sample, text: str) -> Turn:
+        """The turn that the target answers after the cropper wrote ``text``."""
+        turns = self.method.turns(sample)
+        next(turns)
+        return after_reply(turns, Reply(text))[1]
 
     @torch.no_grad()
     def __call__(self, sample: Sample, answer: str, group: list[Rollout]) -> list[dict[str, float]]:
-        """Parts and ``reward`` of each rollout. answer: the probability of the whole answer; form: see ``VALID``."""
-        out, conversations, known, vlm = [], [], {}, self.vlm
+        """The parts of each rollout's reward, and their sum ``reward``.
+
+        form: see ``BOX``; likelihood: log-probability of the whole answer under the target; answer: its probability.
+        """
+        out, conversations, known_images, vlm = [], [], {}, self.vlm
+        # 1) Render the turn that each reply leads to, with the accepted answer as its reply.
         for rollout in group:
-            kinds = {e.kind for e in rollout.trajectory.events}
-            form = next((worth for kind, worth in VALID.items() if kind in kinds), 0.25)
-            turn = self.shown(sample, rollout.trajectory.replies[0].text if form else NOT_NEEDED)
-            images = [vlm.image_input(image, known) for image in turn.images]
+            malformed = any(e.kind == EventKind.MALFORMED_BOX for e in rollout.trajectory.events)
+            turn = self.turn_after(sample, NOT_NEEDED if malformed else rollout.trajectory.replies[0].text)
+            form = MALFORMED_BOX if malformed else BOX if turn.boxes else NO_BOX
+            images = [vlm.image_input(image, known_images) for image in turn.images]
             conversation = Conversation()
             conversation.add_context(vlm.host.render([turn], [], images), images)
             conversation.add_reply([*vlm.tokenizer(answer, add_special_tokens=False)["input_ids"], vlm.host.end_of_turn])
             conversations.append(conversation)
             out.append({"form": form})
+        # 2) Score all of them in one pass, and add up the answer's tokens.
         packed = pack([[c] for c in conversations], vlm.host, vlm.device)
         scores, _ = self.scorer(packed, vlm.encode(packed.images))
         likelihood = torch.zeros(len(group), device=scores.device).index_add(0, packed.conversation_index, scores).tolist()

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import ast
-import base64
-import io
 from dataclasses import replace
 from itertools import combinations
 
 from PIL import Image
 
+from awares_bench.errors import AwaresError
 from awares_bench.inference.local_model import LocalModel
+from awares_bench.inference.openai_client import image_part
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Reply, Sample, Turn
-from awares_bench.methods.crop_grid import ALL, PAPER_GRID, Box
-from awares_bench.methods.policy import Policy
+from awares_bench.methods.crop_grid import ALL, PAPER_GRID, Box, hull, iou
+from awares_bench.methods.policy import Policy, TurnGenerator
 
 from ..rollouts import SamplingModel
 from .judges import Endpoint, Judge
 
 
-class BoxError(ValueError):
-    """An evidence box that is no box of its image."""
+class BoxError(AwaresError, ValueError):
+    """An evidence box that is no box of its image. Its text names the row and the box."""
 
 
-def checked(boxes: list, width: int, height: int, where: str = "a row") -> list[Box]:
-    """Boxes (left, top, right, bottom) in pixels. Raises BoxError for one that is inverted, empty or outside the image."""
+def check_boxes(boxes: list, width: int, height: int, where: str = "a row") -> list[Box]:
+    """Boxes (left, top, right, bottom) in whole pixels. Raises BoxError for one that is inverted, empty or outside the image.
+
+    where: the row, for the error.
+    """
     out = []
     for box in boxes:
         if len(box) != 4:
@@ -37,34 +40,25 @@ def checked(boxes: list, width: int, height: int, where: str = "a row") -> list[
     return out
 
 
-def iou(a: Box, b: Box) -> float:
-    across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(0, across) * max(0, down)
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
-
-
-def hull(boxes: list[Box]) -> Box:
-    return (min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes))
-
-
 def crops_for(boxes: list[Box], width: int, height: int, mapping: str) -> tuple[str, ...]:
     """Evidence boxes -> crop names, perhaps none.
 
     coverage:    the one or two regions of least area such that each box lies in one of them, else all
-    iou_argmax:  the region most like the boxes' hull
-    iou_literal: every region with an IoU of 0.5 or more with the hull (paper Eq. 3): none for a hull below an eighth of the image
+    iou_argmax:  the region with the largest IoU with the boxes' hull
+    iou_literal: every region with an IoU of at least 0.5 with the hull (paper Eq. 3), or all if that is among them; none for a
+                 hull below an eighth of the image
     """
     if not boxes:
         return ()
     if mapping == "coverage":
         return PAPER_GRID.cheapest_cover(boxes, width, height)
     names = (*PAPER_GRID.names, ALL)
-    like = dict(zip(names, (iou(hull(boxes), b) for b in PAPER_GRID.boxes(width, height, names)), strict=True))
+    overlap = dict(zip(names, (iou(hull(boxes), b) for b in PAPER_GRID.boxes(width, height, names)), strict=True))
     if mapping == "iou_argmax":
-        return (max(like, key=like.get),)
+        return (max(overlap, key=overlap.get),)
     if mapping == "iou_literal":
-        found = tuple(n for n in names if like[n] >= 0.5)
-        return (ALL,) if ALL in found else found
+        regions = tuple(n for n in names if overlap[n] >= 0.5)
+        return (ALL,) if ALL in regions else regions
     raise ValueError(f"mapping is {mapping!r}; allowed: coverage, iou_argmax, iou_literal")
 
 
@@ -77,38 +71,41 @@ def candidates(pairs: bool = True) -> list[tuple[str, ...]]:
 
 
 def answers_with(
-    vlm: LocalModel, policy: Policy, sample: Sample, tried: list[tuple[str, ...]], max_new_tokens: int
+    vlm: LocalModel, policy: Policy, sample: Sample, crop_sets: list[tuple[str, ...]], max_new_tokens: int
 ) -> list[Reply]:
-    """The greedy answer after each forced call; the first turn is prefilled once for all of them."""
-    sampler, sessions = SamplingModel(vlm, 0.0), [Session() for _ in tried]
-    looks = [policy.turns(sample) for _ in tried]
-    turns = [_next_turn(look, None) for look in looks]
-    calls = [PAPER_GRID.format(names) for names in tried]
+    """The greedy answer after each forced call. The first turn is prefilled once for all of them."""
+    sampling, sessions = SamplingModel(vlm, 0.0), [Session() for _ in crop_sets]
+    exchanges = [policy.turns(sample) for _ in crop_sets]
+    turns = [_next_turn(exchange, None) for exchange in exchanges]
+    calls = [PAPER_GRID.format(names) for names in crop_sets]
     forced = [replace(turn, forced_reply=call) for turn, call in zip(turns, calls, strict=True)]
-    said = sampler.reply([Request(s, t, 1) for s, t in zip(sessions, forced, strict=True)])
-    turns = [_next_turn(look, reply) for look, reply in zip(looks, said, strict=True)]
-    return sampler.reply([Request(s, t, max_new_tokens) for s, t in zip(sessions, turns, strict=True)])
+    replies = sampling.reply([Request(s, t, 1) for s, t in zip(sessions, forced, strict=True)])
+    turns = [_next_turn(exchange, reply) for exchange, reply in zip(exchanges, replies, strict=True)]
+    return sampling.reply([Request(s, t, max_new_tokens) for s, t in zip(sessions, turns, strict=True)])
 
 
-def _next_turn(look, reply: Reply | None) -> Turn:
-    step = look.send(reply)
+def _next_turn(exchange: TurnGenerator, reply: Reply | None) -> Turn:
+    step = exchange.send(reply)
     while not isinstance(step, Turn):
-        step = look.send(None)
+        step = exchange.send(None)
     return step
 
 
 def search(
     vlm: LocalModel, policy: Policy, sample: Sample, answers: tuple[str, ...], judge: Judge, max_new_tokens: int
 ) -> tuple[str, ...]:
-    """The cheapest crops after which the model answers right, the surest among equals; none when no crops do."""
-    tried = candidates()
-    replies = answers_with(vlm, policy, sample, tried, max_new_tokens)
-    right = [
+    """The cheapest crops after which the model answers right; of equally cheap ones, those with the most probable answer.
+
+    () when it answers right after none.
+    """
+    crop_sets = candidates()
+    replies = answers_with(vlm, policy, sample, crop_sets, max_new_tokens)
+    successes = [
         (PAPER_GRID.area(names), -sum(reply.logprobs), names)
-        for names, reply in zip(tried, replies, strict=True)
+        for names, reply in zip(crop_sets, replies, strict=True)
         if judge(sample.question, answers, reply.text) >= 0.5
     ]
-    return min(right)[2] if right else ()
+    return min(successes)[2] if successes else ()
 
 
 GROUND = """Find the regions of the image that the question is about and that hold its answer.
@@ -123,20 +120,14 @@ with coordinates from 0 to 1000."""
 
 def ground(endpoint: Endpoint, image: Image.Image, question: str, answer: str) -> list[Box] | None:
     """Question and answer boxes from a grounding model, in pixels; None when the reply is no such dict. Raises JudgeError."""
-    encoded = io.BytesIO()
-    image.save(encoded, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
-    parts = [
-        {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": GROUND.format(question=question, answer=answer)},
-    ]
+    parts = [image_part(image), {"type": "text", "text": GROUND.format(question=question, answer=answer)}]
     reply = endpoint.say(parts, max_tokens=512)
     try:
-        said = ast.literal_eval(reply[reply.index("{") : reply.rindex("}") + 1])
+        regions = ast.literal_eval(reply[reply.index("{") : reply.rindex("}") + 1])
         scaled = [
             (x0 * image.width / 1000, y0 * image.height / 1000, x1 * image.width / 1000, y1 * image.height / 1000)
-            for x0, y0, x1, y1 in [*said.get("question", []), *said.get("answer", [])]
+            for x0, y0, x1, y1 in [*regions.get("question", []), *regions.get("answer", [])]
         ]
-        return checked(scaled, image.width, image.height) or None
+        return check_boxes(scaled, image.width, image.height) or None
     except (ValueError, SyntaxError, TypeError, AttributeError):
         return None

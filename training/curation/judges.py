@@ -1,14 +1,15 @@
-"""Who says whether an answer is right: rules, a sentence encoder, a local language model, an OpenAI-compatible endpoint."""
+"""Judges of answers: rules, a sentence encoder, a language model in this process, or one at an OpenAI-compatible server."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
+
+from openai import APIConnectionError, APIError, APIStatusError
+from rapidfuzz.distance import Levenshtein
+
+from awares_bench.errors import AwaresError
+from awares_bench.inference.openai_client import RETRIES, is_refusal, open_client, refusal
 
 Judge = Callable[[str, tuple[str, ...], str], float]
 """(question, accepted answers, prediction) -> how right, 0 to 1."""
@@ -16,8 +17,8 @@ Judge = Callable[[str, tuple[str, ...], str], float]
 RULES = ("exact", "relaxed", "anls")
 
 
-class JudgeError(RuntimeError):
-    """A judge that cannot be asked: what was tried and what to do."""
+class JudgeError(AwaresError, RuntimeError):
+    """A judge that cannot be asked, or gives no verdict. Its text says what was tried and what to do."""
 
 
 def plain(text: str) -> str:
@@ -26,7 +27,7 @@ def plain(text: str) -> str:
 
 
 def exact(question: str, answers: tuple[str, ...], prediction: str) -> float:
-    """1 when the prediction is one of the answers, case and white space aside."""
+    """1 when the prediction is one of the answers, apart from case, white space and a closing full stop."""
     return float(plain(prediction) in map(plain, answers))
 
 
@@ -34,14 +35,14 @@ def relaxed(question: str, answers: tuple[str, ...], prediction: str) -> float:
     """As ``exact``; numbers may be 5 % off (ChartQA's measure)."""
     if exact(question, answers, prediction):
         return 1.0
-    said = _number(prediction)
+    number = _number(prediction)
     truths = [n for n in map(_number, answers) if n is not None]
-    return float(said is not None and any(abs(said - t) <= 0.05 * abs(t) for t in truths))
+    return float(number is not None and any(abs(number - t) <= 0.05 * abs(t) for t in truths))
 
 
 def anls(question: str, answers: tuple[str, ...], prediction: str, threshold: float = 0.5) -> float:
-    """1 - edit distance / length of the longer, the best answer's; 0 below ``threshold`` (DocVQA's measure)."""
-    best = max(_similarity(plain(prediction), plain(a)) for a in answers)
+    """1 - edit distance / length of the longer, of the nearest answer; 0 below ``threshold`` (DocVQA's measure)."""
+    best = max(Levenshtein.normalized_similarity(plain(prediction), plain(a)) for a in answers)
     return best if best >= threshold else 0.0
 
 
@@ -52,17 +53,6 @@ def _number(text: str) -> float | None:
         return float(text.removesuffix("%")) / (100 if percent else 1)
     except ValueError:
         return None
-
-
-def _similarity(a: str, b: str) -> float:
-    if not a or not b:
-        return float(a == b)
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
-    return 1 - row[-1] / max(len(a), len(b))
 
 
 class Embedding:
@@ -81,37 +71,27 @@ class Embedding:
 
 
 class Endpoint:
-    """Chat of an OpenAI-compatible server. The key comes from the environment variable ``OPENAI_API_KEY``, if any.
+    """Chat of an OpenAI-compatible server. retries, timeout: see ``openai_client``; the key is read from OPENAI_API_KEY."""
 
-    Raises JudgeError after ``tries`` time-outs or refusals.
-    """
-
-    def __init__(self, url: str, model: str, timeout: float = 60.0, tries: int = 3, wait: float = 2.0):
-        self.url, self.model, self.timeout, self.tries, self.wait = url.rstrip("/"), model, timeout, tries, wait
+    def __init__(self, url: str, model: str, timeout: float = 60.0, retries: int = RETRIES):
+        self.url, self.model, self.retries = url, model, retries
+        self.client = open_client(url, retries, timeout)
 
     def say(self, prompt: str | list[dict], max_tokens: int = 16) -> str:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-        }
-        request = urllib.request.Request(
-            f"{self.url}/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"},
-        )
-        for attempt in range(self.tries):
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    return str(json.loads(answer.read())["choices"][0]["message"]["content"] or "")
-            except (urllib.error.URLError, TimeoutError, ConnectionError, KeyError, IndexError, TypeError, ValueError) as error:
-                reason = f"{type(error).__name__}: {error}"
-                if attempt + 1 < self.tries:
-                    time.sleep(self.wait * 2**attempt)
-        raise JudgeError(
-            f"{self.url} gave no answer in {self.tries} tries ({reason}); what is already judged is kept, start the server and rerun"
-        )
+        """The greedy reply to a prompt, or to the parts of one. Raises JudgeError when there is none."""
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            completion = self.client.chat.completions.create(
+                model=self.model, messages=messages, max_tokens=max_tokens, temperature=0
+            )
+            return completion.choices[0].message.content or ""
+        except (APIConnectionError, APIStatusError) as error:
+            if isinstance(error, APIStatusError) and is_refusal(error):
+                raise JudgeError(f"{self.url}, model {self.model}: {refusal(error)}") from error
+            cause = f"gave no answer in {self.retries + 1} tries ({type(error).__name__}: {error})"
+        except (APIError, AttributeError, IndexError, TypeError, ValueError) as error:
+            cause = f"gave an answer that is no chat completion ({type(error).__name__}: {error})"
+        raise JudgeError(f"{self.url} {cause}; what is already judged is kept, start the server and rerun")
 
 
 class LocalModel:
@@ -168,7 +148,7 @@ class Chat:
         return float(digit)
 
     def compare(self, question: str, answers: tuple[str, ...], low: str, full: str) -> int | None:
-        """0 no difference, 1 low better, 2 full better, asked in both orders; None when the orders disagree or it is nonsense."""
+        """0 no difference, 1 low better, 2 full better; asked in both orders. None when they disagree or a reply is no digit."""
         truth = " or ".join(answers)
         first = _digit(self.say(THREE_WAY.format(question=question, truth=truth, first=low, second=full)), "012")
         second = _digit(self.say(THREE_WAY.format(question=question, truth=truth, first=full, second=low)), "012")
@@ -177,8 +157,8 @@ class Chat:
 
 
 def _digit(reply: str, allowed: str) -> int | None:
-    found = re.findall(r"\d+", reply)
-    return int(found[0]) if len(found) == 1 and found[0] in allowed else None
+    numbers = re.findall(r"\d+", reply)
+    return int(numbers[0]) if len(numbers) == 1 and numbers[0] in allowed else None
 
 
 def judge(name: str, model: str = "", url: str = "", device: str = "cpu") -> Judge:
@@ -193,5 +173,6 @@ def judge(name: str, model: str = "", url: str = "", device: str = "cpu") -> Jud
     if name == "endpoint" and model and url:
         return Chat(Endpoint(url, model))
     raise ValueError(
-        f"judge is {name!r}: exact, relaxed, anls and embedding stand alone; local needs judge_model; endpoint needs judge_model and judge_url"
+        f"judge is {name!r}: exact, relaxed, anls and embedding stand alone; "
+        "local needs judge_model; endpoint needs judge_model and judge_url"
     )

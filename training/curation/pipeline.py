@@ -1,15 +1,17 @@
-"""From questions and images to trajectories, in stages that can be cut and looked at.
+"""From questions and images to trajectories, in stages whose results can be inspected and resumed. Paper Sec. 3.2 and 4.2.
 
-``rows``     the questions, with answers and perhaps evidence boxes
-``answers``  what the base model says at low and at full resolution
-``labels``   the judge's verdict and the label: low resolution is enough (LR) or not (HR)
-``crops``    for HR: evidence boxes and the crops they map to, or the crops found by search
-Then ``trajectories.parquet`` (for SFT), ``labels.parquet`` (for GRPO) and ``summary.json``. Each stage is a folder of parquet
-chunks; a chunk that is there is not made again. Paper Sec. 3.2 and 4.2.
+``rows``     the questions, with answers and, where the data has them, evidence boxes
+``answers``  what the base model answers at half and at full resolution
+``labels``   the judge's verdict, and the label: low resolution is enough (LR) or not (HR)
+``crops``    for HR: the crops that the evidence boxes map to, or that a search finds
+
+The results are ``trajectories.parquet`` (for SFT), ``labels.parquet`` (for GRPO) and ``summary.json``. Each stage is a folder of
+parquet chunks; a chunk that exists is not computed again.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
@@ -17,7 +19,8 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,13 +28,13 @@ from tqdm import tqdm
 from awares_bench.awares import AwaRes
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
-from awares_bench.methods.conversation import Failure
+from awares_bench.methods.conversation import Failure, Sample
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.registry import method_class
 from awares_bench.tasks.nano import world
 
-from .. import examples
-from ..recipe import RecipeError, Run, claim, key
+from .. import examples, recipe
+from ..recipe import Recipe, RecipeError, acquire_run_folder, option
 from ..rollouts import SamplingModel
 from ..trainer import device_of, open_vlm
 from . import crop_oracles, judges
@@ -41,50 +44,51 @@ NANO_START = 8 << 36
 
 
 @dataclass(frozen=True)
-class Curate(Run):
-    """A recipe of curation. ``start`` is the base model; ``data`` rows (see ``examples``), or ``nano:COUNT``.
+class Curate(Recipe):
+    """A recipe of curation. ``start`` is the base model; ``data`` are rows (see ``examples``), or ``nano:COUNT``."""
 
-    columns:    our column -> the dataset's, such as ``{answers: answer, question: query}``
-    suffix:     what the task appends to a question
-    judge:      ``exact``, ``relaxed``, ``anls``, ``local`` or ``endpoint`` (paper: a 70B language model)
-    second_judge: a rule whose labels are compared with the judge's, as paper Table 2 does; none by default
-    ties:       ``split``: both right is LR, both wrong is dropped; ``paper``: both are LR
-    sure:       probability that the base model must give its whole half-size answer for that to be enough; a right one below it
-                is a lucky guess, labelled HR where full size is right. 0, the default, labels as the paper does
-    oracle:     ``boxes`` of the dataset, ``search`` on the base model, ``endpoint`` of a grounding model (paper)
-    parallel:   questions put to an endpoint at once; a local judge takes them one by one
-    mapping:    ``coverage``, ``iou_argmax`` or ``iou_literal`` (paper Eq. 3), see ``oracles.crops_for``
-    """
-
-    split: str = key("train")
-    columns: dict = key({})  # noqa: RUF009
-    suffix: str = key("")
-    limit: int = key(-1, low=-1)
-    batch: int = key(16, low=1, log_only=True)
-    max_new_tokens: int = key(32, low=1)
-    judge: str = key("anls", one_of=("exact", "relaxed", "anls", "local", "endpoint"))
-    judge_model: str = key("")
-    judge_url: str = key("")
-    second_judge: str = key("", one_of=("", *judges.RULES))
-    ties: str = key("split", one_of=("split", "paper"))
-    sure: float = key(0.0, low=0, high=1)
-    oracle: str = key("search", one_of=("boxes", "search", "endpoint"))
-    oracle_model: str = key("")
-    oracle_url: str = key("")
-    mapping: str = key("coverage", one_of=("coverage", "iou_argmax", "iou_literal"))
-    chunk: int = key(256, low=1)
-    parallel: int = key(8, low=1, high=256, log_only=True)
+    split: str = option("train")
+    columns: dict = option({})  # noqa: RUF009
+    """Our name of a column -> the dataset's, such as ``{answers: answer, question: query}``."""
+    suffix: str = option("")
+    """What the task appends to a question."""
+    limit: int = option(-1, low=-1)
+    """Rows to use; -1 uses all."""
+    batch: int = option(16, low=1, log_only=True)
+    """Conversations in flight."""
+    max_new_tokens: int = option(32, low=1)
+    judge: str = option("anls", one_of=("exact", "relaxed", "anls", "local", "endpoint"))
+    """What decides whether an answer is right: a rule, or a language model ``local`` or at an ``endpoint`` (paper: of 70B)."""
+    judge_model: str = option("")
+    judge_url: str = option("")
+    second_judge: str = option("", one_of=("", *judges.RULES))
+    """A rule whose labels are compared with the judge's, as in paper Table 2; by default none."""
+    ties: str = option("split", one_of=("split", "paper"))
+    """``split``: both answers right is LR, both wrong drops the row. ``paper``: both are LR."""
+    sure: float = option(0.0, low=0, high=1)
+    """Lowest probability of the base model's half-size answer that counts as knowing it. A right answer below it is taken for a
+    guess, and labelled HR if full resolution is right too. 0 labels as the paper does."""
+    oracle: str = option("search", one_of=("boxes", "search", "endpoint"))
+    """Source of crops: the data's ``boxes``, a ``search`` on the base model, or an ``endpoint``'s grounding model (paper)."""
+    oracle_model: str = option("")
+    oracle_url: str = option("")
+    mapping: str = option("coverage", one_of=("coverage", "iou_argmax", "iou_literal"))
+    """How boxes map to crops: see ``crop_oracles.crops_for``."""
+    chunk: int = option(256, low=1)
+    """Rows of a parquet chunk."""
+    parallel: int = option(8, low=1, high=256, log_only=True)
+    """Questions sent to an endpoint at once. A local judge takes them one by one."""
 
 
 RECIPE = Curate
 
 
-def staged(out: Path, name: str, rows: list[dict], chunk: int, work: Callable[[list[dict]], list[dict]]) -> list[dict]:
-    """Apply ``work`` to chunks of rows, keeping each result as parquet; chunks that are there are read."""
+def run_stage(out: Path, name: str, rows: list[dict], chunk: int, work: Callable[[list[dict]], list[dict]]) -> list[dict]:
+    """Apply ``work`` to chunks of rows and keep each result as parquet, in ``out/name``; read the chunks that exist."""
     import pyarrow
     from pyarrow import parquet
 
-    made: list[dict] = []
+    results: list[dict] = []
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, len(rows), chunk), desc=name, disable=None):
@@ -92,12 +96,12 @@ def staged(out: Path, name: str, rows: list[dict], chunk: int, work: Callable[[l
         if not path.exists():
             parquet.write_table(pyarrow.Table.from_pylist(work(rows[start : start + chunk])), path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
-        made += parquet.read_table(path).to_pylist()
-    return made
+        results += parquet.read_table(path).to_pylist()
+    return results
 
 
-def source(recipe: Curate):
-    """The recipe's rows as a table whose images are not decoded. Raises DataError, BoxError."""
+def load_rows(recipe: Curate):
+    """The recipe's rows as a table whose images are not decoded. Raises DataError, BoxError, RecipeError."""
     if recipe.data.startswith("nano:"):
         return _nano(recipe)
     table = examples.rows(recipe.data, ("image", "question", "answers"), recipe.columns, recipe.split)
@@ -108,7 +112,7 @@ def source(recipe: Curate):
             raise examples.DataError(f"{recipe.data!r} has no column boxes; map one with columns, or set oracle: search")
         for i, row in enumerate(table):
             image = examples.pictures(row, 10**9)[0]
-            crop_oracles.checked(row["boxes"] or [], *image.size, where=f"row {i}")
+            crop_oracles.check_boxes(row["boxes"] or [], *image.size, where=f"row {i}")
     return table
 
 
@@ -120,45 +124,51 @@ def _nano(recipe: Curate):
 
 
 def nano_rows(count: int, seed: int = 0, labelled: bool = False):
-    """Nano documents of training seeds as a table. labelled: with the label that the world gives, not a model's answers."""
+    """Nano documents of training seeds as a table. labelled: with the label of the world, which needs no model's answers."""
     from datasets import Dataset, Image
 
-    w, rows = world, []
+    rows = []
     for i in range(count):
-        d, encoded = w.document(w.FAMILIES[i % len(w.FAMILIES)], NANO_START + seed * 2**24 + i), io.BytesIO()
-        d.image.save(encoded, "PNG")
+        family = world.FAMILIES[i % len(world.FAMILIES)]
+        document, png = world.document(family, NANO_START + seed * 2**24 + i), io.BytesIO()
+        document.image.save(png, "PNG")
         rows.append(
             {
-                "id": f"{d.family}-{d.seed}",
-                "image": {"bytes": encoded.getvalue(), "path": None},
-                "question": w.prompt(d.family, d.question, d.options),
-                "answers": [d.answer],
-                "boxes": [list(b) for b in d.evidence],
+                "id": f"{document.family}-{document.seed}",
+                "image": {"bytes": png.getvalue(), "path": None},
+                "question": world.prompt(document.family, document.question, document.options),
+                "answers": [document.answer],
+                "boxes": [list(box) for box in document.evidence],
             }
-            | ({"label": "LR" if d.low_is_enough else "HR"} if labelled else {})
+            | ({"label": "LR" if document.low_is_enough else "HR"} if labelled else {})
         )
     return Dataset.from_list(rows).cast_column("image", Image(decode=False))
 
 
 def run(recipe: Curate, say: Callable[[str], None] = print) -> dict:
-    """All stages -> the summary, which is also written. Raises before the model is loaded when the rows cannot be used."""
-    table = source(recipe)
-    grader = judges.judge(recipe.judge, recipe.judge_model, recipe.judge_url, device_of(recipe))
+    """Run all stages -> the summary, which is also written.
+
+    Raises DataError, BoxError, RecipeError, JudgeError before a model is loaded when rows or recipe cannot be used.
+    """
+    # 1) Check everything that needs no model.
+    table = load_rows(recipe)
+    judge = judges.judge(recipe.judge, recipe.judge_model, recipe.judge_url, device_of(recipe))
     if recipe.oracle == "endpoint" and not (recipe.oracle_model and recipe.oracle_url):
         raise RecipeError("oracle: endpoint needs oracle_model and oracle_url")
-    out = claim(recipe, "curate")
-    vlm: list[LocalModel] = []  # loaded when a stage first needs it
+    out = acquire_run_folder(recipe, "curate")
 
-    def model() -> LocalModel:
-        if not vlm:
-            vlm.append(open_vlm(recipe))
-        return vlm[0]
+    @cache
+    def model() -> LocalModel:  # loaded when a stage first needs it: not at all when its chunks exist
+        return open_vlm(recipe)
 
-    rows = [{"index": i} for i in range(len(table))]
-    answered = staged(out, "answers", rows, recipe.chunk, lambda some: answer(recipe, table, some, model()))
-    labelled = staged(out, "labels", answered, recipe.chunk, lambda some: label(recipe, table, some, grader))
+    # 2) Answer, label, and find crops for the rows that need them.
+    indices = [{"index": i} for i in range(len(table))]
+    answered = run_stage(out, "answers", indices, recipe.chunk, lambda rows: answer_rows(recipe, table, rows, model()))
+    labelled = run_stage(out, "labels", answered, recipe.chunk, lambda rows: label_rows(recipe, table, rows, judge))
     hard = [r for r in labelled if r["label"] == "HR"]
-    cropped = staged(out, "crops", hard, recipe.chunk, lambda some: crop(recipe, table, some, model))
+    cropped = run_stage(out, "crops", hard, recipe.chunk, lambda rows: crop_rows(recipe, table, rows, model))
+
+    # 3) Write what the trainers read, and a summary.
     summary = summarise(recipe, labelled, cropped)
     _write(recipe, table, labelled, {r["index"]: tuple(r["crops"]) for r in cropped}, out)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -170,52 +180,82 @@ def _question(recipe: Curate, row: dict) -> str:
     return row["question"] + recipe.suffix
 
 
-def answer(recipe: Curate, table, some: list[dict], vlm: LocalModel) -> list[dict]:
-    """Stage a: the base model's greedy answers at half and at full size, and how likely it found the one at half size."""
-    found = [dict(r, sure=None) for r in some]
+def _sample(recipe: Curate, row: dict, index: int) -> Sample:
+    return replace(examples.sample(row, index, recipe.largest_side), question=_question(recipe, row))
+
+
+def answer_rows(recipe: Curate, table, rows: list[dict], vlm: LocalModel) -> list[dict]:
+    """The base model's greedy answers at half (``low``) and at full resolution (``full``).
+
+    ``error`` says why a row could not be answered; ``sure`` is the probability of the answer at half resolution, or None where
+    the recipe does not ask for it.
+    """
+    results = [dict(row, sure=None) for row in rows]
     for name in ("low", "full"):
-        samples = [examples.sample(table[r["index"]], r["index"], recipe.largest_side) for r in some]
-        jobs = [Job(type(s)(s.images, s.question + recipe.suffix, s.key), recipe.max_new_tokens) for s in samples]
-        policy, likely = method_class(name)(), name == "low" and recipe.sure
-        for i, outcome in Engine(SamplingModel(vlm, 0.0) if likely else vlm, policy, recipe.batch).run(jobs):
+        samples = [_sample(recipe, table[row["index"]], row["index"]) for row in rows]
+        jobs = [Job(sample, recipe.max_new_tokens) for sample in samples]
+        policy, needs_logprobs = method_class(name)(), name == "low" and recipe.sure > 0
+        if needs_logprobs:
+            outcomes = Engine(SamplingModel(vlm, 0.0), policy, recipe.batch).run(jobs)
+        else:
+            outcomes = Engine(vlm, policy, recipe.batch).run(jobs)
+        for i, outcome in outcomes:
             failed = isinstance(outcome, Failure)
-            found[i][name] = None if failed else outcome.answer
-            found[i]["error"] = outcome.error if failed else found[i].get("error")
-            if likely and not failed:
-                found[i]["sure"] = math.exp(sum(outcome.replies[-1].logprobs))
-    return found
+            results[i][name] = None if failed else outcome.answer
+            results[i]["error"] = outcome.error if failed else results[i].get("error")
+            if needs_logprobs and not failed:
+                results[i]["sure"] = math.exp(sum(outcome.replies[-1].logprobs))
+    return results
 
 
-def label(recipe: Curate, table, some: list[dict], grader) -> list[dict]:
-    """Stages b and c: verdict (0 no difference, 1 low better, 2 full better), then the label, null where none is deserved."""
-    out, rule, verdicts = [], judges.judge(recipe.judge) if recipe.judge in judges.RULES else judges.anls, {}
-    compare = getattr(grader, "compare", None)
-    if compare:
+def label_rows(recipe: Curate, table, rows: list[dict], judge) -> list[dict]:
+    """The verdict (0 no difference, 1 low better, 2 full better) and the label of each row, None where there is none.
+
+    A judge that compares (``judges.Chat``) gives the verdict; otherwise the recipe's rule does.
+    """
+    rule = _rule(recipe)
+    # 1) Ask a judge that compares, several questions at once where it is a server.
+    verdicts = {}
+    if compare := getattr(judge, "compare", None):
+        questions = {
+            r["index"]: (_question(recipe, row), examples.answers(row), r["low"], r["full"])
+            for r in rows
+            if r["error"] is None and (row := table[r["index"]])
+        }
         with ThreadPoolExecutor(recipe.parallel if recipe.judge == "endpoint" else 1) as pool:
-            asked = {
-                r["index"]: (_question(recipe, row), examples.answers(row), r["low"], r["full"])
-                for r in some
-                if r["error"] is None and (row := table[r["index"]])
-            }
-            verdicts = dict(zip(asked, pool.map(lambda a: compare(*a), asked.values()), strict=True))
-    for r in some:
+            verdicts = dict(zip(questions, pool.map(lambda q: compare(*q), questions.values()), strict=True))
+
+    results = []
+    for r in rows:
+        result = dict(r, verdict=None, right_low=None, right_full=None, label=None, second=None)
+        results.append(result)
+        if r["error"] is not None:
+            continue
         row = table[r["index"]]
-        accepted, made = examples.answers(row), dict(r, verdict=None, right_low=None, right_full=None, label=None, second=None)
-        if r["error"] is None:
-            question = _question(recipe, row)
-            made["right_low"], made["right_full"] = (rule(question, accepted, r[x]) >= 0.5 for x in ("low", "full"))
-            by_rule = 2 * made["right_full"] if made["right_full"] != made["right_low"] else 0
-            by_rule = 1 if made["right_low"] and not made["right_full"] else by_rule
-            made["verdict"] = verdicts[r["index"]] if compare else by_rule
-            if recipe.sure and made["right_low"] and made["right_full"] and r["sure"] < recipe.sure:
-                made["verdict"] = 2
-            made["label"] = _label(made["verdict"], made["right_low"] or made["right_full"], recipe.ties)
-            if recipe.second_judge:
-                other = judges.judge(recipe.second_judge)
-                low, full = (other(question, accepted, r[x]) >= 0.5 for x in ("low", "full"))
-                made["second"] = _label(2 if full and not low else 1 if low and not full else 0, low or full, recipe.ties)
-        out.append(made)
-    return out
+        question, accepted = _question(recipe, row), examples.answers(row)
+        # 2) The verdict; a right half-size answer that the model was not sure of counts as a guess.
+        low, full = (rule(question, accepted, r[name]) >= 0.5 for name in ("low", "full"))
+        result["right_low"], result["right_full"] = low, full
+        result["verdict"] = verdicts[r["index"]] if compare else _verdict(low, full)
+        if recipe.sure and low and full and r["sure"] < recipe.sure:
+            result["verdict"] = 2
+        # 3) The label, and the one that a second judge gives.
+        result["label"] = _label(result["verdict"], low or full, recipe.ties)
+        if recipe.second_judge:
+            other = judges.judge(recipe.second_judge)
+            low, full = (other(question, accepted, r[name]) >= 0.5 for name in ("low", "full"))
+            result["second"] = _label(_verdict(low, full), low or full, recipe.ties)
+    return results
+
+
+def _rule(recipe: Curate) -> judges.Judge:
+    """The rule that says whether a single answer is right: the recipe's judge where it is one, else ANLS."""
+    return judges.judge(recipe.judge) if recipe.judge in judges.RULES else judges.anls
+
+
+def _verdict(low: bool, full: bool) -> int:
+    """Which answers are right -> 0 no difference, 1 low better, 2 full better."""
+    return 0 if low == full else 2 if full else 1
 
 
 def _label(verdict: int | None, any_right: bool, ties: str) -> str | None:
@@ -226,63 +266,55 @@ def _label(verdict: int | None, any_right: bool, ties: str) -> str | None:
     return "LR" if any_right or ties == "paper" else None
 
 
-def crop(recipe: Curate, table, some: list[dict], model: Callable[[], LocalModel]) -> list[dict]:
-    """Stages d and e: crops of the questions that need them; empty where the oracle finds none."""
-    out, policy = [], AwaRes()
-    rule = judges.judge(recipe.judge) if recipe.judge in judges.RULES else judges.anls
-    for r in some:
-        row = table[r["index"]]
-        boxes, names = None, ()
+def crop_rows(recipe: Curate, table, rows: list[dict], model: Callable[[], LocalModel]) -> list[dict]:
+    """The crops of rows that need them, and the evidence boxes that they come from; empty where the oracle finds none."""
+    results, policy, rule = [], AwaRes(), _rule(recipe)
+    endpoint = judges.Endpoint(recipe.oracle_url, recipe.oracle_model) if recipe.oracle == "endpoint" else None
+    for r in rows:
+        row, boxes = table[r["index"]], []
         if recipe.oracle == "search":
-            vlm = model()
-            sample = examples.sample(row, r["index"], recipe.largest_side)
-            sample = type(sample)(sample.images, _question(recipe, row), sample.key)
+            vlm, sample = model(), _sample(recipe, row, r["index"])
             names = crop_oracles.search(vlm, policy, sample, examples.answers(row), rule, recipe.max_new_tokens)
         else:
             image = examples.pictures(row, 10**9)[0]
             if recipe.oracle == "boxes":
-                boxes = crop_oracles.checked(row["boxes"] or [], *image.size)
+                boxes = crop_oracles.check_boxes(row["boxes"] or [], *image.size)
             else:
-                endpoint = judges.Endpoint(recipe.oracle_url, recipe.oracle_model)
-                boxes = crop_oracles.ground(endpoint, image, row["question"], examples.answers(row)[0])
-            names = crop_oracles.crops_for(boxes or [], *image.size, recipe.mapping)
-        out.append({"index": r["index"], "boxes": [list(b) for b in boxes or []], "crops": list(names)})
-    return out
+                boxes = crop_oracles.ground(endpoint, image, row["question"], examples.answers(row)[0]) or []
+            names = crop_oracles.crops_for(boxes, *image.size, recipe.mapping)
+        results.append({"index": r["index"], "boxes": [list(b) for b in boxes], "crops": list(names)})
+    return results
 
 
 def _write(recipe: Curate, table, labelled: list[dict], crops: dict[int, tuple[str, ...]], out: Path) -> None:
-    """Stage f: the two files that the trainers read."""
+    """Write the two files that the trainers read. Rows without a label, and HR rows without crops, are left out."""
     from datasets import Dataset, Image, Sequence, Value, concatenate_datasets
     from datasets import Features as Schema
 
-    keep = [r for r in labelled if r["label"] == "LR" or crops.get(r["index"])]
-    if not keep:
+    usable = [r for r in labelled if r["label"] == "LR" or crops.get(r["index"])]
+    if not usable:
         raise examples.DataError(f"no row got a label with crops to match; see the chunks in {out}")
-    picked = table.select([r["index"] for r in keep])
-    extra = {"id": [], "question": [], "answers": [], "label": [], "crops": [], "replies": []}
-    for r in keep:
+
+    # 1) The columns that curation decides.
+    text, texts = Value("string"), Sequence(Value("string"))
+    schema = {"id": text, "question": text, "answers": texts, "label": text, "crops": texts, "replies": texts}
+    columns = {name: [] for name in schema}
+    for r in usable:
         row, names = table[r["index"]], crops.get(r["index"], ()) if r["label"] == "HR" else ()
         accepted = examples.answers(row)
-        extra["id"].append(str(row.get("id", r["index"])))
-        extra["question"].append(_question(recipe, row))
-        extra["answers"].append(list(accepted))
-        extra["label"].append(r["label"])
-        extra["crops"].append(list(names))
-        extra["replies"].append([PAPER_GRID.format(names), accepted[0]] if names else [accepted[0]])
-    texts = Sequence(Value("string"))
-    schema = {
-        "id": Value("string"),
-        "question": Value("string"),
-        "answers": texts,
-        "label": Value("string"),
-        "crops": texts,
-        "replies": texts,
-    }
-    pictures = "image" if "image" in picked.column_names else "images"
-    whole = concatenate_datasets([picked.select_columns([pictures]), Dataset.from_dict(extra, Schema(schema))], axis=1)
-    whole = whole.cast_column(pictures, Image() if pictures == "image" else Sequence(Image()))
-    for name in ("trajectories", "labels"):
-        final = whole if name == "trajectories" else whole.remove_columns("replies")
+        columns["id"].append(str(row.get("id", r["index"])))
+        columns["question"].append(_question(recipe, row))
+        columns["answers"].append(list(accepted))
+        columns["label"].append(r["label"])
+        columns["crops"].append(list(names))
+        columns["replies"].append([PAPER_GRID.format(names), accepted[0]] if names else [accepted[0]])
+
+    # 2) The pictures beside them, as they were read.
+    selected = table.select([r["index"] for r in usable])
+    pictures = "image" if "image" in selected.column_names else "images"
+    rows = concatenate_datasets([selected.select_columns([pictures]), Dataset.from_dict(columns, Schema(schema))], axis=1)
+    rows = rows.cast_column(pictures, Image() if pictures == "image" else Sequence(Image()))
+    for name, final in (("trajectories", rows), ("labels", rows.remove_columns("replies"))):
         final.to_parquet(out / f"{name}.tmp")
         os.replace(out / f"{name}.tmp", out / f"{name}.parquet")
 
@@ -291,29 +323,41 @@ def summarise(recipe: Curate, labelled: list[dict], cropped: list[dict]) -> dict
     """Counts, label shares, crop shares, and the agreement of two judges."""
     labels = Counter(r["label"] or "dropped" for r in labelled)
     chosen = Counter("+".join(r["crops"]) or "none" for r in cropped)
-    known = [r for r in labelled if r["label"]]
-    hr = sum(r["label"] == "HR" for r in known)
+    with_label = [r for r in labelled if r["label"]]
+    hard = sum(r["label"] == "HR" for r in with_label)
     out = {
         "rows": len(labelled),
         "failed": sum(r["error"] is not None for r in labelled),
         "labels": dict(labels),
-        "share_HR": round(hr / len(known), 4) if known else None,
+        "share_HR": round(hard / len(with_label), 4) if with_label else None,
         "right_low": _share(labelled, "right_low"),
         "right_full": _share(labelled, "right_full"),
-        "lucky": round(sum(r["label"] == "HR" and r["right_low"] for r in known) / len(known), 4) if known else None,
+        "lucky": round(sum(r["label"] == "HR" and r["right_low"] for r in with_label) / len(with_label), 4)
+        if with_label
+        else None,
         "crops": dict(chosen.most_common()),
         "share_without_crops": round(chosen["none"] / len(cropped), 4) if cropped else None,
         "mean_area_of_HR": round(sum(PAPER_GRID.area(r["crops"]) for r in cropped) / len(cropped), 4) if cropped else None,
     }
     if recipe.second_judge:
-        both = [(r["label"], r["second"]) for r in labelled if r["label"] and r["second"]]
+        pairs = [(r["label"], r["second"]) for r in labelled if r["label"] and r["second"]]
         out["agreement"] = {
-            "share": round(sum(a == b for a, b in both) / len(both), 4) if both else None,
-            "judge, second": {f"{a}, {b}": n for (a, b), n in sorted(Counter(both).items())},
+            "share": round(sum(a == b for a, b in pairs) / len(pairs), 4) if pairs else None,
+            "judge, second": {f"{a}, {b}": n for (a, b), n in sorted(Counter(pairs).items())},
         }
     return out
 
 
 def _share(rows: list[dict], name: str) -> float | None:
-    known = [r[name] for r in rows if r[name] is not None]
-    return round(sum(map(bool, known)) / len(known), 4) if known else None
+    values = [r[name] for r in rows if r[name] is not None]
+    return round(sum(map(bool, values)) / len(values), 4) if values else None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe.add_arguments(parser, "nano_curate")
+
+
+def main(args: argparse.Namespace) -> int:
+    """``awares-bench curate``."""
+    run(recipe.load(RECIPE, args.recipe, args.set))
+    return 0

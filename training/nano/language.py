@@ -1,7 +1,7 @@
-"""Trains the language stages of nano: the whole model learns to answer, then where things are, then to ask for crops.
+"""Trains nano's language stages: the model learns to answer questions, then where things are, then to ask for crops.
 
-The stages are those of ``nano_stages.py``; the last makes the base model, nano-base. SFT and GRPO start from there, by the
-recipes ``nano_sft`` and ``nano_grpo``.
+``stages`` describes them; the last one makes the base model, nano-base, from which the recipes ``nano_sft`` and ``nano_grpo``
+start.
 
     python -m awares_bench.training.nano.language --stage base --tower runs/tower --out runs/base --steps 3000 --stop 2000
     python -m awares_bench.training.nano.tower --start runs/base/checkpoint --walls 0 --steps 800 --lr 1e-3 --out runs/place
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -28,74 +29,82 @@ from torch.nn.functional import cross_entropy
 from awares_bench.models.qwen2_5_vl_vision import windowed_attention
 from awares_bench.tasks.nano import world
 
+from .. import script
 from . import model as nano
-from .loop import Group, autocast, train
+from .loop import LoopSettings, ParameterGroup, autocast, train
 from .pixels import normalise
-from .rows import Row, Writer, collate
+from .rows import RowEncoder, TrainingRow, collate
 from .stages import KINDS, PHASES, STAGES, make_batch, make_row, train_seed
 
 
 class Learner:
-    """Weighted cross-entropy of a Qwen2.5-VL on a collated batch; the tower runs without gradients while it is frozen."""
+    """Weighted cross-entropy of a Qwen2.5-VL on a batch of ``collate``. The tower runs without gradients while it is frozen."""
 
     def __init__(self, model):
         self.model, self.tower_learns = model, False
 
-    def hidden(self, b: dict):
-        """-> the decoder's output for a batch of ``collate``, with the hidden states of every layer."""
+    def hidden(self, batch: dict):
+        """-> the decoder's output, with the hidden states of every layer."""
         core = self.model.model
         with torch.set_grad_enabled(self.tower_learns and torch.is_grad_enabled()):
-            features = core.visual(normalise(b["pixels"]), grid_thw=b["grids"]).pooler_output
-        embeds = core.get_input_embeddings()(b["ids"])
-        where = (b["ids"] == self.model.config.image_token_id)[..., None].expand_as(embeds)
-        embeds = embeds.masked_scatter(where, features.to(embeds.dtype))
-        decoder = core.language_model
-        return decoder(
+            features = core.visual(normalise(batch["pixels"]), grid_thw=batch["grids"]).pooler_output
+        embeds = core.get_input_embeddings()(batch["ids"])
+        is_image = (batch["ids"] == self.model.config.image_token_id)[..., None].expand_as(embeds)
+        embeds = embeds.masked_scatter(is_image, features.to(embeds.dtype))
+        return core.language_model(
             inputs_embeds=embeds,
-            attention_mask=b["mask"],
-            position_ids=b["positions"],
+            attention_mask=batch["mask"],
+            position_ids=batch["positions"],
             use_cache=False,
             output_hidden_states=True,
         )
 
-    def loss(self, b: dict) -> tuple[torch.Tensor, dict[str, float]]:
-        out = self.hidden(b)
-        hidden, weights = out.last_hidden_state[:, :-1], b["weights"][:, 1:]
-        on = weights > 0
-        losses = cross_entropy(self.model.lm_head(hidden[on]).float(), b["ids"][:, 1:][on], reduction="none")
-        parts, kind = {}, b["kinds"][:, None].expand_as(on)[on] if "kinds" in b else torch.zeros(0)
-        for k in kind.unique().tolist():
-            parts[KINDS[k]] = losses[kind == k].mean().item()
-        loss = (losses * weights[on]).sum() / weights[on].sum()
-        if len(b["hints"]):
-            hint = self.hint(out.hidden_states[1], b["hints"])
+    def loss(self, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
+        """-> the loss, and the mean cross-entropy of each kind of row."""
+        out = self.hidden(batch)
+        hidden, weights = out.last_hidden_state[:, :-1], batch["weights"][:, 1:]
+        mask = weights > 0
+        losses = cross_entropy(self.model.lm_head(hidden[mask]).float(), batch["ids"][:, 1:][mask], reduction="none")
+        parts, kinds = {}, batch["kinds"][:, None].expand_as(mask)[mask] if "kinds" in batch else torch.zeros(0)
+        for kind in kinds.unique().tolist():
+            parts[KINDS[kind]] = losses[kinds == kind].mean().item()
+        loss = (losses * weights[mask]).sum() / weights[mask].sum()
+        if len(batch["hints"]):
+            hint = self.hint_loss(out.hidden_states[1], batch["hints"])
             parts["hint"] = hint.item()
-            loss = loss + b["hint"] * hint
+            loss = loss + batch["hint"] * hint
         return loss, parts
 
-    def hint(self, states: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of the hinted tokens (H, 3: row, position, token) among those of the batch, by likeness to their embeddings."""
-        row, at, token = hints.unbind(1)
-        known = states[row, at].float()
-        known = known / known.square().mean(-1, keepdim=True).sqrt()
-        keys, which = token.unique(return_inverse=True)
-        return cross_entropy(known @ self.model.get_input_embeddings().weight[keys].float().T, which)
+    def hint_loss(self, states: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of picking each hint's token among all hinted ones, by the likeness of states to embeddings.
+
+        states (B, L, D) after a layer; hints (H, 3): row, position, token.
+        """
+        row, position, token = hints.unbind(1)
+        queries = states[row, position].float()
+        queries = queries / queries.square().mean(-1, keepdim=True).sqrt()
+        candidates, target = token.unique(return_inverse=True)
+        return cross_entropy(queries @ self.model.get_input_embeddings().weight[candidates].float().T, target)
 
     @torch.no_grad()
-    def right(self, rows: list[Row], writer: Writer, device: str) -> list[bool]:
+    def writes_replies(self, rows: list[TrainingRow], encoder: RowEncoder, device: str) -> list[bool]:
         """Whether the last reply of each row is the greedy one, given what precedes it."""
-        b = {k: v.to(device) for k, v in collate(rows, writer).items()}
+        batch = {k: v.to(device) for k, v in collate(rows, encoder).items()}
         with autocast(device):
-            hidden = self.hidden(b).last_hidden_state
+            hidden = self.hidden(batch).last_hidden_state
             out = []
             for i, row in enumerate(rows):
-                s, e = row.replies[-1]
-                out.append(bool((self.model.lm_head(hidden[i, s - 1 : e - 1]).argmax(-1) == b["ids"][i, s:e]).all()))
+                start, end = row.replies[-1]
+                greedy = self.model.lm_head(hidden[i, start - 1 : end - 1]).argmax(-1)
+                out.append(bool((greedy == batch["ids"][i, start:end]).all()))
         return out
 
 
 def load(model, start) -> None:
-    """The weights of a checkpoint, under a fresh bottom layer if it has one layer less; that layer passes on what it is given."""
+    """Copy the weights of ``start`` into ``model``.
+
+    If the model has one layer more, its bottom layer is new, and is set to pass on its input unchanged.
+    """
     state = start.state_dict()
     if len(model.model.language_model.layers) == len(start.host.model.language_model.layers) + 1:
         bottom = model.model.language_model.layers[0]
@@ -107,16 +116,17 @@ def load(model, start) -> None:
     model.load_state_dict(state)
 
 
-def calibrate(model, writer: Writer) -> None:
-    """Bring the tower's output to the scale of the token embeddings: zero mean, deviation 0.1, embeddings alike.
+def calibrate(model, encoder: RowEncoder) -> None:
+    """Scale the tower's output and the token embeddings alike: zero mean, standard deviation 0.1.
 
-    Without it the first language gradients collapse the features to a constant (measured).
+    Without this the first gradients of the language model collapse the features to a constant (measured).
     """
     phase = PHASES["base"][-1]
-    rows = [make_row(writer, world.FAMILIES[i % 6], train_seed("base", 0, i), "full", phase) for i in range(48)]
-    b = collate(rows, writer)
+    rows = [make_row(encoder, world.FAMILIES[i % 6], train_seed("base", 0, i), "full", phase) for i in range(48)]
+    batch = collate(rows, encoder)
+    pixels, grids = normalise(batch["pixels"]).to(model.device), batch["grids"].to(model.device)
     with torch.no_grad():
-        features = model.model.visual(normalise(b["pixels"]).to(model.device), grid_thw=b["grids"].to(model.device)).pooler_output
+        features = model.model.visual(pixels, grid_thw=grids).pooler_output
         last = model.model.visual.merger.mlp[2]
         scale = 0.1 / features.std(0).mean()
         last.bias.sub_(features.mean(0))
@@ -125,8 +135,7 @@ def calibrate(model, writer: Writer) -> None:
         torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", choices=list(STAGES), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tower", type=Path, help="run folder of the tower stage (base, light)")
@@ -139,59 +148,62 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tower-lr", type=float, default=1e-4)
     parser.add_argument("--tower-frozen", type=float, default=1.0, help="share of the steps before the tower learns too")
     parser.add_argument("--device", default="cpu")
-    a = parser.parse_args(argv)
-    torch.manual_seed(STAGES[a.stage])
-    tok = nano.nano_tokenizer()
-    writer, model = Writer(tok), nano.build(tok, nano.Geometry(layers=4 + (a.stage == "fetch"))).to(a.device)
-    if a.start:
-        load(model, type(model).from_pretrained(a.start, dtype=torch.float32))
-    if a.tower:
-        state = torch.load(a.tower / "checkpoint.pt", map_location=a.device, weights_only=True)
+
+
+def main(args: argparse.Namespace) -> int:
+    # 1) Build the model, and load a checkpoint or a tower or both.
+    torch.manual_seed(STAGES[args.stage])
+    tokenizer = nano.nano_tokenizer()
+    encoder = RowEncoder(tokenizer)
+    model = nano.build(tokenizer, nano.Geometry(layers=4 + (args.stage == "fetch"))).to(args.device)
+    if args.start:
+        load(model, type(model).from_pretrained(args.start, dtype=torch.float32))
+    if args.tower:
+        state = torch.load(args.tower / "checkpoint.pt", map_location=args.device, weights_only=True)
         model.model.visual.load_state_dict(state["tower"])
-        if not a.start:
-            calibrate(model, writer)
-    learner = Learner(model)
+        if not args.start:
+            calibrate(model, encoder)
+
+    # 2) Group the parameters: language, tower, and the bottom layer where it has a learning rate of its own.
+    learner, frozen_steps = Learner(model), int(args.steps * args.tower_frozen)
     tower = list(model.model.visual.parameters())
-    fresh = [p for n, p in model.named_parameters() if a.fresh_lr and ".language_model.layers.0." in n]
-    language = [p for n, p in model.named_parameters() if ".visual." not in n and not (a.fresh_lr and ".layers.0." in n)]
-    frozen = int(a.steps * a.tower_frozen)
+    bottom = [p for n, p in model.named_parameters() if args.fresh_lr and ".language_model.layers.0." in n]
+    language = [p for n, p in model.named_parameters() if ".visual." not in n and not (args.fresh_lr and ".layers.0." in n)]
+    groups = [ParameterGroup(language, args.lr), ParameterGroup(tower, args.tower_lr, frozen_steps)]
+    groups += [ParameterGroup(bottom, args.fresh_lr)] if bottom else []
 
-    def loss_of(b: dict) -> tuple[torch.Tensor, dict[str, float]]:
-        learner.tower_learns = loss_of.step >= frozen
-        loss_of.step += 1
-        return learner.loss(b)
-
-    checkpoint = a.out / "checkpoint.pt"
-    loss_of.step = torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
+    def loss_of(batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        learner.tower_learns = step >= frozen_steps
+        return learner.loss(batch)
 
     def evaluate(step: int) -> dict:
-        w, found = world, {}
-        first = w.SEEDS["validation"].start
-        phase = PHASES[a.stage][-1]
+        """Accuracy on validation documents, by kind of row and family of questions."""
+        accuracy: dict[str, dict[str, float]] = {}
+        first = world.SEEDS["validation"].start
+        phase = PHASES[args.stage][-1]
         for mode in ("where", "ask where", "full", "low", "crop", "blind"):
-            found[mode] = {}
-            for family in w.FAMILIES:
-                rows = [make_row(writer, family, first + i, mode, phase, questions=1) for i in range(48)]
-                right = learner.right([r for r in rows if r.replies], writer, a.device)
-                found[mode][family] = round(sum(right) / len(right), 3)
-            found[mode]["mean"] = round(sum(found[mode].values()) / len(w.FAMILIES), 3)
-        return found
+            accuracy[mode] = {}
+            for family in world.FAMILIES:
+                rows = [make_row(encoder, family, first + i, mode, phase, questions=1) for i in range(48)]
+                outcomes = learner.writes_replies([r for r in rows if r.replies], encoder, args.device)
+                accuracy[mode][family] = round(sum(outcomes) / len(outcomes), 3)
+            accuracy[mode]["mean"] = round(sum(accuracy[mode].values()) / len(world.FAMILIES), 3)
+        return accuracy
 
+    # 3) Train, and save a checkpoint that transformers loads.
     with windowed_attention(model.model.visual):
         train(
             {"model": model},
-            [Group(language, a.lr), Group(tower, a.tower_lr, frozen), *([Group(fresh, a.fresh_lr)] if fresh else [])],
-            lambda step: make_batch(writer, a.stage, step, a.steps, a.rows),
+            groups,
+            lambda step: make_batch(encoder, args.stage, step, args.steps, args.rows),
             loss_of,
             evaluate,
-            a.out,
-            a.steps,
-            stop=a.stop,
-            device=a.device,
-            evaluate_every=200,
+            args.out,
+            LoopSettings(args.steps, stop=args.stop, device=args.device, evaluate_every=200),
         )
-    nano.save(model, nano.processor(tok), a.out / "checkpoint")
+    nano.save(model, nano.processor(tokenizer), args.out / "checkpoint")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script.run(__doc__, add_arguments, main))

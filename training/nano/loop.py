@@ -1,7 +1,4 @@
-"""One resumable training loop for every stage: stateless batches, JSON-lines log, checkpoint, cosine schedule.
-
-A batch is a pure function of (stage seed, step), so a run that is cut and resumed sees the batches it would have seen.
-"""
+"""The training loop of all of nano's stages. It resumes: a batch is a pure function of the stage's seed and the step."""
 
 from __future__ import annotations
 
@@ -20,12 +17,35 @@ from tqdm import tqdm
 
 
 @dataclass(frozen=True)
-class Group:
-    """Parameters with a learning rate of their own. frozen_for: steps at the start during which they do not move."""
+class ParameterGroup:
+    """Parameters with a learning rate of their own."""
 
     parameters: list[torch.nn.Parameter]
     lr: float
     frozen_for: int = 0
+    """Number of steps at the start during which they do not change."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long a stage trains, and how."""
+
+    steps: int
+    """Length of the learning-rate schedule."""
+    stop: int | None = None
+    """Step to end after, although the schedule goes on to ``steps``; by default the last one."""
+    warmup: int = 100
+    """Steps over which the learning rate rises linearly."""
+    floor: float = 0.05
+    """Share of the learning rate that the cosine ends at."""
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    log_every: int = 50
+    evaluate_every: int = 500
+    workers: int = 1
+    """Processes that make batches."""
+    device: str = "cpu"
 
 
 class _Steps(Dataset):
@@ -40,62 +60,56 @@ class _Steps(Dataset):
 
 
 def autocast(device: str) -> torch.autocast:
-    """bf16 autocast where the device multiplies bf16 in hardware; elsewhere off, since an emulated bf16 is 3 times slower than fp32."""
-    fast = True
+    """bf16 autocast where the device multiplies bf16 in hardware. Off elsewhere: emulated bf16 is 3 times slower than fp32."""
+    has_bf16 = True
     if device == "cpu":
-        known = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16"))  # bf16: ARM's name
-    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=fast)
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: ARM's name
+    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=has_bf16)
 
 
 def train(
     modules: dict[str, torch.nn.Module],
-    groups: list[Group],
+    groups: list[ParameterGroup],
     make_batch: Callable[[int], dict],
-    loss_of: Callable[[dict], tuple[torch.Tensor, dict[str, float]]],
+    loss_of: Callable[[dict, int], tuple[torch.Tensor, dict[str, float]]],
     evaluate: Callable[[int], dict],
     out: Path,
-    steps: int,
-    *,
-    stop: int | None = None,
-    warmup: int = 100,
-    floor: float = 0.05,
-    weight_decay: float = 0.05,
-    clip: float = 1.0,
-    log_every: int = 50,
-    evaluate_every: int = 500,
-    workers: int = 1,
-    device: str = "cpu",
+    settings: LoopSettings,
 ) -> None:
-    """Minimise ``loss_of(batch)`` for ``steps`` steps of AdamW, resuming from ``out/checkpoint.pt`` when it is there.
+    """Minimise ``loss_of`` with AdamW, resuming from ``out/checkpoint.pt`` when it is there.
 
-    stop: end after this step although the schedule goes on to ``steps``.
-
-    make_batch: step -> tensors, run in a worker process. loss_of: batch -> (scalar loss, figures to log).
-    Learning rate: linear warm-up over ``warmup`` steps, cosine to ``floor`` of the group's rate. Precision: see ``autocast``.
-    Writes ``out/log.jsonl`` (one line per ``log_every`` steps and per evaluation) and ``out/checkpoint.pt``.
+    make_batch: step, from 0 -> tensors; runs in a worker process. loss_of: batch, its step -> (scalar loss, metrics to log).
+    evaluate: number of steps done -> what the log holds of it. For precision see ``autocast``.
+    Writes ``out/log.jsonl``, a line per ``log_every`` steps and per evaluation, and ``out/checkpoint.pt`` at each evaluation.
     """
+    steps, stop = settings.steps, settings.stop or settings.steps
+
+    # 1) Make the optimizer, and restore everything from the checkpoint.
     out.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(
-        [{"params": g.parameters, "lr": g.lr} for g in groups], betas=(0.9, 0.95), weight_decay=weight_decay
+        [{"params": g.parameters, "lr": g.lr} for g in groups], betas=(0.9, 0.95), weight_decay=settings.weight_decay
     )
-    checkpoint, start, spent = out / "checkpoint.pt", 0, 0.0
+    checkpoint, start, earlier_seconds = out / "checkpoint.pt", 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = torch.load(checkpoint, map_location=settings.device, weights_only=True)
         for name, module in modules.items():
             module.load_state_dict(state[name])
         optimizer.load_state_dict(state["optimizer"])
-        start, spent = state["step"], state["seconds"]
+        start, earlier_seconds = state["step"], state["seconds"]
+    begin = time.time()
+
+    def seconds() -> float:
+        return earlier_seconds + time.time() - begin
 
     def save(step: int) -> None:
         state = {name: module.state_dict() for name, module in modules.items()}
-        state |= {"optimizer": optimizer.state_dict(), "step": step, "seconds": spent + time.time() - began}
+        state |= {"optimizer": optimizer.state_dict(), "step": step, "seconds": seconds()}
         torch.save(state, out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", checkpoint)
 
-    loader = DataLoader(_Steps(make_batch, steps), sampler=range(start, stop or steps), batch_size=None, num_workers=workers)
-    figures: dict[str, list[float]] = {}
-    began = time.time()
+    loader = DataLoader(_Steps(make_batch, steps), sampler=range(start, stop), batch_size=None, num_workers=settings.workers)
+    metrics: dict[str, list[float]] = {}
     with (out / "log.jsonl").open("a") as log:
 
         def write(line: dict) -> None:
@@ -104,30 +118,39 @@ def train(
 
         bar = tqdm(loader, initial=start, total=steps, desc=out.name, disable=not sys.stderr.isatty())
         for step, batch in enumerate(bar, start + 1):
-            batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            with autocast(device):
-                loss, parts = loss_of(batch)
+            # 2) Forward and backward.
+            batch = {k: v.to(settings.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            with autocast(settings.device):
+                loss, parts = loss_of(batch, step - 1)
             loss.backward()
-            rate = min(1.0, step / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-            for group, spec in zip(optimizer.param_groups, groups, strict=True):
-                group["lr"] = spec.lr * rate
-                if step <= spec.frozen_for:
-                    for p in spec.parameters:
+
+            # 3) Set the learning rates: linear warm-up, then a cosine to the floor. Frozen groups lose their gradients.
+            cosine = settings.floor + (1 - settings.floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            rate = min(1.0, step / settings.warmup) * cosine
+            for parameters, group in zip(optimizer.param_groups, groups, strict=True):
+                parameters["lr"] = group.lr * rate
+                if step <= group.frozen_for:
+                    for p in group.parameters:
                         p.grad = None
-            torch.nn.utils.clip_grad_norm_([p for g in groups for p in g.parameters if p.grad is not None], clip)
+
+            # 4) Update.
+            moving = [p for g in groups for p in g.parameters if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(moving, settings.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+            # 5) Log means since the last line; evaluate and save in longer intervals, and both after the last step.
             for name, value in {"loss": loss.item(), **parts}.items():
-                figures.setdefault(name, []).append(value)
-            if step % log_every == 0 or step == (stop or steps):
-                means = {k: round(sum(v) / len(v), 4) for k, v in figures.items()}
-                write({"step": step, "seconds": round(spent + time.time() - began), **means})
+                metrics.setdefault(name, []).append(value)
+            if step % settings.log_every == 0 or step == stop:
+                means = {k: round(sum(v) / len(v), 4) for k, v in metrics.items()}
+                write({"step": step, "seconds": round(seconds()), **means})
                 bar.set_postfix(loss=means["loss"])
-                figures.clear()
-            if step % evaluate_every == 0 or step == (stop or steps):
+                metrics.clear()
+            if step % settings.evaluate_every == 0 or step == stop:
                 for module in modules.values():
                     module.eval()
-                write({"step": step, "seconds": round(spent + time.time() - began), "evaluation": evaluate(step)})
+                write({"step": step, "seconds": round(seconds()), "evaluation": evaluate(step)})
                 for module in modules.values():
                     module.train()
                 save(step)

@@ -1,17 +1,20 @@
-"""Nano: Qwen2.5-VL's own classes, processor and chat template at three million parameters, and a tokenizer to match.
+"""Nano: Qwen2.5-VL's own classes, processor and chat template at three million parameters, with a tokenizer of its own.
 
 The tokenizer is Qwen2's byte-level BPE with Qwen's special tokens; its merges are learned from the nano suite's questions
-and the crop prompts. The fixed sentences that every prompt repeats (system prompts, answer instructions) are whole
-entries of the added vocabulary, so that a CPU spends its time on the picture; any other wording falls back to BPE.
+and the crop prompts. Sentences that every prompt repeats (system prompts, answer instructions) are single tokens of the added
+vocabulary, so that a CPU spends its time on the picture. Any other wording is encoded by BPE.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import (
@@ -26,6 +29,7 @@ from transformers import (
 from awares_bench.methods.conversation import Sample
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.registry import method_class
+from awares_bench.tasks.nano import world
 
 from ..rendering import play
 
@@ -52,7 +56,7 @@ SUFFIXES = (
     "\nAnswer with the option's letter from the given choices directly.",
     " Please answer directly with a single word or number.",
 )
-"""What the official tasks append to a question (lmms-eval 0.7.3), and RealWorldQA's own closing sentence."""
+"""What the official tasks append to a question (lmms-eval 0.7.3), and the last sentence of RealWorldQA's own questions."""
 
 CHAT_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
@@ -73,7 +77,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a Qwen2.5-VL. The defaults are nano's, without the layer that its last stage adds."""
+    """Sizes of a Qwen2.5-VL. The defaults are nano's before its last stage, which adds a layer."""
 
     width: int = 192
     layers: int = 4
@@ -92,19 +96,21 @@ def tokenizer(corpus: list[str], merges: int = 400) -> Qwen2Tokenizer:
     empty = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>")
     learned = empty.train_new_from_iterator([corpus], vocab_size=len(alphabet) + merges, show_progress=False)
     learned.add_special_tokens({"extra_special_tokens": SPECIAL})
-    phrases = ["You are a helpful assistant.", *SUFFIXES, *_pieces(PAPER_GRID.prompt), *_pieces(PAPER_GRID.prompt_as("adapter"))]
+    crop_prompts = (PAPER_GRID.prompt, PAPER_GRID.prompt_as("adapter"))
+    phrases = ["You are a helpful assistant.", *SUFFIXES, *(p for prompt in crop_prompts for p in _phrases(prompt))]
     phrases += visionthink_phrases()
     learned.add_tokens([AddedToken(p, normalized=False, special=False) for p in dict.fromkeys(phrases)])
     learned.padding_side = "left"
     return learned
 
 
-def _pieces(prompt: str) -> list[str]:
-    """A prompt cut after sentences, commas before a clause, and the map: whole phrases for the added vocabulary."""
-    cut = prompt.replace("them. ", "them. \0").replace("analysis, ", "analysis, \0").replace("areas are ", "areas are \0")
-    cut = cut.replace("image are ", "image are \0").replace("'all'}", "'all'}\0").replace("brackets ", "brackets \0")
-    cut = cut.replace("version, the", "version, \0the").replace("), where", "), \0where")
-    return [p for p in cut.split("\0") if p]
+PHRASE_ENDS = ("them. ", "analysis, ", "areas are ", "image are ", "'all'}", "brackets ", "version, ", "), ")
+"""Where the crop prompts are cut into phrases: after sentences, after clauses, and after the map of the regions."""
+
+
+def _phrases(prompt: str) -> list[str]:
+    """A crop prompt, cut into phrases for the added vocabulary."""
+    return [p for p in re.split("|".join(f"(?<={re.escape(end)})" for end in PHRASE_ENDS), prompt) if p]
 
 
 def visionthink_phrases() -> list[str]:
@@ -188,20 +194,12 @@ def build(tok: Qwen2Tokenizer, geometry: Geometry = Geometry()) -> Qwen2_5_VLFor
 
 def save(model: Qwen2_5_VLForConditionalGeneration, proc: Qwen2_5_VLProcessor, out: Path) -> None:
     """Write a checkpoint folder that stock transformers loads; weights in bfloat16."""
-    import copy
-
-    import torch
-
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
     proc.save_pretrained(out)
 
 
 def nano_tokenizer() -> Qwen2Tokenizer:
-    """The tokenizer of the nano checkpoints, rebuilt from the training questions; always the same."""
-    import random
-
-    from awares_bench.tasks.nano import world
-
+    """The tokenizer of the nano checkpoints, rebuilt from training questions. Every call returns the same one."""
     w, rng, questions = world, random.Random("tokenizer"), []
     for i in range(1800):
         _, panels = w.family_scene(rng, w.FAMILIES[i % 6], size=(112, 112), count=(1, 1))

@@ -24,8 +24,3 @@ def normalise(values: torch.Tensor) -> torch.Tensor:
     mean, std = values.new_tensor(MEAN, dtype=torch.float32), values.new_tensor(STD, dtype=torch.float32)
     x = (values.float().unflatten(1, (3, 196)) / 255 - mean[:, None]) / std[:, None]
     return x[:, :, None].expand(-1, -1, 2, -1).reshape(len(x), 1176)
-
-
-def half(image: Image.Image) -> Image.Image:
-    """The half-size view: sides halved and truncated, Lanczos (paper Sec. 4.3)."""
-    return image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.LANCZOS)

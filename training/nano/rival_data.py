@@ -1,19 +1,23 @@
-"""Rows from which nano learns the rivals' protocols: VisionThink's calls, CropVLM's boxes; the start that their GRPO needs.
+"""Rows from which nano learns its rivals' protocols, VisionThink's calls and CropVLM's boxes, before their GRPO.
 
-    python -m awares_bench.training.nano.rival_data visionthink --data runs/nano-curate/labels.parquet --out runs/nano-visionthink.parquet
+    python -m awares_bench.training.nano.rival_data visionthink --data runs/nano-curate/labels.parquet \
+        --out runs/nano-visionthink.parquet
     python -m awares_bench.training.nano.rival_data cropvlm --data nano:4000 --out runs/nano-cropvlm.parquet
 
-``--data`` is a file of rows with ``label`` (visionthink) or ``boxes`` in pixels (cropvlm), or ``nano:COUNT``, whose labels and
-boxes are the world's own. The result has ``replies`` and ``answers``, for ``train sft`` and ``train grpo``.
+``--data`` is a file of rows with ``label`` (visionthink) or ``boxes`` in pixels (cropvlm), or ``nano:COUNT``: new documents of
+the nano world, with its own labels and boxes. The result has ``replies`` and ``answers``, for ``train sft`` and ``train grpo``.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from .. import examples
-from ..curation.crop_oracles import checked, hull
+from awares_bench.methods.crop_grid import hull
+
+from .. import examples, script
+from ..curation.crop_oracles import check_boxes
 from ..curation.pipeline import nano_rows
 from ..recipe import RecipeError
 
@@ -21,14 +25,17 @@ CALL = '<tool_call>\n{"name": "resize_image", "arguments": {"action": "resize"}}
 """What ``baselines/visionthink.py`` reads as a call for the original image."""
 
 STEP = 25
-"""Percent of a side to whose multiples labelled boxes are widened (ours; the authors enlarge by up to 45 times, as their boxes hold single
-words). Crops of nano's pictures are then of whole visual tokens: with tenths they are stretched to such, and with the right box nano read
-49 % of 240 held-out documents, with quarters 98."""
+"""Labelled boxes are widened to multiples of this percentage of a side (ours; the authors' boxes hold single words, and they
+enlarge them by up to 45 times). A quarter of a nano picture's side is a whole number of visual tokens, so such crops are not
+resampled. With multiples of 10, crops are resampled: given the right box, nano then read 49 % of 240 held-out documents, with
+quarters 98 %."""
 
 
 def visionthink(row: dict, size: tuple[int, int]) -> list[str]:
-    """A call where the label is HR, an answer after it. The thought is the question again: it then stands behind the picture that was
-    shown last, where nano's base is used to it."""
+    """The replies of a row: for label HR a call and then the answer, else the answer.
+
+    The thought repeats the question, because nano-base has learned to answer a question that follows the picture.
+    """
     first = row["question"].splitlines()[0]
     thought = f"<think>{first[: first.find('?') + 1] or first}</think>"
     answer = f"{thought}<answer>{examples.answers(row)[0]}</answer>"
@@ -36,8 +43,8 @@ def visionthink(row: dict, size: tuple[int, int]) -> list[str]:
 
 
 def cropvlm(row: dict, size: tuple[int, int]) -> list[str]:
-    """The box around the evidence, widened to the next ``STEP`` percent of the sides: ``[x1, y1, x2, y2].`` (the authors' format)."""
-    box, (width, height) = hull(checked(row["boxes"], *size)), size
+    """The reply of a row: the box around its evidence, widened to multiples of ``STEP``, in the authors' format."""
+    box, (width, height) = hull(check_boxes(row["boxes"], *size)), size
     x1, y1 = (100 * v // side // STEP * STEP for v, side in zip(box[:2], (width, height), strict=True))
     x2, y2 = (-(-100 * v // side // STEP) * STEP for v, side in zip(box[2:], (width, height), strict=True))
     return [f"[{x1}, {y1}, {x2}, {y2}]."]
@@ -47,7 +54,10 @@ STYLES = {"visionthink": (visionthink, "label"), "cropvlm": (cropvlm, "boxes")}
 
 
 def write(style: str, data: str, out: Path, seed: int = 0) -> int:
-    """-> how many rows were written. Raises DataError, BoxError, RecipeError; rows without a label or box are left out."""
+    """Write the rows of ``data`` with the replies of a style, leaving out rows without a label or box -> the number written.
+
+    Raises DataError, BoxError, RecipeError.
+    """
     reply, needs = STYLES[style]
     if data.startswith("nano:"):
         if not data[5:].isdigit() or not int(data[5:]):
@@ -65,15 +75,17 @@ def write(style: str, data: str, out: Path, seed: int = 0) -> int:
     return len(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("style", choices=sorted(STYLES))
     parser.add_argument("--data", required=True, help="parquet or JSON-lines file, or nano:COUNT")
     parser.add_argument("--seed", type=int, default=0, help="of nano:COUNT")
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> int:
     print(f"{write(args.style, args.data, args.out, args.seed)} rows in {args.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script.run(__doc__, add_arguments, main))

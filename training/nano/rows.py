@@ -1,4 +1,4 @@
-"""Chat trajectories to token ids with a loss weight on every token the model writes. Same tokens as the engine feeds (tested)."""
+"""Chat exchanges to token ids and loss weights. The ids equal those that the engine feeds (tested)."""
 
 from __future__ import annotations
 
@@ -15,70 +15,87 @@ DEFAULT_SYSTEM = "You are a helpful assistant."  # the chat template's own
 
 
 @dataclass
-class Row:
-    """One conversation. weights: loss weight of each token, 0 where the model did not write it."""
+class TrainingRow:
+    """One conversation of a batch."""
 
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    """Loss weight of each token; 0 where the model did not write it."""
     pixels: list[torch.Tensor] = field(default_factory=list)
+    """Bytes (P, 588) of each image, see ``pixels.patches``."""
     grids: list[tuple[int, int, int]] = field(default_factory=list)
-    replies: list[tuple[int, int]] = field(default_factory=list)  # spans of ids that the model wrote
-    hints: list[tuple[int, int]] = field(default_factory=list)  # (position, token that must be known there after a layer)
+    """(1, rows, columns) of each image, in patches."""
+    replies: list[tuple[int, int]] = field(default_factory=list)
+    """Spans of ``ids`` that the model wrote."""
+    hints: list[tuple[int, int]] = field(default_factory=list)
+    """(position, token): the token must be known at this position after the first layer."""
 
 
-class Writer:
-    """Writes rows with one tokenizer."""
+class RowEncoder:
+    """Encodes exchanges with one tokenizer."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.pad = tokenizer.pad_token_id
-        self._known: dict[str, list[int]] = {}
+        self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        if text not in self._known:
-            self._known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._known[text]
+        if text not in self._cache:
+            self._cache[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._cache[text]
 
-    def row(self, exchanges: list[tuple[list[Image.Image], str, str, float]], system: str = DEFAULT_SYSTEM) -> Row:
-        """(images, user text, reply, loss weight) per turn -> a row. Sides of images are multiples of 28 pixels."""
-        out = Row()
+    def encode_row(self, exchanges: list[tuple[list[Image.Image], str, str, float]], system: str = DEFAULT_SYSTEM) -> TrainingRow:
+        """(images, user text, reply, loss weight) of each turn -> a row. Sides of images are multiples of 28 pixels."""
+        out = TrainingRow()
 
-        def say(ids: list[int], weight: float = 0.0) -> None:
+        def append(ids: list[int], weight: float = 0.0) -> None:
             out.ids += ids
             out.weights += [weight] * len(ids)
 
-        say(self.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"))
+        append(self.encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"))
         for i, (images, text, reply, weight) in enumerate(exchanges):
             if i:
-                say(self.encode("\n<|im_start|>user\n"))
+                append(self.encode("\n<|im_start|>user\n"))
             for image in images:
-                p, grid = patches(image)
-                out.pixels.append(p)
+                pixels, grid = patches(image)
+                out.pixels.append(pixels)
                 out.grids.append(grid)
-                say(self.encode("<|vision_start|>") + [self.image_token] * (len(p) // 4) + self.encode("<|vision_end|>"))
-            say(self.encode(f"{text}<|im_end|>\n<|im_start|>assistant\n"))
+                tokens = [self.image_token] * (len(pixels) // 4)
+                append(self.encode("<|vision_start|>") + tokens + self.encode("<|vision_end|>"))
+            append(self.encode(f"{text}<|im_end|>\n<|im_start|>assistant\n"))
             start = len(out.ids)
-            say([*self.encode(reply), self.end], weight)
+            append([*self.encode(reply), self.end], weight)
             out.replies.append((start, len(out.ids)))
         return out
 
 
-def collate(rows: list[Row], writer: Writer) -> dict:
-    """Rows -> one right-padded batch: ids, mask, weights (B, L), positions (3, B, L), bytes of all patches, grids (I, 3), hints (H, 3)."""
+def collate(rows: list[TrainingRow], encoder: RowEncoder) -> dict:
+    """Rows -> one batch, padded on the right.
+
+    ids, mask, weights (B, L); positions (3, B, L); pixels (P, 588), bytes of all patches; grids (I, 3); hints (H, 3): row,
+    position, token.
+    """
     length = max(len(r.ids) for r in rows)
-    ids = torch.full((len(rows), length), writer.pad)
+    ids = torch.full((len(rows), length), encoder.pad)
     weights, mask = torch.zeros(len(rows), length), torch.zeros(len(rows), length, dtype=torch.long)
     positions = torch.zeros(3, len(rows), length, dtype=torch.long)
     for b, r in enumerate(rows):
         n = len(r.ids)
         ids[b, :n], weights[b, :n], mask[b, :n] = torch.tensor(r.ids), torch.tensor(r.weights), 1
         positions[:, b, :n] = mrope_positions(
-            r.ids, [(rows // 2, columns // 2) for _, rows, columns in r.grids], writer.image_token
+            r.ids, [(rows // 2, columns // 2) for _, rows, columns in r.grids], encoder.image_token
         )[0]
     pixels = torch.cat([p for r in rows for p in r.pixels])
     grids = torch.tensor([g for r in rows for g in r.grids])
     hints = torch.tensor([(b, at, token) for b, r in enumerate(rows) for at, token in r.hints], dtype=torch.long).reshape(-1, 3)
-    out = {"ids": ids, "mask": mask, "weights": weights, "positions": positions, "pixels": pixels, "grids": grids}
-    return out | {"hints": hints}
+    return {
+        "ids": ids,
+        "mask": mask,
+        "weights": weights,
+        "positions": positions,
+        "pixels": pixels,
+        "grids": grids,
+        "hints": hints,
+    }

@@ -1,21 +1,22 @@
-"""The language stages of nano as data: what each shows, on which pictures, in which shares, and the rows made of it.
+"""Nano's language stages as data: what each stage shows, on which pictures, in which shares, and the rows made of it.
 
-``base``   lists and questions on growing canvases at full size, at half size, and at half size with a crop already fetched.
-           A list names keys in random order and is scored on the contents only: a look-up in one attention hop, the key being
-           the token just read. Questions alone do not form the look-up in 1,000 steps (measured); lists first, they do.
-``light``  the base gets used to a tower that went on learning (``tower --start``: the slanted light, places and regions).
-``where``  lists of regions in place of contents, from pictures of one panel to whole ones, then calls for the cheapest crops.
-           Growing is what makes it learn: with one panel a region is read off within 50 steps and carries over to five panels
-           at once; on whole pictures from the start it stayed at chance for 600 (both measured).
-``joint``  the tower learns too; two-turn rows go on asking about what else lies in the fetched crops (more reading per picture),
-           and some fetch more than they need, so that no crop is strange to the model.
-``read``   mostly two-turn rows about small writing. After ``joint`` the second turn gave the half-size guess again on a fifth of
-           the questions that half size had wrong (the whole picture reads them all).
-``fetch``  a fresh layer below the others, taught to know the question's key where the answer is written. A question that follows its
-           picture is looked up by the key's own token, in the bottom layer; after a crop no such token comes, and the answer's
-           place had to fetch the key first and look up with what layers were left. It took the wrong field of the crop in one
-           form of twelve, in none when the question was repeated after the crop (both measured). Half-size views of other
-           pictures (rows ``blind``) make it read the crop. Its result is the base model, nano-base.
+``base``   Lists and questions, on growing canvases: at full size, at half size, and at half size with a crop already fetched.
+           A list names keys in random order, and only the contents are scored: a look-up in one attention hop, whose key is
+           the token just read. Questions alone do not form this look-up in 1,000 steps; after lists they do (measured).
+``light``  Adapts the base to a tower that was trained further (``tower --start``) on slanted light, places and regions.
+``where``  Lists of regions in place of contents, from pictures of one panel up to whole ones; then calls for the cheapest
+           crops. It has to grow: with one panel a region is learned within 50 steps and carries over to five panels at once;
+           on whole pictures from the start it stayed at chance for 600 steps (both measured).
+``joint``  The tower is trained too. Two-turn rows ask further questions about what else lies in the fetched crops, which is
+           more reading per picture, and some fetch more than they need, so that the model has seen every crop.
+``read``   Mostly two-turn rows about small writing. After ``joint`` the second turn repeated the half-size guess on a fifth of
+           the questions that half size got wrong, all of which the whole picture gets right.
+``fetch``  Adds a fresh layer below the others, and trains it to know the question's key at the positions that write the answer.
+           When a question follows its picture, the key's own token does the look-up, in the bottom layer. After a crop no
+           such token follows: the position of the answer had to fetch the key first, and look up with the remaining layers.
+           It then took the wrong field of the crop in one form of twelve; in none when the question was repeated after the
+           crop (both measured). In ``blind`` rows the half-size view is of another picture, so that the model has to read the
+           crop. The result is the base model, nano-base.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from dataclasses import dataclass
 import torch
 
 from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.images import half
 from awares_bench.tasks.nano import world
 
-from .pixels import half
-from .rows import Row, Writer, collate
+from .rows import RowEncoder, TrainingRow, collate
 
 STAGES = {"base": 0, "light": 2, "where": 3, "joint": 4, "read": 5, "fetch": 6}
 KINDS = ("list", "where", "ask where", "full", "low", "crop", "blind")
@@ -37,26 +38,30 @@ KINDS = ("list", "where", "ask where", "full", "low", "crop", "blind")
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training: until (share of the steps), picture size, panels per picture, share of each kind of row.
+    """A stretch of a stage."""
 
-    families: how often each comes up. varied: see ``ask`` of the world.
-    call: loss weight of the call in ``crop`` rows, which always call.
-    more: further questions of a ``crop`` row, about panels that lie in its crops. wide: share of such rows that fetch other
-        regions than the cheapest: ones that hold the evidence too. small: share of such rows that ask about small writing first.
-    hint: loss weight, in two-turn rows, of knowing the question's key after the bottom layer wherever the answer is written.
-    """
-
-    until: float
+    until_share: float
+    """Where the phase ends, as a share of the stage's steps."""
     size: tuple[int, int]
-    count: tuple[int, int]
-    mix: dict[str, float]
-    families: tuple[float, ...] = (1, 1, 1, 1, 1, 1)
+    """Width and height of a picture, in pixels."""
+    panel_count: tuple[int, int]
+    """Fewest and most panels of a picture."""
+    row_shares: dict[str, float]
+    """How often each kind of row comes up; see ``KINDS``."""
+    family_weights: tuple[float, ...] = (1, 1, 1, 1, 1, 1)
+    """How often each family of questions comes up."""
     varied: bool = True
-    call: float = 0.0
-    more: int = 0
-    wide: float = 0.0
-    small: float = 0.0
-    hint: float = 0.0
+    """Whether the wording of questions varies; see ``ask`` of the world."""
+    call_weight: float = 0.0
+    """Loss weight of the call in ``crop`` rows, which always call."""
+    max_follow_ups: int = 0
+    """Most further questions of a ``crop`` row, about panels that lie in its crops."""
+    wider_crops_share: float = 0.0
+    """Share of ``crop`` rows that fetch a random region that holds the evidence, in place of the cheapest."""
+    small_writing_share: float = 0.0
+    """Share of ``crop`` and ``blind`` rows that ask about small writing first."""
+    hint_weight: float = 0.0
+    """In two-turn rows, loss weight of knowing the question's key after the bottom layer wherever the answer is written."""
 
 
 PHASES = {
@@ -76,7 +81,7 @@ PHASES = {
             {"list": 0.05, "where": 0.17, "ask where": 0.18, "full": 0.2, "low": 0.1, "crop": 0.3},
             (1, 2, 0.7, 2, 0.5, 2),
             varied=False,
-            call=1.0,
+            call_weight=1.0,
         ),
     ),
     "where": (
@@ -89,12 +94,22 @@ PHASES = {
             {"list": 0.05, "where": 0.1, "ask where": 0.1, "full": 0.25, "low": 0.1, "crop": 0.4},
             (1, 3, 0.8, 1.2, 0.5, 1.2),
             varied=False,
-            call=1.0,
+            call_weight=1.0,
         ),
     ),
     "joint": tuple(
-        Phase(until, (224, 224), (3, 5), mix, families, varied=False, call=1.0, more=3, wide=0.25)
-        for until, families, mix in (
+        Phase(
+            until_share,
+            (224, 224),
+            (3, 5),
+            row_shares,
+            family_weights,
+            varied=False,
+            call_weight=1.0,
+            max_follow_ups=3,
+            wider_crops_share=0.25,
+        )
+        for until_share, family_weights, row_shares in (
             (
                 0.27,
                 (1, 2.5, 0.8, 1.5, 0.5, 1.2),
@@ -120,10 +135,10 @@ PHASES = {
             {"list": 0.01, "where": 0.04, "ask where": 0.1, "full": 0.05, "low": 0.1, "crop": 0.7},
             (2.4, 3, 1.2, 1.2, 0.5, 0.9),
             varied=False,
-            call=1.0,
-            more=3,
-            wide=0.25,
-            small=0.8,
+            call_weight=1.0,
+            max_follow_ups=3,
+            wider_crops_share=0.25,
+            small_writing_share=0.8,
         ),
     ),
     "fetch": (
@@ -134,11 +149,11 @@ PHASES = {
             {"where": 0.02, "ask where": 0.08, "full": 0.04, "low": 0.1, "crop": 0.64, "blind": 0.12},
             (2, 2.4, 1.4, 1.2, 0.7, 1.2),
             varied=False,
-            call=1.0,
-            more=1,
-            wide=0.25,
-            small=0.3,
-            hint=0.3,
+            call_weight=1.0,
+            max_follow_ups=1,
+            wider_crops_share=0.25,
+            small_writing_share=0.3,
+            hint_weight=0.3,
         ),
     ),
 }
@@ -151,84 +166,90 @@ def train_seed(stage: str, step: int, i: int) -> int:
     return seed
 
 
-def list_row(writer: Writer, view, panels: list, regions: list[str] | None = None) -> Row:
-    """ "List everything." and the panels as ``key content,`` with loss on the contents; panels that share a key are left out.
+def list_row(encoder: RowEncoder, view, panels: list, regions: list[str] | None = None) -> TrainingRow:
+    """The request to list everything, then the panels as ``key content,`` with loss on the contents.
 
-    regions: crop ids of the panels, to be listed in place of their contents.
+    Panels that share a key are left out. regions: crop ids of the panels, which are listed in place of the contents.
     """
     keys = [p.key for p in panels]
-    row = writer.row([([view], "Where is everything?" if regions else "List everything.", "", 0.0)])
+    row = encoder.encode_row([([view], "Where is everything?" if regions else "List everything.", "", 0.0)])
     del row.ids[-1], row.weights[-1], row.replies[-1]
     for i, panel in enumerate(panels):
         if keys.count(panel.key) > 1:
             continue
-        if regions:
-            said = ((f" {panel.key}", 0.0), (regions[i], 1.0), (",", 0.0))
-        else:
-            content = panel.content if panel.family in ("chart", "doc", "ocr") else f" {panel.content}"
-            said = ((f" {panel.key}", 0.0), (content, 1.0), (",", 0.0))
-        for text, weight in said:
+        content = panel.content if panel.family in ("chart", "doc", "ocr") else f" {panel.content}"
+        for text, weight in ((f" {panel.key}", 0.0), (regions[i] if regions else content, 1.0), (",", 0.0)):
+            ids = encoder.encode(text)
             if weight:
-                row.replies.append((len(row.ids), len(row.ids) + len(writer.encode(text))))
-            row.ids += writer.encode(text)
-            row.weights += [weight] * len(writer.encode(text))
+                row.replies.append((len(row.ids), len(row.ids) + len(ids)))
+            row.ids += ids
+            row.weights += [weight] * len(ids)
     return row
 
 
 def region_id(panel, size: tuple[int, int]) -> str:
-    """The id, as a call writes it, of the cheapest region that holds a panel."""
+    """The id that a call writes for the cheapest region that holds a panel."""
     return _id(*PAPER_GRID.cheapest_cover([panel.box], *size))
 
 
 def _id(name: str) -> str:
-    return next((i for i, known in PAPER_GRID.ids.items() if known == name), name)
+    return next((i for i, region in PAPER_GRID.ids.items() if region == name), name)
 
 
-def make_row(writer: Writer, family: str, seed: int, mode: str, phase: Phase, questions: int = 3) -> Row:
-    """One training conversation; ``full`` and ``low`` ask several questions about their picture, one after another.
+def make_row(encoder: RowEncoder, family: str, seed: int, mode: str, phase: Phase, questions: int = 3) -> TrainingRow:
+    """One training conversation.
 
-    ``blind`` is ``crop`` after the half-size view of another picture, with no loss on its call.
+    mode: one of ``KINDS``. ``full`` and ``low`` ask several questions about their picture, one after another; ``blind`` is
+    ``crop`` after the half-size view of another picture, with no loss on its call.
     """
-    w = world
-    rng = w.stream(family, seed)
-    image, panels = w.family_scene(rng, family, phase.count, phase.size)
+    rng = world.stream(family, seed)
+    image, panels = world.family_scene(rng, family, phase.panel_count, phase.size)
+
+    # 1) Lists name every panel, mostly of the half-size view where regions are asked for.
     if mode in ("list", "where"):
         panels = rng.sample(panels, len(panels))
         regions = [region_id(p, image.size) for p in panels] if mode == "where" else None
-        return list_row(writer, half(image) if rng.random() < (0.8 if regions else 0.3) else image, panels, regions)
+        return list_row(encoder, half(image) if rng.random() < (0.8 if regions else 0.3) else image, panels, regions)
+
+    # 2) Choose the panels to ask about, and ask.
     order = rng.sample(panels, len(panels)) if questions > 1 else [rng.choice(panels)]
-    if mode in ("crop", "blind") and questions > 1 and phase.small and rng.random() < phase.small:
+    if mode in ("crop", "blind") and questions > 1 and phase.small_writing_share and rng.random() < phase.small_writing_share:
         order.sort(key=lambda p: p.large)
-    asked = []
+    exchanges = []
     for panel in order[: questions if mode in ("full", "low", "ask where") else 1]:
-        question, answer, options, evidence = w.ask(rng, panels, panel, phase.varied)
+        question, answer, options, evidence = world.ask(rng, panels, panel, phase.varied)
         if mode == "ask where":
             names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size)
-            asked.append((f"{question} Where?", ", ".join(map(_id, names)), evidence))
-            continue
-        asked.append((w.prompt(family, question, options), answer, evidence))
+            exchanges.append((f"{question} Where?", ", ".join(map(_id, names)), evidence))
+        else:
+            exchanges.append((world.prompt(family, question, options), answer, evidence))
     if mode in ("full", "low", "ask where"):
         view = image if mode == "full" else half(image)
-        return writer.row([([view] if i == 0 else [], text, answer, 1.0) for i, (text, answer, _) in enumerate(asked)])
-    text, answer, evidence = asked[0]
-    names = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size)
-    call_weight, later = phase.call, []
+        return encoder.encode_row(
+            [([view] if i == 0 else [], text, answer, 1.0) for i, (text, answer, _) in enumerate(exchanges)]
+        )
+
+    # 3) Two-turn rows: the call for the cheapest crops, or for wider ones, and further questions that the crops answer.
+    text, answer, evidence = exchanges[0]
+    names, call_weight, follow_ups = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size), phase.call_weight, []
     if questions > 1:
-        if rng.random() < phase.wide:
+        if rng.random() < phase.wider_crops_share:
             names, call_weight = rng.choice(_holding(evidence, image.size)), 0.0
         for panel in order[1:]:
-            question, reply, options, needs = w.ask(rng, panels, panel, phase.varied)
-            if len(later) < phase.more and PAPER_GRID.holds(names, [p.box for p in needs], *image.size):
-                later.append(([], w.prompt(family, question, options), reply, 1.0))
+            question, reply, options, needs = world.ask(rng, panels, panel, phase.varied)
+            if len(follow_ups) < phase.max_follow_ups and PAPER_GRID.holds(names, [p.box for p in needs], *image.size):
+                follow_ups.append(([], world.prompt(family, question, options), reply, 1.0))
     first = image
     if mode == "blind":
-        first, call_weight = w.family_scene(rng, family, phase.count, phase.size)[0], 0.0
+        first, call_weight = world.family_scene(rng, family, phase.panel_count, phase.size)[0], 0.0
     turns = [([half(first)], text, PAPER_GRID.format(names), call_weight), (PAPER_GRID.cut(image, names), "", answer, 1.0)]
-    row = writer.row(turns + later, PAPER_GRID.prompt)
-    if phase.hint:
+    row = encoder.encode_row(turns + follow_ups, PAPER_GRID.prompt)
+
+    # 4) Hint at the question's key wherever a token of the answer is predicted.
+    if phase.hint_weight:
         start, end = row.replies[1]
-        (key,) = writer.encode(f" {evidence[0].key}")
-        row.hints = [(at, key) for at in range(start - 1, end - 2)]
+        (key,) = encoder.encode(f" {evidence[0].key}")
+        row.hints = [(position, key) for position in range(start - 1, end - 2)]
     return row
 
 
@@ -237,15 +258,19 @@ def _holding(panels: list, size: tuple[int, int]) -> list[tuple[str, ...]]:
     return [(name,) for name in (*PAPER_GRID.names, "all") if PAPER_GRID.holds((name,), [p.box for p in panels], *size)]
 
 
-def make_batch(writer: Writer, stage: str, step: int, steps: int, rows: int) -> dict:
-    w, rng = world, random.Random(f"{stage}/{step}")
-    phases = [p for p in PHASES[stage] if step / steps < p.until]
-    out, kinds = [], []
+def make_batch(encoder: RowEncoder, stage: str, step: int, steps: int, rows: int) -> dict:
+    """The batch of a step of ``steps``: ``rows`` conversations of the phase, a tenth of them of earlier phases."""
+    rng = random.Random(f"{stage}/{step}")
+    phases = [p for p in PHASES[stage] if step / steps < p.until_share]
+    earlier = PHASES[stage][: len(PHASES[stage]) - len(phases)]
+    batch, kinds = [], []
     for i in range(rows):
-        earlier = PHASES[stage][: len(PHASES[stage]) - len(phases)]
         phase = rng.choice(earlier) if earlier and rng.random() < 0.1 else phases[0]
-        mode = rng.choices(list(phase.mix), list(phase.mix.values()))[0]
-        family = w.FAMILIES[i % len(w.FAMILIES)] if len(set(phase.families)) == 1 else rng.choices(w.FAMILIES, phase.families)[0]
-        out.append(make_row(writer, family, train_seed(stage, step, i), mode, phase))
+        mode = rng.choices(list(phase.row_shares), list(phase.row_shares.values()))[0]
+        if len(set(phase.family_weights)) == 1:
+            family = world.FAMILIES[i % len(world.FAMILIES)]
+        else:
+            family = rng.choices(world.FAMILIES, phase.family_weights)[0]
+        batch.append(make_row(encoder, family, train_seed(stage, step, i), mode, phase))
         kinds.append(KINDS.index(mode))
-    return collate(out, writer) | {"kinds": torch.tensor(kinds), "hint": phases[0].hint}
+    return collate(batch, encoder) | {"kinds": torch.tensor(kinds), "hint": phases[0].hint_weight}

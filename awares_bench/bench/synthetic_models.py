@@ -1,4 +1,4 @@
-"""Published sizes of Qwen2.5-VL, models of those sizes with random weights, and the operations that their shapes cost.
+"""Published sizes of Qwen2.5-VL, and models of those sizes with random weights.
 
 A model of a published size runs anywhere without a download: its seconds are those of the real one, its answers are noise.
 Sizes: config.json of Qwen/Qwen2.5-VL-3B-Instruct and Qwen/Qwen2.5-VL-7B-Instruct.
@@ -10,7 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .packaged import NANO, resolve
+from awares_bench.models.packaged import NANO, resolve
 
 _DECODERS = {
     "3b": {
@@ -97,25 +97,3 @@ def random_model(config: Qwen2_5_VLConfig, dtype: torch.dtype, device: str, seed
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model.eval(), processor
-
-
-def encode_flops(config: Qwen2_5_VLConfig, grids: list[tuple[int, int, int]]) -> float:
-    """Floating-point operations of the vision tower on images of these grids (1, rows, columns) in patches."""
-    v, total = config.vision_config, 0.0
-    d, merge, window = v.hidden_size, v.spatial_merge_size**2, (v.window_size // v.patch_size) ** 2
-    for _, rows, columns in grids:
-        patches, full = rows * columns, len(v.fullatt_block_indexes)
-        linear = 4 * d * d + 3 * d * v.intermediate_size
-        total += 2 * patches * v.depth * linear + 2 * patches * d * v.in_channels * v.temporal_patch_size * v.patch_size**2
-        total += 4 * d * patches * (full * patches + (v.depth - full) * min(window, patches))
-        total += 2 * (patches // merge) * (d * merge) * (d * merge + v.out_hidden_size)
-    return total
-
-
-def decoder_flops(config: Qwen2_5_VLConfig, new: int, past: int = 0) -> float:
-    """Floating-point operations of the decoder on ``new`` tokens after ``past`` cached ones; scores of the last one only."""
-    t = config.text_config
-    d, head = t.hidden_size, t.hidden_size // t.num_attention_heads
-    linear = 2 * d * d + 2 * d * head * t.num_key_value_heads + 3 * d * t.intermediate_size
-    attention = 4 * d * (new * past + new * (new + 1) / 2)
-    return t.num_hidden_layers * (2 * new * linear + attention) + 2 * d * t.vocab_size

@@ -1,0 +1,123 @@
+"""The options of every model beside its method's own, said once: for lmms-eval, recipes, the Python API and the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+from awares_bench.methods.options import parse_bool, parse_int
+from awares_bench.models.packaged import NANO
+
+
+def _text(name: str, value: object) -> str:
+    return str(value)
+
+
+def _count(least: int) -> Callable[[str, object], int]:
+    return lambda name, value: parse_int(name, value, least)
+
+
+def _choice(*allowed: str) -> Callable[[str, object], str]:
+    def parse(name: str, value: object) -> str:
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+        return str(value)
+
+    return parse
+
+
+def _option(default: object, parse: Callable = _text, *, decides_weights=False, of_checkpoint=False, for_engine=None):
+    """A field of ``RunOptions``.
+
+    parse: (name, value as given) -> value; raises ValueError. decides_weights: whether it decides what is in memory, or which
+    server answers. of_checkpoint: whether ``awares_bench.load`` has it too. for_engine: the engine that alone reads it.
+    """
+    metadata = {"parse": parse, "decides_weights": decides_weights, "of_checkpoint": of_checkpoint, "for_engine": for_engine}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a checkpoint is loaded, how documents are batched and where their records go; ``parse`` makes it of what was given."""
+
+    pretrained: str = _option(NANO, decides_weights=True)
+    """the checkpoint: a folder, a folder of LoRA adapters, a hub name, or `nano`, `nano-sft`, `nano-base` of this package
+    ([what is accepted and refused](checkpoints.md))"""
+
+    dtype: str = _option("auto", decides_weights=True, of_checkpoint=True)
+    """`auto`: bfloat16 on a GPU, float32 on a CPU"""
+
+    device: str | None = _option(None, decides_weights=True, of_checkpoint=True)
+    """none: a GPU where there is one, else the CPU"""
+
+    attn_implementation: str = _option("sdpa", decides_weights=True, of_checkpoint=True)
+    """transformers' attention kernel"""
+
+    min_pixels: int = _option(4 * 28 * 28, _count(1), decides_weights=True, of_checkpoint=True)
+    """the processor's lower limit per image, the same for every method and for the denominator of RTR"""
+
+    max_pixels: int = _option(16384 * 28 * 28, _count(1), decides_weights=True, of_checkpoint=True)
+    """the processor's upper limit per image, likewise"""
+
+    constrained: bool = _option(True, parse_bool, decides_weights=True, of_checkpoint=True)
+    """once a reply has begun as a call, only tokens that continue a call that can be parsed are allowed, in any spelling;
+    tokens with no alternative are fed in one forward pass. A choice that is overruled is an event. `false`: plain greedy
+    decoding"""
+
+    repetition_penalty: float | None = _option(None, lambda name, value: value, decides_weights=True, of_checkpoint=True)
+    """none: the checkpoint's own, of its `generation_config.json` (1.05 in Qwen's releases), as transformers' `generate`
+    applies it. `1` switches it off ([the same numbers as lmms-eval](same_numbers.md))"""
+
+    reuse_features: int = _option(0, _count(0), decides_weights=True)
+    """GiB of vision features that are kept for pictures which another method of the same process sees again"""
+
+    engine: str = _option("transformers", _choice("transformers", "openai"), decides_weights=True)
+    """`openai`: ask a server instead of loading the model ([servers](servers.md))"""
+
+    base_url: str | None = _option(None, decides_weights=True, for_engine="openai")
+    """the server's address, for `engine=openai`"""
+
+    model: str | None = _option(None, decides_weights=True, for_engine="openai")
+    """the model's name on the server, for `engine=openai`"""
+
+    batch_size: int = _option(1, _count(1))
+    """rows of a batch; predictions do not depend on it. Use 1 to measure latencies: nothing overlaps and nothing is reordered"""
+
+    max_batch_tokens: int | None = _option(None, _count(1))
+    """a second limit of a batch: rows times the longest row, padding counted. Without it too, a batch that runs out of memory
+    is continued in halves"""
+
+    seed: int = _option(0, _count(0))
+    """seeds Python's and PyTorch's random generators; recorded with the run"""
+
+    on_error: str = _option("stop", _choice("stop", "skip"))
+    """what happens to documents that cannot be answered, once all others are: `stop` ends the run, `skip` leaves them out of
+    the scores ([odd documents](odd_documents.md))"""
+
+    output_dir: str | None = _option(None)
+    """the run folder, with `run.json` and `records.jsonl`. None: a new folder `awares-runs/…`. The same command on the same
+    folder resumes ([what is reused and what is answered again](run_folders.md))"""
+
+    label: str | None = _option(None)
+    """how tables and figures name the run. None: the method and its options"""
+
+    @classmethod
+    def parse(cls, arguments: dict[str, object]) -> RunOptions:
+        """Options as given, those that are not of a run left out -> checked values. Raises ValueError that names the option."""
+        parsers = {f.name: f.metadata["parse"] for f in fields(cls)}
+        return cls(**{name: parsers[name](name, value) for name, value in arguments.items() if name in parsers})
+
+
+NAMES = tuple(f.name for f in fields(RunOptions))
+"""Of all options."""
+
+WEIGHTS = tuple(f.name for f in fields(RunOptions) if f.metadata["decides_weights"])
+"""Options that decide what is in memory, or which server answers."""
+
+OF_CHECKPOINT = tuple(f.name for f in fields(RunOptions) if f.metadata["of_checkpoint"])
+"""Options of ``awares_bench.load`` beside the checkpoint."""
+
+
+def only_for(engine: str) -> tuple[str, ...]:
+    """Options that one engine alone reads."""
+    return tuple(f.name for f in fields(RunOptions) if f.metadata["for_engine"] == engine)

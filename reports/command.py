@@ -1,0 +1,68 @@
+"""``awares-bench report``: its arguments, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import report
+from .data.load import ReportError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="*", help="folders of demo or run, run folders, lmms-eval outputs, compact records; NAME=PATH renames one"
+    )
+    parser.add_argument("--out", type=Path, default=Path("awares-report"), help="output folder")
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="NAME", help="let an exception through and print it; a refusal names it"
+    )
+    parser.add_argument(
+        "--no-times", action="store_true", help="leave seconds out, so that runs of different machines can stand together"
+    )
+    parser.add_argument(
+        "--metric", action="append", default=[], metavar="TASK=METRIC", help="the accuracy of a task that is not known"
+    )
+    parser.add_argument("--gap", type=float, default=1.0, help="points of accuracy whose price in documents is told (default: 1)")
+    parser.add_argument("--formats", default="pdf,svg,png", help="of figures (default: pdf,svg,png)")
+    parser.add_argument(
+        "--records", type=Path, metavar="FOLDER", help="also write compact records there, which report reads again"
+    )
+    parser.add_argument(
+        "--logs", type=Path, nargs="+", default=[], metavar="LOG", help="training logs (log.jsonl), for learning curves"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """``awares-bench report``."""
+    if not args.runs and not args.logs:
+        raise ReportError("name at least one folder of runs: awares-bench report RUNS --out DIR")
+    formats = tuple(args.formats.split(","))
+    if not args.runs:
+        report.curves(args.logs, args.out, formats)
+        return 0
+    _, _, warnings = report.write(
+        args.runs,
+        args.out,
+        allow=tuple(args.allow),
+        metrics=dict(map(_metric, args.metric)),
+        times=not args.no_times,
+        formats=formats,
+        gap=args.gap / 100,
+        compact=args.records,
+        logs=tuple(args.logs),
+    )
+    print((args.out / "table.md").read_text(encoding="utf-8"))
+    for sentence in warnings:
+        print(f"note: {sentence}", file=sys.stderr)
+    print(args.out / "index.html")
+    return 0
+
+
+def _metric(text: str) -> tuple[str, str]:
+    """``TASK=METRIC`` -> both."""
+    task, equals, metric = text.partition("=")
+    if not (task and equals and metric):
+        raise ReportError(f"--metric {text!r}: expected TASK=METRIC, such as textvqa_val=exact_match")
+    return task, metric
