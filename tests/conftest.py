@@ -8,6 +8,8 @@ from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.padded_batch import PaddedBatch
 from awares_bench.inference.ragged_batch import RaggedBatch
 
+from .tiny import tiny_vlm
+
 
 @pytest.fixture(params=["line", "rectangle"])
 def layout(request, monkeypatch):
@@ -39,3 +41,22 @@ def no_deprecated_name():
     for logger in loggers:
         logger.removeHandler(handler)
     assert not handler.said, f"a library deprecates what we call: {handler.said}"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Random weights in a checkpoint folder: for what is about plumbing, not skill."""
+    from awares_bench.training.nano import model as nano
+
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    nano.save(tiny_vlm().host.model, tiny_vlm().host.processor, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task_files_read_once():
+    """For files of tests that make lmms-eval's index of tasks over and over."""
+    from .lmms_runs import tasks_read_once
+
+    with tasks_read_once():
+        yield

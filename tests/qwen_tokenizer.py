@@ -28,7 +28,16 @@ PLAIN = (
 
 
 def qwen_tokenizer_json(folder: str | Path) -> Path:
-    """Write Qwen2.5's tokenizer into ``folder`` -> path of its tokenizer.json. Takes seconds; raises ImportError without dashscope."""
+    """Write Qwen2.5's tokenizer into ``folder`` -> path of its tokenizer.json. Raises ImportError without dashscope."""
+    path = Path(folder) / "tokenizer.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _made().save(str(path))
+    return path
+
+
+@lru_cache(maxsize=1)
+def _made() -> Tokenizer:
+    """From the ranks, which takes seconds: once a process."""
     package = find_spec("dashscope")
     if package is None:
         raise ImportError("Qwen's vocabulary comes with the package dashscope; install the development dependencies")
@@ -55,10 +64,7 @@ def qwen_tokenizer_json(folder: str | Path) -> Path:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL])
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in PLAIN])
-    path = Path(folder) / "tokenizer.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(path))
-    return path
+    return tokenizer
 
 
 @lru_cache(maxsize=1)

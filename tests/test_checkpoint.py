@@ -4,7 +4,9 @@ import copy
 import json
 import re
 import shutil
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -442,34 +444,55 @@ def old(key: str) -> str:
     return key.replace("model.language_model.", "model.").replace("base_model.model.model.visual.", "base_model.model.visual.")
 
 
-def adapters(base: Path, out: Path, rename=lambda key: key, said: dict | None = None, dtype=None, scale=0.05, **chosen) -> Path:
-    """Random adapters of a base, saved under names of another time or wrapper; ``said`` overrides their config as saved.
+@cache
+def loaded(folder: str):
+    """A model that no test changes."""
+    return LocalModel.load(folder, device="cpu").host.model
+
+
+_trained: dict[tuple, tuple] = {}
+
+
+def trained(base: Path, scale=0.05, **chosen) -> tuple[dict, dict, torch.Tensor]:
+    """Random adapters of a base: their tensors, their config, and the logits that the model had with them beside it."""
+    key = (str(base), scale, repr(chosen))
+    if key not in _trained:
+        torch.manual_seed(1)
+        model = get_peft_model(
+            LocalModel.load(str(base), device="cpu").host.model,
+            LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEAR} | chosen),
+        )
+        for p in model.parameters():
+            if p.requires_grad:
+                torch.nn.init.normal_(p, std=scale) if p.ndim > 1 else p.data.mul_(1.1)
+        expected = logits(model)
+        with TemporaryDirectory() as out:
+            model.save_pretrained(out, save_embedding_layers=False)
+            made = load_file(Path(out) / "adapter_model.safetensors"), json.loads((Path(out) / "adapter_config.json").read_text())
+        _trained[key] = (*made, expected)
+    return _trained[key]
+
+
+def adapters(base: Path, out: Path, rename=lambda key: key, said: dict | None = None, dtype=None, **how) -> Path:
+    """``trained`` adapters, saved under names of another time or wrapper; ``said`` overrides their config as saved.
 
     The folder also gets ``expected.pt``: the logits that the model had with its adapters beside it, as in training.
     """
-    torch.manual_seed(1)
-    model = get_peft_model(
-        LocalModel.load(str(base), device="cpu").host.model,
-        LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEAR} | chosen),
+    state, as_saved, expected = trained(base, **how)
+    out.mkdir(parents=True)
+    save_file(
+        {rename(n): t.to(dtype or t.dtype).contiguous().clone() for n, t in state.items()}, out / "adapter_model.safetensors"
     )
-    for p in model.parameters():
-        if p.requires_grad:
-            torch.nn.init.normal_(p, std=scale) if p.ndim > 1 else p.data.mul_(1.1)
-    expected = logits(model)
-    model.save_pretrained(out, save_embedding_layers=False)
-    file = out / "adapter_model.safetensors"
-    state = {rename(n): t.to(dtype or t.dtype).contiguous().clone() for n, t in load_file(file).items()}
-    save_file(state, file)
-    config(out / "adapter_config.json", base_model_name_or_path=str(base), **(said or {}))
+    (out / "adapter_config.json").write_text(json.dumps(as_saved | {"base_model_name_or_path": str(base)} | (said or {})))
     torch.save(expected, out / "expected.pt")
     return out
 
 
-def closeness(folder: Path) -> float:
+def closeness(folder: Path, merged=None) -> float:
     """Largest difference of the merged model's logits from those in training, over what the adapters changed."""
-    expected = torch.load(folder / "expected.pt")
-    merged, base = LocalModel.load(str(folder), device="cpu").host.model, json.loads((folder / "adapter_config.json").read_text())
-    moved = (expected - logits(LocalModel.load(base["base_model_name_or_path"], device="cpu").host.model)).abs().max()
+    expected, base = torch.load(folder / "expected.pt"), json.loads((folder / "adapter_config.json").read_text())
+    merged = merged or LocalModel.load(str(folder), device="cpu").host.model
+    moved = (expected - logits(loaded(base["base_model_name_or_path"]))).abs().max()
     assert moved > 0.1
     return ((logits(merged) - expected).abs().max() / moved).item()
 
@@ -492,15 +515,10 @@ NAMES = {
 @pytest.mark.parametrize("base", ["today", "released"])
 def test_adapters_of_any_names_are_merged_by_hand_and_in_logits(masters, tmp_path, names, base):
     out = adapters(masters[base], tmp_path / "lora", NAMES[names])
-    assert closeness(out) < 1e-4
-    merged, state = (
-        LocalModel.load(str(out), device="cpu").host.model.state_dict(),
-        LocalModel.load(str(masters[base]), device="cpu").host.model.state_dict(),
-    )
-    lora = {
-        n.removeprefix("base_model.model."): t
-        for n, t in load_file(adapters(masters[base], tmp_path / "same") / "adapter_model.safetensors").items()
-    }
+    model = LocalModel.load(str(out), device="cpu").host.model
+    assert closeness(out, model) < 1e-4
+    merged, state = model.state_dict(), loaded(str(masters[base])).state_dict()
+    lora = {n.removeprefix("base_model.model."): t for n, t in trained(masters[base])[0].items()}
     changed = {n.rsplit(".", 2)[0] for n in lora}
     for name, tensor in state.items():
         module = name.removesuffix(".weight")
@@ -615,8 +633,8 @@ TIED = {
 @pytest.mark.parametrize("names", ["today", "before-4.52"])
 def test_adapters_on_tied_embeddings_say_what_they_said_in_training(masters, tmp_path, names, chosen):
     out = adapters(masters["released"], tmp_path / "lora", NAMES[names], **TIED[chosen])
-    assert closeness(out) < 1e-4
     model = LocalModel.load(str(out), device="cpu").host.model
+    assert closeness(out, model) < 1e-4
     same = torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
     assert same == (model.lm_head.weight is model.get_input_embeddings().weight) == model.config.tie_word_embeddings
     assert same == (chosen.endswith("for-both") or chosen == "tokens")

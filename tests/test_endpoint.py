@@ -25,8 +25,8 @@ from awares_bench.methods.conversation import Failure, Sample
 from awares_bench.models.packaged import resolve
 from awares_bench.training.curation import judges
 
+from .lmms_runs import FOLDER, lmms_eval, lmms_eval_process, records
 from .stock import stock
-from .test_plugin import FOLDER, lmms_eval, records
 from .tiny import picture
 
 
@@ -231,7 +231,7 @@ def test_a_run_outlives_a_server_that_is_killed_and_comes_back(tmp_path):
     arguments = ["--model", "awares", "--tasks", "nano_doc", "--include_path", FOLDER, "--limit", 24, "--batch_size", 2]
     said, address = [], f"engine=openai,base_url=http://127.0.0.1:{port}/v1,model={resolve('nano')}"
     served = [*arguments, "--model_args", f"{address},output_dir={out}"]
-    client = threading.Thread(target=lambda: said.append(lmms_eval(tmp_path, *served)))
+    client = threading.Thread(target=lambda: said.append(lmms_eval_process(tmp_path, *served)))
     try:
         client.start()  # before the server listens: the client waits for it
         deadline = time.time() + 400

@@ -29,7 +29,7 @@ from awares_bench.training.nano import model as nano
 
 from .qwen_tokenizer import qwen_tokenizer
 from .test_vlm import TOLERANCE, TURNS, ours
-from .tiny import GEOMETRY, chunk_ids, picture, tiny_vlm
+from .tiny import GEOMETRY, chunk_ids, picture, tiny_tokenizer, tiny_vlm
 
 TURN = Turn((picture(112, 112),), "Which way?", system=PAPER_GRID.prompt, is_final=False, crop_grammar=PAPER_GRID)
 
@@ -44,11 +44,16 @@ def byte_level(text: str, merges: int):
 
 
 TOKENIZERS = {
-    "nano": nano.nano_tokenizer,
+    "nano": tiny_tokenizer,
     "qwen": qwen_tokenizer,
     "bytes": lambda: byte_level("", 0),
     "across-ids": lambda: byte_level("GET_CROPS: ['0', '1'] GET_CROPS: ['7', '8'] GET_CROPS: ['all'] ']\n", 130),
 }
+
+
+@cache
+def grammar_of(kind):
+    return CallGrammar(PAPER_GRID, TOKENIZERS[kind]())
 
 
 def spellings(names):
@@ -59,8 +64,8 @@ def spellings(names):
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_every_canonical_call_is_allowed_to_its_end_and_no_further(kind):
-    tokenizer = TOKENIZERS[kind]()
-    grammar, rng = CallGrammar(PAPER_GRID, tokenizer), random.Random(0)
+    grammar, rng = grammar_of(kind), random.Random(0)
+    tokenizer = grammar.tokenizer
     chosen = [("all",), PAPER_GRID.names] + [tuple(rng.sample(PAPER_GRID.names, n)) for n in (1, 1, 2, 2, 3, 5)]
     for names in chosen:
         assert next(spellings(names)) == PAPER_GRID.format(names)
@@ -75,8 +80,8 @@ def test_every_canonical_call_is_allowed_to_its_end_and_no_further(kind):
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_whatever_is_chosen_among_the_allowed_tokens_is_a_call_that_parses(kind):
-    tokenizer = TOKENIZERS[kind]()
-    grammar, rng, seen = CallGrammar(PAPER_GRID, tokenizer), random.Random(1), set()
+    grammar, rng, seen = grammar_of(kind), random.Random(1), set()
+    tokenizer = grammar.tokenizer
     for _ in range(40):
         ids = tokenizer("GET_CROPS: [", add_special_tokens=False)["input_ids"]
         ids = ids[: next(n for n in range(len(ids) + 1) if tokenizer.decode(ids[:n]).startswith("GET_CROPS"))]
@@ -90,7 +95,7 @@ def test_whatever_is_chosen_among_the_allowed_tokens_is_a_call_that_parses(kind)
 
 
 def test_a_draft_stops_before_the_choice_of_a_crop():
-    tokenizer = nano.nano_tokenizer()
+    tokenizer = tiny_tokenizer()
     grammar, ids = CallGrammar(PAPER_GRID, tokenizer), tokenizer("GET_CROPS: ['3', '5']")["input_ids"]
     said = [tokenizer.decode(grammar.draft(ids[:n])) for n in range(1, len(ids))]
     assert said == ["_CROPS: ['", ": ['", " ['", "", "', '", " '", "", "', '"]
@@ -100,11 +105,6 @@ def test_a_draft_stops_before_the_choice_of_a_crop():
 def writer(grammar, budget=32, **more):
     tokenizer = grammar.tokenizer
     return ReplyDecoder(Request(Session(), TURN, budget, **more), tokenizer, {tokenizer.eos_token_id}, grammar)
-
-
-@cache
-def grammar_of(kind):
-    return CallGrammar(PAPER_GRID, TOKENIZERS[kind]())
 
 
 def replied(kind, text, budget=400):
@@ -343,7 +343,7 @@ def test_a_grid_of_other_names_has_calls_of_its_own():
 
 
 def test_calls_that_were_never_seen_before_take_no_more_memory():
-    grammar, rng, kept = CallGrammar(PAPER_GRID, nano.nano_tokenizer()), random.Random(2), []
+    grammar, rng, kept = CallGrammar(PAPER_GRID, tiny_tokenizer()), random.Random(2), []
     tracemalloc.start()
     for _ in range(2):
         for _ in range(60):
@@ -359,7 +359,7 @@ def test_calls_that_were_never_seen_before_take_no_more_memory():
 
 
 def test_an_answer_that_shares_its_first_token_with_a_call_stays_free():
-    tokenizer = nano.nano_tokenizer()
+    tokenizer = tiny_tokenizer()
     get, other = tokenizer("GET_CROPS")["input_ids"][0], tokenizer("7")["input_ids"][0]
     one = writer(CallGrammar(PAPER_GRID, tokenizer))
     scores = torch.zeros(4, len(tokenizer))
@@ -371,7 +371,7 @@ def test_an_answer_that_shares_its_first_token_with_a_call_stays_free():
 
 
 def test_a_stop_string_inside_a_draft_ends_the_reply_there():
-    tokenizer = nano.nano_tokenizer()
+    tokenizer = tiny_tokenizer()
     ids = tokenizer("GET_CROPS: ['")["input_ids"]
     one = writer(CallGrammar(PAPER_GRID, tokenizer), until=(":",))
     one.accept([0], ids[:1], [0.0] * len(ids[:1]), torch.zeros(1, len(tokenizer)))

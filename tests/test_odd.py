@@ -23,9 +23,11 @@ from awares_bench.models.qwen2_5_vl import Qwen2_5_VL
 from awares_bench.reports.data import comparability
 
 from . import odd, official
+from .lmms_runs import lmms_eval, lmms_eval_process, records, samples
 from .test_endpoint import Server, endpoint, server  # noqa: F401  (server is a fixture)
-from .test_plugin import checkpoint, lmms_eval, records, samples  # noqa: F401  (checkpoint is a fixture)
 from .tiny import chunk_ids, picture, pixels, tiny_copy, tiny_vlm
+
+pytestmark = pytest.mark.usefixtures("task_files_read_once")
 
 HALF = "\ud83d"
 
@@ -333,8 +335,9 @@ def run(place, weights, *more, model="awares", tasks="odd", include="task", rank
     told = ",".join(f"{k}={v}" for k, v in ({"pretrained": weights, "output_dir": place / "run"} | options).items())
     arguments = ["--model", model, "--tasks", tasks, "--model_args", told, "--log_samples", "--output_path", place / "out"]
     arguments += ["--include_path", place / include] if include else []
-    env = {"ACCELERATE_USE_CPU": "true"} if ranks else None
-    return lmms_eval(place, *arguments, *more, env=env, ranks=ranks)
+    if ranks:
+        return lmms_eval_process(place, *arguments, *more, env={"ACCELERATE_USE_CPU": "true"}, ranks=ranks)
+    return lmms_eval(place, *arguments, *more)
 
 
 def results(place):
@@ -347,7 +350,7 @@ def told(place):
 
 
 @pytest.fixture(scope="module")
-def skipped(tmp_path_factory, checkpoint):  # noqa: F811
+def skipped(tmp_path_factory, checkpoint):
     place = tmp_path_factory.mktemp("skip")
     (place / "task").mkdir()
     odd.write(place / "task")
@@ -372,7 +375,7 @@ def test_skip_scores_the_answered_documents_and_no_other(skipped):
 
 
 @pytest.mark.slow
-def test_a_skipped_run_tries_its_failures_again_and_heals(skipped, checkpoint):  # noqa: F811
+def test_a_skipped_run_tries_its_failures_again_and_heals(skipped, checkpoint):
     place, _ = skipped
     missing = odd.KINDS.index("missing")
     (place / "task" / f"{missing}.png.gone").write_bytes((place / "task" / f"{missing}.png").read_bytes())
@@ -390,7 +393,7 @@ def test_a_skipped_run_tries_its_failures_again_and_heals(skipped, checkpoint): 
 
 
 @pytest.mark.slow
-def test_stop_is_the_default_and_names_the_option(skipped, checkpoint, tmp_path):  # noqa: F811
+def test_stop_is_the_default_and_names_the_option(skipped, checkpoint, tmp_path):
     said = run(tmp_path, checkpoint, include=skipped[0] / "task")
     assert "documents could not be answered: odd document" in said and "or add on_error=skip" in said
     assert results(tmp_path) is None and told(tmp_path)["status"] == "partial"
@@ -398,7 +401,7 @@ def test_stop_is_the_default_and_names_the_option(skipped, checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_an_official_task_with_broken_pictures_can_be_completed(tmp_path, checkpoint, ranks):  # noqa: F811
+def test_an_official_task_with_broken_pictures_can_be_completed(tmp_path, checkpoint, ranks):
     official.write(tmp_path, broken=True)
     said = run(tmp_path, checkpoint, model="awares_full", tasks="chartqa,pope", include=None, ranks=ranks, on_error="skip")
     found = samples(tmp_path / "out")
@@ -411,7 +414,7 @@ def test_an_official_task_with_broken_pictures_can_be_completed(tmp_path, checkp
 
 
 @pytest.mark.slow
-def test_a_task_of_which_nothing_is_left_is_not_scored(tmp_path, checkpoint):  # noqa: F811
+def test_a_task_of_which_nothing_is_left_is_not_scored(tmp_path, checkpoint):
     (tmp_path / "task").mkdir()
     odd.write(tmp_path / "task")
     rows = (tmp_path / "task" / "rows.jsonl").read_text().splitlines()
@@ -421,13 +424,13 @@ def test_a_task_of_which_nothing_is_left_is_not_scored(tmp_path, checkpoint):  #
     assert results(tmp_path) is None and told(tmp_path)["status"] == "partial"
 
 
-def model(tmp_path, checkpoint, **more):  # noqa: F811
+def model(tmp_path, checkpoint, **more):
     from awares_bench.evaluation import lmms_model
 
     return lmms_model.full(pretrained=str(checkpoint), output_dir=tmp_path / "run", **more)
 
 
-def test_a_request_that_is_not_its_tasks_own_cannot_be_skipped(tmp_path, checkpoint):  # noqa: F811
+def test_a_request_that_is_not_its_tasks_own_cannot_be_skipped(tmp_path, checkpoint):
     """A round of an agentic task would be scored whatever stands for its answer."""
     from lmms_eval.api.instance import Instance
 
@@ -454,7 +457,7 @@ def test_a_request_that_is_not_its_tasks_own_cannot_be_skipped(tmp_path, checkpo
     assert requests[1].doc_id == 1
 
 
-def test_on_error_has_two_values_and_needs_an_evaluator_that_passes_over_documents(tmp_path, checkpoint, monkeypatch):  # noqa: F811
+def test_on_error_has_two_values_and_needs_an_evaluator_that_passes_over_documents(tmp_path, checkpoint, monkeypatch):
     from awares_bench.evaluation import lmms_model
 
     with pytest.raises(ValueError, match="on_error is 'ignore'; allowed: stop, skip"):
@@ -466,7 +469,7 @@ def test_on_error_has_two_values_and_needs_an_evaluator_that_passes_over_documen
 
 
 @pytest.mark.slow
-def test_a_sweep_counts_what_was_scored_tries_again_and_is_done_when_healed(tmp_path, checkpoint):  # noqa: F811
+def test_a_sweep_counts_what_was_scored_tries_again_and_is_done_when_healed(tmp_path, checkpoint):
     (tmp_path / "task").mkdir()
     odd.write(tmp_path / "task")
     text = f"{{tasks: odd, include_path: task, batch_size: 4, options: {{pretrained: {checkpoint}, on_error: skip}}, methods: [full]}}"

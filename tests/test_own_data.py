@@ -19,8 +19,10 @@ from awares_bench.evaluation import demo, lmms_model, lmms_run, sweep
 from awares_bench.methods.resolution_gate import gate_path
 from awares_bench.tasks.nano import suite as nano_suite
 
-from .test_plugin import checkpoint, records  # noqa: F401  (checkpoint is a fixture)
+from .lmms_runs import records
 from .tiny import picture
+
+pytestmark = pytest.mark.usefixtures("task_files_read_once")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def offline(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, checkpoint):  # noqa: F811
+def run(tmp_path, checkpoint):
     """(suite, options) -> the records that are new, and the answers of lmms-eval's samples by task and document."""
     loaded = {}
 
@@ -174,7 +176,7 @@ def instance(task, doc_id, repeats=1, **more):
     return Instance("generate_until", (f"q{doc_id}", messages, {"max_new_tokens": 4}, doc_id, task, "test"), 0, metadata)
 
 
-def test_doubles_are_answered_once_and_padding_not_at_all(tmp_path, checkpoint):  # noqa: F811
+def test_doubles_are_answered_once_and_padding_not_at_all(tmp_path, checkpoint):
     model = lmms_model.low(pretrained=str(checkpoint), output_dir=tmp_path / "run", batch_size=2)
     model.task_dict = {"t": {"test": [{"image": picture(56, 56, seed=i), "question": f"q{i}"} for i in range(3)]}}
     asked = [instance("t", i) for i in (2, 0, 2)] + [instance("t", 1, __padding_only__=True), instance("t", 0, 2)]
@@ -194,7 +196,7 @@ def test_a_chat_template_for_text_models_is_refused(run, suites):
 
 
 @pytest.mark.slow
-def test_a_demo_on_another_suite_is_refused_and_a_suite_made_anew_is_answered(tmp_path, suites, checkpoint, capsys, monkeypatch):  # noqa: F811
+def test_a_demo_on_another_suite_is_refused_and_a_suite_made_anew_is_answered(tmp_path, suites, checkpoint, capsys, monkeypatch):
     place, out = tmp_path / "suite", tmp_path / "demo"
     shutil.copytree(suites / "1", place)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -1,55 +1,17 @@
-"""The plugin as a user runs it: a real lmms-eval process, the six official task names, records, resume, batch sizes."""
+"""The plugin as a user runs it: lmms-eval's command, the six official task names, records, resume, batch sizes."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
 
 import pytest
 
-from awares_bench.tasks import nano as nano_suite
-
 from . import official
-from .tiny import tiny_vlm
-
-FOLDER = Path(nano_suite.__file__).parent
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """Random weights in a checkpoint folder: this file tests plumbing, not skill."""
-    from awares_bench.training.nano import model as nano
-
-    folder = tmp_path_factory.mktemp("weights") / "tiny"
-    nano.save(tiny_vlm().host.model, tiny_vlm().host.processor, folder)
-    return folder
-
-
-def lmms_eval(cwd, *arguments, env=None, ranks=0):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks else []
-    command = [sys.executable, *launcher, "-m", "lmms_eval", *map(str, arguments)]
-    more = {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_DATASETS_CACHE": str(cwd / "cache"),
-    }
-    done = subprocess.run(command, cwd=cwd, env=os.environ | more | (env or {}), capture_output=True, text=True, timeout=600)
-    return done.stdout + done.stderr
-
-
-def records(folder):
-    return [json.loads(line) for path in sorted(folder.glob("records*.jsonl")) for line in path.read_text().splitlines()]
-
-
-def samples(folder):
-    return {
-        p.stem.split("_samples_")[1]: [json.loads(x) for x in p.read_text().splitlines()]
-        for p in folder.rglob("*_samples_*.jsonl")
-    }
+from .lmms_runs import FOLDER, environment, lmms_eval, lmms_eval_process, records, samples
 
 
 def test_the_six_official_tasks_run_unchanged_with_telemetry_in_both_places(tmp_path, checkpoint):
@@ -70,7 +32,7 @@ def test_the_six_official_tasks_run_unchanged_with_telemetry_in_both_places(tmp_
         strip_reasoning_tags,
     )  # lmms-eval scores answers without thoughts, which random weights may utter
 
-    said = lmms_eval(tmp_path, *arguments, "--model_args", model)
+    said = lmms_eval_process(tmp_path, *arguments, "--model_args", model)  # finds the plugin by its entry point
     assert list((tmp_path / "out").rglob("*_results.json")), said[-3000:]
     lines = records(tmp_path / "run")
     assert len(lines) == 6 * official.COUNT and {x["task"] for x in lines} == set(official.TASKS.split(","))
@@ -103,7 +65,7 @@ def test_data_parallel_ranks_record_every_document_once(tmp_path, checkpoint):
     out = ["--log_samples", "--output_path", tmp_path / "out", "--batch_size", 2]
     model = ["--model", "awares_full", "--model_args", f"pretrained={checkpoint},output_dir={tmp_path / 'run'}"]
     tasks = ["--tasks", "nano_doc,nano_pope", "--include_path", FOLDER, "--limit", 5]
-    said = lmms_eval(tmp_path, *model, *tasks, *out, ranks=2, env={"ACCELERATE_USE_CPU": "true"})
+    said = lmms_eval_process(tmp_path, *model, *tasks, *out, ranks=2, env={"ACCELERATE_USE_CPU": "true"})
     lines = records(tmp_path / "run")
     assert sorted((x["task"], x["doc_id"]) for x in lines) == [(t, i) for t in ("nano_doc", "nano_pope") for i in range(5)], said[
         -3000:
@@ -132,23 +94,43 @@ def test_batch_size_changes_no_prediction_and_no_order(checkpoint):
 def test_an_interrupted_run_keeps_what_it_answered_and_goes_on(tmp_path, checkpoint):
     arguments = ["--model", "awares", "--tasks", "nano_doc", "--include_path", FOLDER, "--limit", 80, "--log_samples"]
     arguments += ["--output_path", tmp_path / "out", "--model_args", f"pretrained={checkpoint},output_dir={tmp_path / 'run'}"]
-    for already in (0, 1):  # once from nothing, once on resume
-        command = [sys.executable, "-m", "lmms_eval", *map(str, arguments)]
-        quiet = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-        heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background jobs do not hear it
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **heard
-        )
-        deadline, before = time.time() + 240, len(records(tmp_path / "run"))
-        assert bool(before) == bool(already)
-        while len(records(tmp_path / "run")) < before + 5 and time.time() < deadline and process.poll() is None:
+    run = tmp_path / "run"
+
+    def answered(before):
+        deadline = time.time() + 240
+        while len(records(run)) < before + 5 and time.time() < deadline and (process is None or process.poll() is None):
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        process.wait(120)
-        after = records(tmp_path / "run")
-        assert before + 5 <= len(after) < 80 and json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "partial"
+
+    def kept(before):
+        lines = records(run)
+        assert before + 5 <= len(lines) < 80 and json.loads((run / "run.json").read_text())["status"] == "partial"
+        return len(lines)
+
+    command = [sys.executable, "-m", "lmms_eval", *map(str, arguments)]
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background jobs do not hear it
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | environment(tmp_path), **quiet, **heard)
+    answered(0)
+    process.send_signal(signal.SIGINT)
+    process.wait(120)
+    process, before = None, kept(0)
+
+    def interrupt():
+        answered(before)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    as_it_was = signal.signal(signal.SIGINT, signal.default_int_handler)  # once more, on resume
+    try:
+        watching = threading.Thread(target=interrupt)
+        watching.start()
+        with pytest.raises(KeyboardInterrupt):
+            lmms_eval(tmp_path, *arguments)
+        watching.join()
+    finally:
+        signal.signal(signal.SIGINT, as_it_was)
+    after = kept(before)
     said = lmms_eval(tmp_path, *arguments)
-    assert f"{len(after)} of 80 answers are taken from" in said
+    assert f"{after} of 80 answers are taken from" in said
     assert sorted(x["doc_id"] for x in records(tmp_path / "run")) == list(range(80))
     assert {len(rows) for rows in samples(tmp_path / "out").values()} == {80}
 

@@ -15,9 +15,10 @@ from awares_bench.evaluation.lmms_run import task_index
 from . import official
 from .stock import stock
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Passing `min_pixels` and `max_pixels` to a processor:FutureWarning"
-)  # lmms-eval's
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Passing `min_pixels` and `max_pixels` to a processor:FutureWarning"),  # lmms-eval's
+    pytest.mark.usefixtures("task_files_read_once"),
+]
 
 
 @pytest.fixture

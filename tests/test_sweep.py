@@ -10,11 +10,10 @@ from awares_bench import cli
 from awares_bench.evaluation import lmms_run, run_options, sweep
 from awares_bench.methods import registry
 from awares_bench.methods.pruner import Pruner
-from awares_bench.tasks import nano as nano_suite
 
-from .test_plugin import checkpoint, lmms_eval, samples  # noqa: F401  (checkpoint is a fixture)
+from .lmms_runs import FOLDER, lmms_eval, samples
 
-FOLDER = Path(nano_suite.__file__).parent
+pytestmark = pytest.mark.usefixtures("task_files_read_once")
 
 
 def recipe(tmp_path, text):
@@ -106,7 +105,7 @@ def test_a_task_is_loaded_anew_each_time_so_that_ocrbenchs_global_sums_start_at_
     assert first.__globals__["OCRBench_score"] is not second.__globals__["OCRBench_score"]
 
 
-def test_a_sweep_saves_what_lmms_evals_command_saves_resumes_and_goes_on_after_a_failure(tmp_path, checkpoint, capsys):  # noqa: F811
+def test_a_sweep_saves_what_lmms_evals_command_saves_resumes_and_goes_on_after_a_failure(tmp_path, checkpoint, capsys):
     text = f"""
     tasks: [nano_doc, nano_ocr]
     batch_size: 3

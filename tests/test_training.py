@@ -19,7 +19,7 @@ from awares_bench.training.nano.loop import LoopSettings, ParameterGroup, train
 from awares_bench.training.nano.pixels import normalise, patches
 from awares_bench.training.nano.rows import RowEncoder, collate
 
-from .tiny import GEOMETRY, picture, pixels, tiny_vlm
+from .tiny import GEOMETRY, picture, pixels, tiny_tokenizer, tiny_vlm
 
 
 def test_pixels_are_the_processors():
@@ -169,7 +169,7 @@ def test_where_lists_name_the_cheapest_region_of_each_panel():
 
 
 def test_grouped_attention_equals_the_windows_one_by_one_with_and_without_gradients():
-    model = nano.build(nano.nano_tokenizer(), GEOMETRY)
+    model = nano.build(tiny_tokenizer(), GEOMETRY)
     values = normalise(torch.cat([patches(picture(224, 168))[0], patches(picture(84, 140))[0]]))
     grid = torch.tensor([[1, 12, 16], [1, 10, 6]])
     plain = model.model.visual(values, grid_thw=grid).pooler_output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from PIL import Image
@@ -22,11 +22,17 @@ GEOMETRY = nano.Geometry(
 )
 
 
+@cache
+def tiny_tokenizer():
+    """The nano tokenizer, which takes a second to train, made once a process."""
+    return nano.nano_tokenizer()
+
+
 @lru_cache(maxsize=1)
 def tiny_vlm() -> LocalModel:
     """Weights large enough for attention to matter: the default initialisation hides mistakes."""
     torch.manual_seed(0)
-    tokenizer = nano.nano_tokenizer()
+    tokenizer = tiny_tokenizer()
     model = nano.build(tokenizer, GEOMETRY).float().eval()
     for name, p in model.named_parameters():
         if p.ndim > 1:
