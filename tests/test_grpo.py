@@ -141,7 +141,7 @@ def test_the_loss_is_the_one_written_out_by_hand(place, scaling):
             for r, a in zip(g.rollouts, worth - worth.mean(), strict=True):
                 alone = pack([[r.conversation]], trainer.vlm.host)
                 tokens[1] += alone.tokens
-                features = trainer.features(alone.views)
+                features = trainer.vlm.encode(alone.images)
                 lp = trainer.scorer(alone, features)[0]
                 with torch.no_grad():
                     ref = trainer.reference(alone, features)[0]

@@ -106,7 +106,7 @@ def load(model, start) -> None:
     If the model has one layer more, its bottom layer is new, and is set to pass on its input unchanged.
     """
     state = start.state_dict()
-    if len(model.model.language_model.layers) == len(start.host.model.language_model.layers) + 1:
+    if len(model.model.language_model.layers) == len(start.model.language_model.layers) + 1:
         bottom = model.model.language_model.layers[0]
         for last in (bottom.self_attn.o_proj, bottom.mlp.down_proj):
             torch.nn.init.zeros_(last.weight)
