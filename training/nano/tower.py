@@ -8,7 +8,7 @@ Binding targets alone are not learned (measured: content at chance after 11,000 
 alone, so walls of glyphs come first. The loss of a language model alone does not teach a tower of this size to see (measured:
 after 31,000 images it was still at the entropy of the answers).
 
-    python -m awares_bench.training.nano.tower --out runs/tower --steps 2600
+    awares-bench nano tower --out runs/tower --steps 2600
 """
 
 from __future__ import annotations
