@@ -94,11 +94,12 @@ class CallGrammar:
         begun = _BEGUN.match(text)
         if begun is None:
             return None
-        call: Call | None = Call()
+        call = Call()
         for letter in text[begun.end() :]:
-            call = self._after(call, letter)
-            if call is None or call.whole:
-                break
+            longer = self._after(call, letter)
+            if longer is None or longer.whole:
+                return longer
+            call = longer
         return call
 
     def _after(self, call: Call, letter: str) -> Call | None:
