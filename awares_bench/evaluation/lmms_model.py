@@ -135,9 +135,8 @@ class MethodModel(lmms):
         self.models = {role: vlm for role, (vlm, _) in loaded.items()}
         self._device = torch.device("cpu") if served else self.vlm.device
 
-        limits = (served or self.vlm.host).limits
-
         # 3) the run folder, which refuses answers of another run
+        limits = (served or self.vlm.host).limits
         identity = {
             "method": name,
             "policy": method.parts[0],
@@ -178,7 +177,7 @@ class MethodModel(lmms):
             raise ValueError(f"{type(self.pruner).__name__} cuts tokens inside the model; leave engine=openai out, or the pruner")
         from awares_bench.inference.openai_server import Endpoint
 
-        server = Endpoint(
+        return Endpoint(
             options.base_url,
             options.model,
             options.pretrained,
@@ -187,7 +186,6 @@ class MethodModel(lmms):
             options.max_pixels,
             repetition_penalty=options.repetition_penalty,
         )
-        return server
 
     def _load(self, pretrained: str, penalty: float | None = None) -> tuple[LocalModel, str | None]:
         """A checkpoint under the options of the run -> the model, and a fingerprint of its folder.

@@ -106,7 +106,8 @@ def from_records(run: Path, suite: Path) -> dict[str, dict]:
         task = next((t for t in labels if r.task == t or r.task.endswith(t)), None)
         if task and r.error is None:
             malformed = r.malformed_call is not None or any(e["kind"] == EventKind.CALL_IN_ANSWER for e in r.events)
-            decisions.setdefault(task, []).append(Decision(tuple(r.crops), *labels[task][r.doc_id], malformed=malformed))
+            label, oracle = labels[task][r.doc_id]
+            decisions.setdefault(task, []).append(Decision(tuple(r.crops), label, oracle, malformed))
     if not decisions:
         raise ValueError(f"no record in {run} belongs to a task of {suite} ({', '.join(labels) or 'no parquet files'})")
     return {t: decision_metrics(d) for t, d in decisions.items()} | {
