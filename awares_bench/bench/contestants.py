@@ -18,9 +18,10 @@ from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from awares_bench.awares import CALL_BUDGET
+from awares_bench.errors import RunError
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Prepared, Request, Session
-from awares_bench.methods.conversation import Turn, chat_messages
+from awares_bench.methods.conversation import Failure, Reply, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
 from awares_bench.methods.usage import Usage
@@ -134,7 +135,11 @@ class Pages:
         return [i for i, calls in enumerate(self.calls) if calls]
 
     def _reply(self, requests: list[Request]) -> list[Usage]:
-        return [r.usage for r in self.vlm.reply(requests)] if requests else []
+        replies = self.vlm.reply(requests) if requests else []
+        failures = [r.error for r in replies if isinstance(r, Failure)]
+        if failures:
+            raise RunError(f"{len(failures)} of {len(replies)} pages could not be answered: {failures[0]}")
+        return [r.usage for r in replies if isinstance(r, Reply)]
 
     # -------------------------------------------------------------- transformers' own loop
 
@@ -238,7 +243,7 @@ class Pages:
                 else:
                     new = one + len(self._ids(crop, self.second[i], first))
                     total += self._spent([*low, *crop], new, 0, self.answer)
-        return tuple(total)
+        return float(total[0]), float(total[1]), float(total[2])
 
     def _ids(self, images: list, turn: Turn, session: Session) -> list[int]:
         views = [self.vlm.host.image_input(image) for image in images]
@@ -250,7 +255,7 @@ class Pages:
     def _spent(self, images: list, new: int, past: int, said: tuple) -> np.ndarray:
         config = self.vlm.host.model.config.to_dict()
         tower = sum(vision_flops(self.vlm.visual_tokens(image), config["vision_config"]) for image in images)
-        steps = decoder_flops(np.ones(len(said)), config["text_config"], past + new + np.arange(len(said))).sum()
+        steps = np.sum(decoder_flops(np.ones(len(said)), config["text_config"], past + new + np.arange(len(said))))
         return np.array([tower, decoder_flops(new, config["text_config"], past), steps])
 
     def _grid(self, image) -> tuple[int, int, int]:

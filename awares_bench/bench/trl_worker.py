@@ -195,7 +195,8 @@ def main(job: dict) -> None:
         environment_factory=Crops,
     )
     trainer.model.model.visual.requires_grad_(False)  # as ours
-    tokens, report = Tokens(trainer.model, trainer.ref_model), {}
+    tokens = Tokens(trainer.model, trainer.ref_model)
+    report: dict = {}
     generate, padding = trainer.model.generate, processor.tokenizer.pad_token_id
 
     def generate_and_note(*args, **kwargs):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from openai import APIConnectionError, APIStatusError
 from PIL import Image
@@ -148,7 +149,13 @@ class Endpoint:
     def _create(self, payload: list[dict], request: Request, events: list[Event]):
         """The completion of a conversation. Raises what the client raises."""
         penalty = self.repetition_penalty if request.penalty is None else request.penalty
-        asked = {"model": self.model, "messages": payload, "max_tokens": request.max_reply_tokens, "temperature": 0.0, "seed": 0}
+        asked: dict[str, Any] = {
+            "model": self.model,
+            "messages": payload,
+            "max_tokens": request.max_reply_tokens,
+            "temperature": 0.0,
+            "seed": 0,
+        }
         create, own = self.client.chat.completions.create, penalty == self.own_penalty
         if penalty == self.own_penalty == 1:
             return create(**asked)
@@ -174,7 +181,7 @@ class Endpoint:
     def _alive(self) -> bool:
         """Whether the server answers a small picture now."""
         try:
-            talk = _payload(chat_messages([Turn((Image.new("RGB", (56, 56)),), "?")], []), self.family)
+            talk: Any = _payload(chat_messages([Turn((Image.new("RGB", (56, 56)),), "?")], []), self.family)
             once = self.client.with_options(max_retries=0)
             once.chat.completions.create(model=self.model, messages=talk, max_tokens=1, temperature=0.0, seed=0)
         except (APIStatusError, APIConnectionError):

@@ -131,7 +131,7 @@ def _frames(image: Image.Image) -> list[Event]:
     try:
         if not getattr(image, "is_animated", False):
             return []
-        detail = f"frame or page {image.tell() + 1} of {image.n_frames} is shown, the others are not"
+        detail = f"frame or page {image.tell() + 1} of {image.n_frames} is shown, the others are not"  # type: ignore[attr-defined]  # animated ones have n_frames
     except Exception as error:  # a broken frame behind the one that is shown
         detail = f"one frame or page is shown; how many there are cannot be read ({_named(error)})"
     return [Event(EventKind.IMAGE_FRAMES, detail)]
@@ -196,7 +196,8 @@ def _opaque(image: Image.Image) -> tuple[Image.Image, list[Event]]:
             raise
         del image.info["transparency"]
         return image, [Event(EventKind.IMAGE_TRANSPARENT, f"the transparency cannot be read ({_named(error)}): taken as opaque")]
-    events = [Event(EventKind.IMAGE_TRANSPARENT, "transparency laid on white")] if layer.getextrema()[3][0] < 255 else []
+    opaque = layer.getchannel("A").getextrema() == (255, 255)
+    events = [] if opaque else [Event(EventKind.IMAGE_TRANSPARENT, "transparency laid on white")]
     return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer), events
 
 

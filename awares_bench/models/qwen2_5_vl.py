@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from PIL import Image
@@ -95,7 +96,7 @@ def runs_of(
     for image in images:
         ((rows, columns),) = image.runs
         run = slice(start, start + rows * columns)
-        seen = {}
+        seen: dict[str, Any] = {}
         if probe is not None:
             order = raster_order(rows, columns, window, features.device)
             seen = {

@@ -108,7 +108,10 @@ def utilities(
             sample, answers = samples[n]
             failed = isinstance(outcome, Failure)
             scores[n].append(None if failed else anls(sample.question, tuple(answers), outcome.answer))
-    yield from ((n, of_sizes) for n, of_sizes in scores.items() if None not in of_sizes)
+    for n, of_sizes in scores.items():
+        known = [score for score in of_sizes if score is not None]
+        if len(known) == len(of_sizes):
+            yield n, known
 
 
 def hidden_states(vlm: LocalModel, samples: Sequence[Sample], view: int, depth: float) -> np.ndarray:

@@ -182,7 +182,7 @@ def scene_batch(step: int, seed: int, scenes: int, vocabulary: Vocabulary) -> di
 
     pixel_values (P, 588), bytes of all patches; grid (I, 3); targets (T, COLUMNS); view (T,): 0 full, 1 half size, 2 crop.
     """
-    out = {"pixel_values": [], "grid": [], "targets": [], "view": []}
+    out: dict[str, list] = {"pixel_values": [], "grid": [], "targets": [], "view": []}
     for i in range(scenes):
         rng = random.Random(f"tower/{seed}/{step}/{i}")
         image, panels = world.scene(rng, world.FAMILIES[i % len(world.FAMILIES)], rng.randint(4, 10), shared_keys=True)
