@@ -47,9 +47,7 @@ class Cares(Policy):
     def loaded_gate(self) -> Gate:
         """The gate. Raises RunError when there is none: no document can be answered without it."""
         if not self.gate:
-            raise RunError(
-                "cares needs gate=FILE; train one with: awares-bench train gate --out FILE"
-            )
+            raise RunError("cares needs gate=FILE; train one with: awares-bench train gate --out FILE")
         try:
             return Gate.load(gate_path(self.gate))
         except ValueError as error:
