@@ -27,7 +27,7 @@ MUTATIONS = [
     ("a session half changed when memory runs out", "awares_bench/inference/local_model.py", "r.session.restore(snapshot)", "pass", "test_engine"),
     ("images of the first turn not counted again", "awares_bench/inference/openai_server.py", "counted = text + visual + before", "counted = text + visual", "test_endpoint"),
     ("a repeated crop allowed", "awares_bench/inference/call_grammar.py", "if name is None or name in call.named:", "if name is None:", "test_grammar"),
-    ("held to the grammar before it calls", "awares_bench/inference/call_grammar.py", "= Call() if begun else None", "= Call()", "test_grammar"),
+    ("held to the grammar before it calls", "awares_bench/inference/call_grammar.py", "        if begun is None:\n            return None\n        call = Call()\n", "        if begun is None:\n            return Call()\n        call = Call()\n", "test_grammar"),
     ("a token that runs past the end of a call barred", "awares_bench/inference/call_grammar.py", "if not found:", "if not found or found['rest']:", "test_grammar"),
     ("overruled in silence", "awares_bench/inference/local_model.py", "[*prepared[b].events, *replies[b].events]", "prepared[b].events", "test_grammar"),
     ("batch order reversed", "awares_bench/inference/local_model.py", "enumerate(zip(requests, replies, strict=True))", "enumerate(zip(requests, replies[::-1], strict=True))", "test_vlm"),
