@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from PIL import Image
@@ -78,7 +79,7 @@ class Model:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         until: str | tuple[str, ...] = (),
-        **options,
+        **options: Any,
     ) -> Answer:
         """The answer of a method to a question about one picture.
 
@@ -101,7 +102,7 @@ class Model:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         until: str | tuple[str, ...] = (),
-        **options,
+        **options: Any,
     ) -> list[Answer]:
         """Answers to pairs of (image, question), in their order; one that cannot be given has its ``error``, and the others go on.
 
@@ -158,7 +159,7 @@ def load(
     limits of the processor. constrained: hold calls for crops to their grammar. repetition_penalty: None for the checkpoint's.
     Raises ValueError (a CheckpointError where the checkpoint is at fault) or OSError, with what to do.
     """
-    options = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
     options |= {"min_pixels": min_pixels, "max_pixels": max_pixels, "constrained": constrained}
     loaded: dict[tuple, LocalModel] = {}
     vlm, _ = load_vlm(pretrained, options, loaded, repetition_penalty)
@@ -172,7 +173,7 @@ def methods() -> list[str]:
 
 
 def compare(
-    model: Model, image: object, question: str, methods: Iterable[str] = ("full", "low", "awares"), **options
+    model: Model, image: object, question: str, methods: Iterable[str] = ("full", "low", "awares"), **options: Any
 ) -> Comparison:
     """Several methods on one question, one after the other.
 
@@ -197,7 +198,7 @@ def check(method: str, options: dict[str, object]) -> None:
         settings({k: v for k, v in options.items() if k in GENERATION})
 
 
-def each(model: Model, image: object, question: str, methods: Iterable[tuple[str, dict[str, object]]]) -> Comparison:
+def each(model: Model, image: object, question: str, methods: Iterable[tuple[str, dict[str, Any]]]) -> Comparison:
     """The answer of each method, given by its name and options; one that cannot be given has its ``error``."""
     try:
         picture = _contents(image)  # an open file is read once
@@ -326,7 +327,7 @@ def main(args: argparse.Namespace) -> int:
     """``awares-bench ask``."""
     # everything that can be refused is, before a checkpoint is loaded
     options = dict(read_option(text) for text in args.option)
-    of_checkpoint = {k: options.pop(k) for k in OF_CHECKPOINT if k in options}
+    of_checkpoint: dict[str, Any] = {k: options.pop(k) for k in OF_CHECKPOINT if k in options}
     others = [] if args.compare is None else [read_method(text) for text in args.compare.split(",")]
     methods = [(args.method, options), *others]
     for name, own in methods:

@@ -2,7 +2,7 @@
 
 Paper    Kimhi et al., ACL 2026, https://arxiv.org/abs/2510.19496
 Code     https://github.com/mkimhi/CARES at ee9763e (training of the gate; no weights of it)
-Needs    a gate trained for the proxy (``python -m awares_bench.training.auxiliary.cares_gate``); no training of the model under test
+Needs    a gate trained for the proxy (``awares-bench train gate``); no training of the model under test
 Cost     the chosen size's tokens; the proxy's own in the aux columns
 Differs  the paper's last token where the code pools over the text; the proxy is of the Qwen2.5-VL family; each of several images gets its own size
 """
@@ -47,9 +47,7 @@ class Cares(Policy):
     def loaded_gate(self) -> Gate:
         """The gate. Raises RunError when there is none: no document can be answered without it."""
         if not self.gate:
-            raise RunError(
-                "cares needs gate=FILE; train one with: python -m awares_bench.training.auxiliary.cares_gate --out FILE"
-            )
+            raise RunError("cares needs gate=FILE; train one with: awares-bench train gate --out FILE")
         try:
             return Gate.load(gate_path(self.gate))
         except ValueError as error:

@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from PIL import Image
+
 from awares_bench import Event, EventKind, Policy, Sample, Turn, TurnGenerator
 from awares_bench.methods.crop_grid import Box
 from awares_bench.methods.crop_turns import note_half_view, without_crops
@@ -58,7 +60,8 @@ class CropVLM(Policy):
         (image,) = sample.images
         ask = ASK.format(question=sample.question.capitalize())
         said = yield Turn((within(image, self.longest),), ask, model="cropper", min_reply_tokens=BOX_BUDGET, until=())
-        views, boxes = (half(image) if self.view == "low" else image,), ()
+        views: tuple[Image.Image, ...] = (half(image) if self.view == "low" else image,)
+        boxes: tuple[Box, ...] = ()
         if said.text.strip(" .").lower() != NOT_NEEDED:
             try:
                 box = parse_box(said.text, *image.size)

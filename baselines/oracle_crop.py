@@ -45,7 +45,8 @@ class OracleCrop(Policy):
         if not sample.evidence:
             yield Event(EventKind.NO_EVIDENCE, "the document marks no evidence, so the image is shown in full")
             return (yield sample.ask(sample.images))
-        names, boxes = PAPER_GRID.cheapest_cover(list(sample.evidence), *image.size), ()
+        names = PAPER_GRID.cheapest_cover(list(sample.evidence), *image.size)
+        boxes: tuple[Box, ...] = ()
         if self.crops == "box":
             boxes = tuple(_at_least(box, SMALLEST_SIDE, image.size) for box in sample.evidence)
         return (yield from show_crops_unasked(sample, names, self.form, self.prompt, boxes))

@@ -138,8 +138,8 @@ def test_a_method_is_named_as_in_lmms_eval(tiny, text):
 
 def test_a_method_with_a_model_of_its_own_loads_it_once(nano, document, monkeypatch):
     loads = []
-    real = api.VLM.load.__func__
-    monkeypatch.setattr(api.VLM, "load", classmethod(lambda cls, *key: loads.append(key) or real(cls, *key)))
+    real = api.LocalModel.load.__func__
+    monkeypatch.setattr(api.LocalModel, "load", classmethod(lambda cls, *key: loads.append(key) or real(cls, *key)))
     for _ in range(2):
         answer = nano.ask(*document, method="cropvlm", cropper="nano-sft")
     assert len(loads) == 1 and {t.model for t in answer.turns} == {"", "cropper"}

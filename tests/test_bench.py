@@ -23,7 +23,7 @@ from awares_bench.models.families import host_of
 from awares_bench.models.flops import decoder_flops, vision_flops
 
 from .test_vlm import TOLERANCE, ours
-from .tiny import picture, pixels
+from .tiny import encode, picture, pixels
 
 
 @pytest.mark.parametrize(("name", "billions"), [("3b", 3.7546), ("7b", 8.2922)])
@@ -51,8 +51,8 @@ def test_operations_are_those_that_pytorch_counts(vlm, monkeypatch, size, matmul
     monkeypatch.setattr(qwen2_5_vl_vision, "USE_MATMUL_ATTENTION", matmul_attention and qwen2_5_vl_vision.ONEDNN)
     patches, grid, _ = pixels(vlm, picture(*size))
     with counted() as counter:
-        vlm.encode([patches], [grid])
-    config = vlm.model.config.vision_config.to_dict()
+        encode(vlm, [patches], [grid])
+    config = vlm.host.model.config.vision_config.to_dict()
     assert vision_flops(grid[1] * grid[2] // 4, config) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -65,7 +65,7 @@ def counted():
 
 
 def test_operations_of_the_decoder_are_those_that_pytorch_counts(vlm):
-    text = vlm.model.config.text_config
+    text = vlm.host.model.config.text_config
     config = text.to_dict()
     for new in (40, 400):
         embeds = torch.zeros(1, new, text.hidden_size)

@@ -116,7 +116,7 @@ def test_shell_blocks_name_commands_and_options_that_exist(page, capsys):
     from awares_bench.cli import main
 
     for words in commands(page.read_text(encoding="utf-8")):
-        command = words[: 2 if words[0] in ("bench", "train") else 1]
+        command = words[: 2 if words[0] in ("bench", "train", "nano") else 1]
         with pytest.raises(SystemExit) as stopped:
             main([*command, "--help"])
         shown = capsys.readouterr().out

@@ -257,6 +257,15 @@ def test_a_run_outlives_a_server_that_is_killed_and_comes_back(tmp_path):
         assert [e["kind"] for e in other["events"]] == ["prefix_cache"] * (len(x["replies"]) - 1)
 
 
+def test_a_server_is_recorded_with_the_limits_that_count_its_tokens(tmp_path):
+    from awares_bench.evaluation import lmms_model
+
+    address = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
+    lmms_model.awares(engine="openai", max_pixels=200_704, output_dir=str(tmp_path), **address)
+    identity = json.loads((tmp_path / "run.json").read_text())["identity"]
+    assert (identity["max_pixels"], identity["served"], identity["dtype"]) == (200_704, "m", None)
+
+
 def test_options_that_do_not_fit_the_engine_say_what_to_do():
     from awares_bench.evaluation import lmms_model
 

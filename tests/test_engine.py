@@ -8,9 +8,9 @@ import torch
 from awares_bench.awares import AwaRes
 from awares_bench.baselines.full import Full
 from awares_bench.evaluation.records import Record
+from awares_bench.inference.batch import Batch
 from awares_bench.inference.engine import LOOKAHEAD_BATCHES, Engine, Job, Scripted
 from awares_bench.inference.memory import start_peak
-from awares_bench.inference.padded_batch import PaddedBatch
 from awares_bench.inference.scheduler import BatchLimits, next_batch
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Failure, Sample, Trajectory, Turn
@@ -130,7 +130,7 @@ def test_a_session_is_as_it_was_when_memory_ran_out_in_the_middle_of_keeping(mon
         vlm.reply([Request(s, first, 3) for s in sessions])
         return [Request(s, second, 3) for s in sessions]
 
-    requests, calls, keep = started(), [], PaddedBatch.save_session
+    requests, calls, keep = started(), [], Batch.save_session
 
     def short(self, b, session, written):
         keep(self, b, session, written)
@@ -139,7 +139,7 @@ def test_a_session_is_as_it_was_when_memory_ran_out_in_the_middle_of_keeping(mon
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr(PaddedBatch, "save_session", short)
+        patch.setattr(Batch, "save_session", short)
         patch.setattr(torch.cuda, "empty_cache", lambda: None)
         with pytest.raises(MemoryError, match="Tried to allocate"):
             vlm.reply(requests)

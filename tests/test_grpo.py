@@ -134,14 +134,14 @@ def test_the_loss_is_the_one_written_out_by_hand(place, scaling):
     gradients = torch.cat([g.flatten() for g in torch.autograd.grad(mine, parameters)])
     total, tokens, varied = 0.0, [0, 0], []
     for groups in micro:
-        tokens[0] += pack([[r.conversation for r in g.rollouts] for g in groups], trainer.vlm).tokens
+        tokens[0] += pack([[r.conversation for r in g.rollouts] for g in groups], trainer.vlm.host).tokens
         for g in groups:
             worth = torch.tensor([p["reward"] for p in g.parts])
             varied.append(bool(worth.std() > 0))
             for r, a in zip(g.rollouts, worth - worth.mean(), strict=True):
-                alone = pack([[r.conversation]], trainer.vlm)
+                alone = pack([[r.conversation]], trainer.vlm.host)
                 tokens[1] += alone.tokens
-                features = trainer.features(alone.views)
+                features = trainer.vlm.encode(alone.images)
                 lp = trainer.scorer(alone, features)[0]
                 with torch.no_grad():
                     ref = trainer.reference(alone, features)[0]

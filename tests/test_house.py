@@ -1,6 +1,7 @@
 """The house rules: who may import whom, what a bare import costs, what the wheel holds."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -90,6 +91,34 @@ def test_the_methods_page_holds_the_current_table_and_the_layout_page_names_ever
     assert table() in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     layout = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
     assert all(p.name in layout for p in files("awares_bench") if p.name != "__init__.py")
+
+
+HOST_WORDS = re.compile(r"qwen|smolvlm|1176|<\|im_|rotary_emb|model\.visual\b", re.IGNORECASE)
+
+
+def code_of(path: Path) -> str:
+    """A file without its comments and docstrings, and without the strings that a reader sees."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value = ast.Constant(None)
+    return ast.unparse(tree)
+
+
+def test_what_differs_between_model_families_is_in_models_only():
+    """The benches' random models and the laboratory that made nano are of one family by their nature."""
+    for path in [p for folder in ("awares_bench", "baselines", "training") for p in files(folder)]:
+        if path.relative_to(ROOT).parts[:2] in {("awares_bench", "models"), ("awares_bench", "bench"), ("training", "nano")}:
+            continue
+        found = [line for line in code_of(path).splitlines() if HOST_WORDS.search(line)]
+        assert not found, f"{path}: {found}"
+
+
+def test_every_mutation_names_a_line_that_is_there_once():
+    from .mutations import MUTATIONS
+
+    for name, file, before, _, _ in MUTATIONS:
+        assert (ROOT / file).read_text().count(before) == 1, name
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from awares_bench.methods.images import PictureError, as_rgb, half, within_aspect
+from awares_bench.methods.images import PictureError, as_rgb, half
+from awares_bench.models.qwen2_5_vl import within_aspect
 
 from .tiny import pixels, tiny_vlm
 

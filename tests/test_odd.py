@@ -14,7 +14,6 @@ from awares_bench.errors import RunError
 from awares_bench.evaluation import sweep
 from awares_bench.evaluation.records import Record, RunFolder, read_records
 from awares_bench.inference.engine import Engine, Job
-from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.openai_server import Endpoint
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Event, Failure, Reply, Sample, Turn
@@ -49,14 +48,14 @@ def failures(outcomes):
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_odd_documents_change_no_answer_of_their_neighbours(batch_size, workers, monkeypatch):
     vlm = tiny_copy()
-    whole = LocalModel.pixels
+    whole = Qwen2_5_VL.image_input
 
-    def pixels(self, image):
+    def image_input(self, image, key=""):
         if image.size == (99, 99):
             raise ZeroDivisionError("float division by zero")
-        return whole(self, image)
+        return whole(self, image, key)
 
-    monkeypatch.setattr(LocalModel, "pixels", pixels)
+    monkeypatch.setattr(Qwen2_5_VL, "image_input", image_input)
     good = [job(i) for i in range(8)]
     bad = [
         job(10, f"Which {HALF}?"),
@@ -157,7 +156,7 @@ ODD = {
     "image": "AttributeError",
     "budget": "TypeError",
     "none": "Odd ended with None, which is not a Reply",
-    "early": "StopIteration",
+    "early": "returned a reply and asked nothing",
     "late": "ZeroDivisionError",
     "stop": "RuntimeError: generator raised StopIteration",
 }

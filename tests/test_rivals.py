@@ -82,7 +82,7 @@ def test_a_part_asks_what_evaluation_asks_the_cropper_and_the_target_sees_what_i
     assert [i.tobytes() for i in shown.images] == [i.tobytes() for i in outcome.turns[1].images]
     assert shown.text == outcome.turns[1].text and shown.images[1].size == (112, 112)
     with pytest.raises(ValueError, match="not the other's"):
-        next(cropper.Part(whole(), "other").turns(sample))
+        next(cropper.AuxiliaryTurn(whole(), "other").turns(sample))
 
 
 class Says:
@@ -90,7 +90,7 @@ class Says:
 
     def __init__(self, text, sample):
         script = {next(whole().turns(sample)).text: [text]}
-        ((_, self.trajectory),) = Engine(Scripted(script), cropper.Part(whole(), "cropper"), 1).run([Job(sample, 8)])
+        ((_, self.trajectory),) = Engine(Scripted(script), cropper.AuxiliaryTurn(whole(), "cropper"), 1).run([Job(sample, 8)])
 
 
 def test_the_reward_is_the_targets_likelihood_and_the_worth_of_the_form():
@@ -101,7 +101,7 @@ def test_the_reward_is_the_targets_likelihood_and_the_worth_of_the_form():
     assert [p["form"] for p in parts] == [1.0, 0.0, 0.25, 1.0]
     assert parts[1]["likelihood"] == pytest.approx(parts[2]["likelihood"], abs=1e-4)  # nothing is gained by a broken box
     for text, p in zip(texts, parts, strict=True):
-        turn = target.shown(sample, text if p["form"] else cropper.NOT_NEEDED)
+        turn = target.turn_after(sample, text if p["form"] else cropper.NOT_NEEDED)
         views = [pixels(vlm, i) for i in turn.images]
         said = [*vlm.tokenizer("42")["input_ids"], vlm.tokenizer.eos_token_id]
         ids = torch.tensor([chunk_ids(vlm, Session(), turn) + said])
@@ -161,7 +161,7 @@ def test_a_role_that_the_policy_does_not_have_is_refused(place):
 
 def test_rollouts_of_a_part_note_what_the_box_came_to():
     vlm = tiny_copy()
-    part = cropper.Part(whole(), "cropper")
+    part = cropper.AuxiliaryTurn(whole(), "cropper")
     ((one, two),), _ = rollouts(vlm, part, [Sample((picture(224, 224),), "what?", "k")], 2, 6)
     for r in (one, two):  # random weights write no box
         assert [e.kind for e in r.trajectory.events][:1] == ["malformed_box"] and len(r.trajectory.turns) == 1

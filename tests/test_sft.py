@@ -83,8 +83,8 @@ def test_the_loss_is_the_weighted_mean_and_the_same_for_every_micro_batch(place,
         with torch.no_grad():
             logits = trainer.vlm.host.model(
                 input_ids=ids,
-                pixel_values=torch.cat([v.pixels for v in c.views]),
-                image_grid_thw=torch.tensor([v.grid for v in c.views]),
+                pixel_values=torch.cat([v.inputs["pixel_values"] for v in c.images]),
+                image_grid_thw=torch.cat([v.inputs["image_grid_thw"] for v in c.images]),
                 mm_token_type_ids=(ids == trainer.vlm.host.image_token).int(),
             ).logits[0]
         for i, w in enumerate(c.weights):

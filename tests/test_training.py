@@ -19,7 +19,7 @@ from awares_bench.training.nano.loop import LoopSettings, ParameterGroup, train
 from awares_bench.training.nano.pixels import normalise, patches
 from awares_bench.training.nano.rows import RowEncoder, collate
 
-from .tiny import GEOMETRY, picture, pixels, tiny_tokenizer, tiny_vlm
+from .tiny import GEOMETRY, chunk_ids, picture, pixels, tiny_tokenizer, tiny_vlm
 
 
 def test_pixels_are_the_processors():
@@ -39,12 +39,11 @@ def test_tokens_are_the_engines():
     row = encoder.encode_row([([half(image)], "What is it?\nAnswer.", call, 5.0), (crops, "", "42", 1.0)], PAPER_GRID.prompt)
     one = Turn((half(image),), "What is it?\nAnswer.", system=PAPER_GRID.prompt, is_final=False)
     two = Turn(tuple(crops))
-    grids = [vlm.pixels(i)[1] for t in (one, two) for i in t.images]
-    engine = vlm.chunk(Session(), one, grids[:1]) + vlm.tokenizer(call)["input_ids"]
-    engine += vlm.chunk(Session(turns=[one], replies=[call]), two, grids[1:]) + vlm.tokenizer("42")["input_ids"]
+    engine = chunk_ids(vlm, Session(), one) + vlm.tokenizer(call)["input_ids"]
+    engine += chunk_ids(vlm, Session(turns=[one], replies=[call]), two) + vlm.tokenizer("42")["input_ids"]
     assert row.ids[:-1] == engine and row.ids[-1] == encoder.end
     plain = encoder.encode_row([([image], "q", "a", 1.0)])
-    assert plain.ids[:-2] == vlm.chunk(Session(), Turn((image,), "q"), [vlm.pixels(image)[1]])
+    assert plain.ids[:-2] == chunk_ids(vlm, Session(), Turn((image,), "q"))
 
 
 def test_only_what_the_model_writes_is_weighted_and_the_call_five_times():
@@ -127,7 +126,7 @@ def test_hints_name_the_key_of_the_question_where_the_answer_to_a_crop_is_writte
 
 
 def test_a_fresh_bottom_layer_changes_nothing_yet_and_learns():
-    old, encoder = tiny_vlm().model, RowEncoder(tiny_vlm().tokenizer)
+    old, encoder = tiny_vlm().host.model, RowEncoder(tiny_vlm().tokenizer)
     new = nano.build(tiny_vlm().tokenizer, replace(GEOMETRY, layers=GEOMETRY.layers + 1))
     language.load(new, old)
     batch = stages.make_batch(encoder, "fetch", 0, 10, 4)

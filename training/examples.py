@@ -72,14 +72,14 @@ def rows(data: str, needs: tuple[str, ...], columns: dict[str, str] | None = Non
 
     # 4) Check that every row has a value.
     for name in needs:
-        name = pictures if name == "image" else name
-        if name == pictures:  # the column's null bits, so that no picture is read
-            empty = [i for i, is_null in enumerate(table.data.column(name).is_null().to_pylist()) if is_null]
+        column = pictures if name == "image" and pictures else name
+        if column == pictures:  # the column's null bits, so that no picture is read
+            empty = [i for i, is_null in enumerate(table.data.column(column).is_null().to_pylist()) if is_null]
         else:
-            empty = [i for i, value in enumerate(table[name]) if value is None or value == [] or value == ""]
+            empty = [i for i, value in enumerate(table[column]) if value is None or value == [] or value == ""]
         if empty:
             raise DataError(
-                f"{data!r}: {len(empty)} of {len(table)} rows have no {name}, the first at {empty[:5]}; fill or drop them"
+                f"{data!r}: {len(empty)} of {len(table)} rows have no {column}, the first at {empty[:5]}; fill or drop them"
             )
     return table
 
@@ -103,9 +103,9 @@ def _resolve_paths(table, column: str, root: Path):
 
 def pictures(row: dict, largest_side: int, index: int | None = None) -> tuple[Picture.Image, ...]:
     """The images of a row, RGB and upright, none longer than ``largest_side`` pixels. Raises DataError that names the row."""
-    encoded = row.get("images") if row.get("images") is not None else [row.get("image")]
+    encoded = row.get("images")
     out = []
-    for item in encoded:
+    for item in [row.get("image")] if encoded is None else encoded:
         try:
             image, _ = as_rgb(item)
         except OSError as error:

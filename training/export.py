@@ -66,7 +66,7 @@ Trained from `{start}` on `{Path(recipe.data).name}` by awares-bench.{about}
 
     lmms-eval --model {policy} --model_args {arguments} --tasks awares_paper
 
-Or `Qwen2_5_VLForConditionalGeneration.from_pretrained(FOLDER)` in plain transformers.
+Or `AutoModelForImageTextToText.from_pretrained(FOLDER)` in plain transformers.
 
 ## Last log line
 | metric | value |

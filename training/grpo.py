@@ -133,6 +133,8 @@ class RolloutGroup:
 class GRPOTrainer(ResumableTrainer):
     """One rollout per step. Every number is a function of (recipe, step), so a resumed run equals one that was not cut."""
 
+    recipe: GRPO
+
     def __init__(self, scorer: Scorer, vlm: LocalModel, recipe: GRPO, policy, judge, **arguments):
         super().__init__(scorer, vlm, recipe, **arguments)
         self.policy, self.judge, self.reward_weights = policy, judge, _reward_weights(recipe)

@@ -78,7 +78,7 @@ def pack(groups: list[list[Conversation]], host: HostModel, device: torch.device
         conversations += len(group)
         images += row.images
     alone = all(len(group) == 1 for group in groups)
-    before = [seen for group in groups for c in group for seen in _followed(c)] if followed else None
+    held = [seen for group in groups for c in group for seen in _followed(c)] if followed else None
     return Packed(
         ids.to(device),
         positions.to(device),
@@ -89,13 +89,14 @@ def pack(groups: list[list[Conversation]], host: HostModel, device: torch.device
         torch.tensor(weight).to(device),
         images,
         sum(len(row.ids) for row in rows),
-        padded(before).to(device) if before is not None else None,
+        padded(held).to(device) if held is not None else None,
     )
 
 
 def _followed(c: Conversation) -> list[list[int]]:
     """The distinct tokens before each scored token of a conversation, in its order."""
-    out, seen = [], {}
+    out: list[list[int]] = []
+    seen: dict[int, None] = {}
     for token, weight in zip(c.ids, c.weights, strict=True):
         if weight:
             out.append(list(seen))
@@ -119,12 +120,14 @@ def _row(group: list[Conversation], host: HostModel) -> _Row:
     picture, after equal ones, are one. Where prompts differ, their first common tokens are a branch of their own.
     """
     common = _common(group, host.image_token)
-    ids, images, positions, scored = [], [], [], []
+    ids: list[int] = []
+    images, positions, scored = [], [], []
     columns: dict[tuple, tuple[int, int]] = {}  # path of branches -> columns of the last one
     lines: dict[tuple, list[tuple[int, int]]] = {}  # path -> columns of every branch on it
     for i, c in enumerate(group):
         alone, _ = host.positions(c.ids, c.images)
-        path, before, waiting = (), -1, list(c.images)
+        path: tuple = ()
+        before, waiting = -1, list(c.images)
         for start, end in _branches(c, common):
             # the pictures whose tokens stand in this branch
             visual, here = c.ids[start:end].count(host.image_token), []
@@ -191,6 +194,7 @@ class Scorer(torch.nn.Module):
         hidden = self.host.hidden_states(embeds, packed.positions, packed.mask)
         logits = self.host.model.get_output_embeddings()(hidden[packed.score_at[:, 0], packed.score_at[:, 1]]).float()
         if self.penalty != 1:
+            assert packed.before is not None  # packed with what is followed
             logits = penalised(logits, packed.before, self.penalty)
         logits = logits / self.temperature
         if self.banned:

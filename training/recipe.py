@@ -6,6 +6,7 @@ import argparse
 import json
 import operator
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from awares_bench.errors import AwaresError
 from awares_bench.methods.options import unknown_option
 
-R = TypeVar("R")
+R = TypeVar("R", bound="Recipe")
 
 
 class RecipeError(AwaresError, ValueError):
@@ -127,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument("set", nargs="*", metavar="KEY=VALUE", help="keys that win over the recipe's")
 
 
-def load(cls: type[R], path: Path | str, overrides: list[str] = ()) -> R:
+def load(cls: type[R], path: Path | str, overrides: Sequence[str] = ()) -> R:
     """Read a recipe.
 
     path: a YAML file, or the name of a recipe in the package. overrides: ``option=value`` strings in YAML syntax, which win
@@ -173,9 +174,8 @@ def _check_value(f: Field, hint: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
         hint = next(kind for kind in get_args(hint) if kind is not type(None))
-    kind = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}[
-        getattr(hint, "__name__", str(hint)).split("[")[0]
-    ]
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "dict": dict, "list": list}
+    kind = kinds[getattr(hint, "__name__", str(hint)).split("[")[0]]
     if kind == (int, float) and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         with suppress(ValueError):
             value = float(value)

@@ -63,7 +63,9 @@ def render(
             vlm.check(text, what)
         except ValueError as error:
             raise ValueError(f"sample {sample.key!r}: {error}") from error
-    out, host, shown, said = Conversation(), vlm.host, [], []
+    out, host = Conversation(), vlm.host
+    shown: list[Turn] = []
+    said: list[str] = []
     for turn, reply, weight in play(policy.turns(sample), replies, call_weight):
         images = [host.image_input(image, host.image_key(image)) for image in turn.images]
         ids = host.render([*shown, turn], said, images)

@@ -69,13 +69,15 @@ class SamplingModel:
             raise RunError("rollouts see every visual token: train without a pruner")
         if any(r.turn.model for r in requests):
             raise RunError("the method asks another model; rollouts know the trained model only")
-        prepared = [replace(r, prepared=r.prepared or self.prepare(r)) for r in requests]
-        replies = self.model.reply(prepared, None, self.sampling, [self.name_of(r.conversation) for r in requests])
-        sampled = [(r.prepared, reply) for r, reply in zip(prepared, replies, strict=True) if isinstance(reply, SampledReply)]
+        prepared = [r.prepared or self.prepare(r) for r in requests]
+        names = [self.name_of(r.conversation) for r in requests]
+        made = [replace(r, prepared=p) for r, p in zip(requests, prepared, strict=True)]
+        replies = self.model.reply(made, None, self.sampling, names)
+        sampled = [(p, reply) for p, reply in zip(prepared, replies, strict=True) if isinstance(reply, SampledReply)]
         self.prefilled += sum(reply.prefilled for _, reply in sampled)
         self.shared += sum(len(p.ids) - reply.prefilled for p, reply in sampled)
         self.forward_passes += max((reply.usage.passes for _, reply in sampled), default=0)
-        return replies
+        return [reply for reply in replies if isinstance(reply, (SampledReply, Failure))]  # all of them
 
     def hidden_states(self, requests: list[Request]):
         raise RunError("the method reads hidden states; rollouts know the trained model's replies only")
@@ -127,10 +129,12 @@ def rollouts(
 
 
 def _conversation(trajectory: Trajectory) -> tuple[Conversation, tuple[float, ...]]:
-    out, logprobs = Conversation(), []
-    for i, reply in enumerate(trajectory.replies):
+    out = Conversation()
+    logprobs: list[float] = []
+    replies = [reply for reply in trajectory.replies if isinstance(reply, SampledReply)]  # all of them
+    for i, reply in enumerate(replies):
         # a sampled end is the end that opens the next turn
-        before = trajectory.replies[i - 1] if i else None
+        before = replies[i - 1] if i else None
         shown = list(reply.prompt)[1 if before and before.complete and not before.forced else 0 :]
         out.add_context(shown, list(reply.images))
         out.add_reply(list(reply.written), 0.0 if reply.forced else 1.0)

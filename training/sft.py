@@ -115,7 +115,7 @@ def dry_run(recipe: SFT, say=print) -> None:
     batch = [data[i] for i in range(min(recipe.micro_batch, len(data)))]
     # 1) Show what two conversations say, each reply with its weight; an image is one marker with its number of tokens.
     for c in batch[:2]:
-        marker = f"<|image_pad|>x{c.ids.count(vlm.host.image_token)}"
+        marker = f"{vlm.host.placeholder}x{c.ids.count(vlm.host.image_token)}"
         prompt = vlm.tokenizer.decode([i for i in c.ids[: c.prompt] if i != vlm.host.image_token])
         say(f"--- {marker}\n{prompt}")
         for start, end in c.replies:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -248,7 +249,7 @@ class ResumableTrainer(Trainer):
                 raise RecipeError(
                     f"{resume_from_checkpoint} lacks {len(missing)} tensors of the adapters: {missing[:2]}; delete that folder"
                 )
-            report = set_peft_model_state_dict(tuned, saved)
+            report: Any = set_peft_model_state_dict(tuned, saved)
             if report.unexpected_keys:
                 raise RecipeError(f"{resume_from_checkpoint} holds adapters of another model: {report.unexpected_keys[:2]}")
         # 3) All weights: load them as a model of their own, whose names are right, and copy the values.
@@ -295,9 +296,10 @@ def unsharded(scorer: Scorer):
     Ranks decode different numbers of steps, so an all-gather inside a rollout would deadlock. Therefore all shards are
     gathered first and freed afterwards.
     """
-    sharded = [m for m in scorer.modules() if hasattr(m, "unshard")]
+    sharded: list[Any] = [m for m in scorer.modules() if hasattr(m, "unshard")]
     if sharded:  # FSDP2 takes the first module that runs for the root, and a rollout runs a layer first. No public API sets it
-        scorer._get_fsdp_state()._lazy_init()
+        root: Any = scorer
+        root._get_fsdp_state()._lazy_init()
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()

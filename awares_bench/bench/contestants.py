@@ -18,9 +18,10 @@ from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from awares_bench.awares import CALL_BUDGET
+from awares_bench.errors import RunError
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Prepared, Request, Session
-from awares_bench.methods.conversation import Turn, chat_messages
+from awares_bench.methods.conversation import Failure, Reply, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
 from awares_bench.methods.usage import Usage
@@ -134,7 +135,11 @@ class Pages:
         return [i for i, calls in enumerate(self.calls) if calls]
 
     def _reply(self, requests: list[Request]) -> list[Usage]:
-        return [r.usage for r in self.vlm.reply(requests)] if requests else []
+        replies = self.vlm.reply(requests) if requests else []
+        failures = [r.error for r in replies if isinstance(r, Failure)]
+        if failures:
+            raise RunError(f"{len(failures)} of {len(replies)} pages could not be answered: {failures[0]}")
+        return [r.usage for r in replies if isinstance(r, Reply)]
 
     # -------------------------------------------------------------- transformers' own loop
 
@@ -172,9 +177,9 @@ class Pages:
         )
         prepared = clock()
         inputs = inputs.to(vlm.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(vlm.model.dtype)
+        inputs["pixel_values"] = inputs["pixel_values"].to(vlm.host.dtype)
         watch = _Watch(vlm, forced)
-        tower = vlm.model.model.visual
+        tower = vlm.host.model.model.visual
         hooks = [tower.register_forward_pre_hook(watch.enter), tower.register_forward_hook(watch.leave)]
         try:
             out = vlm.host.model.generate(
@@ -238,7 +243,7 @@ class Pages:
                 else:
                     new = one + len(self._ids(crop, self.second[i], first))
                     total += self._spent([*low, *crop], new, 0, self.answer)
-        return tuple(total)
+        return float(total[0]), float(total[1]), float(total[2])
 
     def _ids(self, images: list, turn: Turn, session: Session) -> list[int]:
         views = [self.vlm.host.image_input(image) for image in images]
@@ -248,9 +253,9 @@ class Pages:
         return self._spent(images, len(self._ids(images, turn, session)), past, said)
 
     def _spent(self, images: list, new: int, past: int, said: tuple) -> np.ndarray:
-        config = self.vlm.model.config.to_dict()
+        config = self.vlm.host.model.config.to_dict()
         tower = sum(vision_flops(self.vlm.visual_tokens(image), config["vision_config"]) for image in images)
-        steps = decoder_flops(np.ones(len(said)), config["text_config"], past + new + np.arange(len(said))).sum()
+        steps = np.sum(decoder_flops(np.ones(len(said)), config["text_config"], past + new + np.arange(len(said))))
         return np.array([tower, decoder_flops(new, config["text_config"], past), steps])
 
     def _grid(self, image) -> tuple[int, int, int]:
@@ -261,7 +266,7 @@ class _Watch(LogitsProcessor):
     """Reads the clock around the tower and at the first scores of a ``generate`` call, and forces its tokens."""
 
     def __init__(self, vlm: LocalModel, forced: tuple[int, ...]):
-        self.vlm, self.forced = vlm, (*forced, min(vlm.stop))
+        self.vlm, self.forced = vlm, (*forced, min(vlm.host.stop))
         self.encoding = self.entered = self.first = 0.0
         self.steps = 0
 
@@ -309,11 +314,11 @@ def alternate(contestants: list[Contestant], repeats: int, warm_up: int = 1) -> 
 def matmul_rates(vlm: LocalModel, rows: int, batch: int) -> tuple[float, float]:
     """Operations per second of the decoder's widest matrix, the best of ten: on ``rows`` tokens, and on ``batch`` as in decoding."""
     text = vlm.host.model.config.text_config
-    weight = torch.rand(text.intermediate_size, text.hidden_size, device=vlm.device).to(vlm.host.model.dtype)
+    weight = torch.rand(text.intermediate_size, text.hidden_size, device=vlm.device).to(vlm.host.dtype)
     out = []
     with torch.inference_mode():
         for n in (rows, batch):
-            x = torch.rand(n, text.hidden_size, device=vlm.device).to(vlm.host.model.dtype)
+            x = torch.rand(n, text.hidden_size, device=vlm.device).to(vlm.host.dtype)
             times = []
             for _ in range(10):
                 start = time.perf_counter()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -22,7 +23,7 @@ from awares_bench.evaluation.provenance import cpu_name, provenance
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.conversation import Sample
-from awares_bench.methods.registry import method_class
+from awares_bench.methods.registry import build
 from awares_bench.methods.usage import Usage
 from awares_bench.models.flops import vision_flops
 from awares_bench.models.packaged import NANO
@@ -144,7 +145,7 @@ def run(settings: Settings) -> dict:
 
 def _about(settings: Settings, vlm: LocalModel, rates: tuple[float, float]) -> dict:
     """Model, machine and settings, as they are printed above everything."""
-    text, tower = vlm.model.config.text_config, vlm.model.config.vision_config
+    text, tower = vlm.host.model.config.text_config, vlm.host.model.config.vision_config
     if vlm.device.type == "cuda":
         device = torch.cuda.get_device_name(vlm.device)
     else:
@@ -154,7 +155,7 @@ def _about(settings: Settings, vlm: LocalModel, rates: tuple[float, float]) -> d
         "decoder_layers": text.num_hidden_layers,
         "vision_layers": tower.depth,
         "layers_cut_to": settings.layers,
-        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "dtype": str(vlm.host.dtype).removeprefix("torch."),
         "device": device,
         "torch": f"{torch.__version__}, transformers {transformers.__version__}",
         "threads": torch.get_num_threads(),
@@ -188,9 +189,9 @@ def _vision(vlm: LocalModel, repeats: int, contestants: list[Contestant], ratios
             patches, grids = (torch.cat([v.inputs[name] for v in views]) for name in ("pixel_values", "image_grid_thw"))
             return vlm.host.tower(patches.to(vlm.device, vlm.host.dtype), grid_thw=grids.to(vlm.device))
 
-        flops = (sum(vision_flops(n, vlm.model.config.vision_config.to_dict()) for n in tokens), 0.0, 0.0)
-        ours = Contestant(f"ours, {name}", lambda v=views, t=timed: t(lambda: vlm.host.encode(v)), flops)
-        stock = Contestant(f"transformers, {name}", lambda f=looped, t=timed: t(f), flops)
+        flops = (float(sum(vision_flops(n, vlm.host.model.config.vision_config.to_dict()) for n in tokens)), 0.0, 0.0)
+        ours = Contestant(f"ours, {name}", partial(timed, partial(vlm.host.encode, views)), flops)
+        stock = Contestant(f"transformers, {name}", partial(timed, looped), flops)
         alternate([ours, stock], repeats)
         contestants += [ours, stock]
         ratio = _ratio(stock, ours)
@@ -201,7 +202,7 @@ def _vision(vlm: LocalModel, repeats: int, contestants: list[Contestant], ratios
 
 def _exact(vlm: LocalModel, difference: float) -> tuple[str, bool | None]:
     """Aim and whether it is met, of a difference that is rounding alone."""
-    return ("<= 1e-4", difference <= 1e-4) if vlm.model.dtype == torch.float32 else ("1e-4 holds in float32", None)
+    return ("<= 1e-4", difference <= 1e-4) if vlm.host.dtype == torch.float32 else ("1e-4 holds in float32", None)
 
 
 def _turns(pages: Pages, stock: bool, repeats: int, contestants: list[Contestant], ratios: list[Ratio]) -> None:
@@ -259,7 +260,7 @@ def _suite(
     """Documents per second on the nano suite at full resolution, beside lmms-eval's own model on the same weights."""
     folder, answers = Path(str(files("awares_bench.tasks.nano") / "nano_chart.yaml")).parent, {}
     samples = _nano_samples(folder, documents)
-    policy = method_class("full")()
+    policy = build("full", {}).policy
 
     def outcomes_of(samples: list[Sample]) -> dict:
         return dict(Engine(vlm, policy, BATCH).run(Job(s, 16) for s in samples))

@@ -63,22 +63,24 @@ class Worker:
                 stderr=file,
                 text=True,
             )
+        assert self.process.stdin is not None and self.process.stdout is not None  # pipes, as asked for above
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.version = self.read()["trl"]
 
     def read(self) -> dict:
-        line = self.process.stdout.readline()
+        line = self.stdout.readline()
         if not line:
             self.process.wait()
             raise TRLError("TRL's side ended without an answer:\n" + "\n".join(self.errors.read_text().splitlines()[-12:]))
         return json.loads(line)
 
     def step(self) -> dict:
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        self.stdin.write("step\n")
+        self.stdin.flush()
         return self.read()
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.stdin.close()
         self.process.wait()
 
 
@@ -86,7 +88,7 @@ class Alternate(TrainerCallback):
     """Lets the worker take a step after each of ours. ours, theirs: seconds, tokens and call rate of each step."""
 
     def __init__(self, trainer: grpo.GRPOTrainer, worker: Worker | None):
-        reference = trainer.reference.core if trainer.reference else None
+        reference = trainer.reference.host.model if trainer.reference else None
         self.trainer, self.worker, self.tokens = trainer, worker, Tokens(trainer.scorer.host.model, reference)
         self.ours: list[dict] = []
         self.theirs: list[dict] = []
@@ -181,7 +183,7 @@ def _job(trainer: grpo.GRPOTrainer, recipe: grpo.GRPO, folder: Path) -> dict:
         ids = PAPER_GRID.ids
         row = {"question": turn.text, "answer": prompt.truth.answers[0], "label": prompt.truth.label}
         row |= {"view": str(view), "full": str(full)}
-        row["boxes"] = dict(zip(ids, PAPER_GRID.boxes(*image.size, tuple(ids.values())), strict=True))
+        row["boxes"] = dict(zip(ids, PAPER_GRID.boxes(image.width, image.height, tuple(ids.values())), strict=True))
         rows.append(row)
     image_tokens = max(trainer.vlm.visual_tokens(p.sample.images[0]) for p in trainer.train_dataset)
     return {

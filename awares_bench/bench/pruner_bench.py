@@ -33,7 +33,7 @@ from awares_bench.models.base import HostModel, ImageInput
 from awares_bench.models.cpu_kernels import onednn_linears
 from awares_bench.models.families import host_of
 from awares_bench.models.packaged import NANO
-from awares_bench.models.qwen2_5_vl import runs_of
+from awares_bench.models.qwen2_5_vl import Qwen2_5_VL, runs_of
 from awares_bench.models.qwen2_5_vl_vision import probed, windowed_attention
 
 from .meter import Meter, MeteredBatch, clock, metered
@@ -166,7 +166,8 @@ class _Layers:
     """Seconds of the vision blocks and decoder layers that ran in a round, by hooks, and of a whole model made of them."""
 
     def __init__(self, vlm: LocalModel):
-        self.now, self.hooks, self.rounds = clock(vlm), [], []
+        self.now, self.hooks = clock(vlm), []
+        self.rounds: list[float] = []
         self.forget()
         tower = vlm.host.tower
         named = [("patch", tower.patch_embed), ("window", tower.blocks[0]), ("full", tower.blocks[1]), ("merger", tower.merger)]
@@ -216,6 +217,7 @@ def _decide(meter: Meter, pruner: Pruner, whole, pictures: list[ImageInput], ids
 
 def _see(host: HostModel, pruner: Pruner, pictures: list[ImageInput], meter: Meter) -> list[VisualTokens]:
     """As the host encodes, with what the pruner asks of the tower metered."""
+    assert isinstance(host, Qwen2_5_VL)  # the family of the published sizes
     attention, keys = "attention" in pruner.needs, "vision_keys" in pruner.needs
     with windowed_attention(host.tower), probed(host.tower, -1, attention, keys) as probe:
         module = host.tower.blocks[-1].attn

@@ -56,13 +56,18 @@ class Tokens:
         self.counts: Counter = Counter()
         for model in (policy, reference) if reference is not None else (policy,):
             decoder = "reference" if model is reference else ""
-            model.model.language_model.register_forward_pre_hook(self._decoder(decoder), with_kwargs=True)
+            core = model.model.language_model
+            core.register_forward_pre_hook(self._decoder(decoder), with_kwargs=True)
+            core.register_forward_hook(self._leave)
+            core.layers[0].register_forward_pre_hook(self._layer, with_kwargs=True)
             model.model.visual.register_forward_pre_hook(self._tower(model), with_kwargs=True)
+        self.inside = False  # a call of the whole decoder
 
     def _decoder(self, name: str):
         import torch
 
         def count(_, args, kwargs):
+            self.inside = True
             embeds = kwargs["inputs_embeds"]  # (B, L, D)
             tokens = embeds.shape[0] * embeds.shape[1]
             if name or not torch.is_grad_enabled():
@@ -72,6 +77,17 @@ class Tokens:
                 self.counts["backward"] += tokens
 
         return count
+
+    def _leave(self, *_) -> None:
+        self.inside = False
+
+    def _layer(self, _, args, kwargs) -> None:
+        """A decoder that is run layer by layer, as our engine does: (B, L, D), or all rows in one line (1, T, D)."""
+        if self.inside:
+            return
+        rows, length = kwargs.get("rows"), args[0].shape[1]
+        one_each = all(n == 1 for _, n, _ in rows.segments) if rows is not None else length == 1
+        self.counts["decode" if one_each else "prefill"] += args[0].shape[0] * length
 
     def _tower(self, model):
         merge = model.config.vision_config.spatial_merge_size**2
@@ -179,7 +195,8 @@ def main(job: dict) -> None:
         environment_factory=Crops,
     )
     trainer.model.model.visual.requires_grad_(False)  # as ours
-    tokens, report = Tokens(trainer.model, trainer.ref_model), {}
+    tokens = Tokens(trainer.model, trainer.ref_model)
+    report: dict = {}
     generate, padding = trainer.model.generate, processor.tokenizer.pad_token_id
 
     def generate_and_note(*args, **kwargs):

@@ -36,7 +36,7 @@ SHOWN = (
 IMPORTS = {
     "torch": "import torch",
     "torchvision": "import torchvision; torchvision.ops.nms",
-    "transformers": "from transformers import Qwen2_5_VLForConditionalGeneration, AutoProcessor",
+    "transformers": "from transformers import AutoModelForImageTextToText, AutoProcessor",
     "lmms-eval": "import lmms_eval.evaluator as e; e._enable_reentrant_filelocks(); e.TaskManager()",
     "awares-bench": "import awares_bench.evaluation.lmms_model",
 }

@@ -18,10 +18,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from functools import reduce
+from functools import partial, reduce
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -127,6 +127,7 @@ class MethodModel(lmms):
         self._vlms = {} if vlms is None else vlms
         auxiliary = auxiliary_checkpoints(self.policy)
         served = self._served()
+        self.vlm: Any  # a LocalModel, or an Endpoint where a server answers
         self.vlm, weights = (served, None) if served else self._load(options.pretrained, options.repetition_penalty)
         if self.vlm.repetition_penalty != self.vlm.own_penalty and not options.label:
             self.label += f" repetition_penalty={self.vlm.repetition_penalty:g}"
@@ -135,6 +136,7 @@ class MethodModel(lmms):
         self._device = torch.device("cpu") if served else self.vlm.device
 
         # 3) the run folder, which refuses answers of another run
+        limits = (served or self.vlm.host).limits
         identity = {
             "method": name,
             "policy": method.parts[0],
@@ -149,8 +151,8 @@ class MethodModel(lmms):
             "served": options.model,
             "dtype": None if served else str(self.vlm.host.model.dtype).removeprefix("torch."),
             "attn_implementation": options.attn_implementation,
-            "min_pixels": self.vlm.host.limits["shortest_edge"],
-            "max_pixels": self.vlm.host.limits["longest_edge"],
+            "min_pixels": limits["shortest_edge"],
+            "max_pixels": limits["longest_edge"],
             "constrained": None if served else self.vlm.constrained,
             "repetition_penalty": self.vlm.repetition_penalty,
             "seed": options.seed,
@@ -166,7 +168,7 @@ class MethodModel(lmms):
             if names:
                 raise ValueError(f"{names[0]} is an option of engine=openai; pass engine=openai, or leave it out")
             return None
-        if len(names) < 2:
+        if not (options.base_url and options.model):
             raise ValueError(
                 "engine=openai needs base_url and model, such as base_url=http://localhost:8000/v1,model=NAME, and pretrained "
                 "for the processor that counts tokens"
@@ -175,8 +177,15 @@ class MethodModel(lmms):
             raise ValueError(f"{type(self.pruner).__name__} cuts tokens inside the model; leave engine=openai out, or the pruner")
         from awares_bench.inference.openai_server import Endpoint
 
-        server = (options.base_url, options.model, options.pretrained, options.batch_size)
-        return Endpoint(*server, options.min_pixels, options.max_pixels, repetition_penalty=options.repetition_penalty)
+        return Endpoint(
+            options.base_url,
+            options.model,
+            options.pretrained,
+            options.batch_size,
+            options.min_pixels,
+            options.max_pixels,
+            repetition_penalty=options.repetition_penalty,
+        )
 
     def _load(self, pretrained: str, penalty: float | None = None) -> tuple[LocalModel, str | None]:
         """A checkpoint under the options of the run -> the model, and a fingerprint of its folder.
@@ -249,7 +258,7 @@ class MethodModel(lmms):
         todo = {
             key: arguments
             for key, arguments in documents.items()
-            if not self.run.holds(key, generation[arguments.task].decisive, lambda arguments=arguments: self._content(arguments))
+            if not self.run.holds(key, generation[arguments.task].decisive, partial(self._content, arguments))
         }
         if self._rank == 0 and len(todo) < len(documents):
             print(
@@ -486,7 +495,7 @@ def _evidence(column: object) -> tuple[Box, ...] | None:
     """A document's ``evidence`` column -> boxes; None when it is missing or is not a list of four numbers each."""
     if not isinstance(column, (list, tuple)) or not all(isinstance(box, (list, tuple)) and len(box) == 4 for box in column):
         return None
-    return tuple(tuple(int(v) for v in box) for box in column)
+    return tuple((int(left), int(top), int(right), int(bottom)) for left, top, right, bottom in column)
 
 
 def _result(record: Record) -> GenerationResult:

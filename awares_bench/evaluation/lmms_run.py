@@ -5,11 +5,13 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.loggers import EvaluationTracker
+from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import get_datetime_str
 from PIL import Image
@@ -77,18 +79,17 @@ def evaluate(model: MethodModel, tasks: tuple[str, ...], limit: int | None, inde
 
 
 def stock_answers(pretrained: str, vlm: LocalModel, batch_size: int) -> Callable[[list[tuple[Image.Image, str]], int], list[str]]:
-    """lmms-eval's own ``qwen2_5_vl`` on the same weights, limits and dtype -> a function of pairs of (picture, question) and of
+    """lmms-eval's own model of this family on the same weights, limits and dtype -> a function of pairs of (picture, question) and of
     the number of new tokens, which gives their answers.
 
     For comparison (``awares-bench bench engine``). Raises ImportError when a package it needs is not installed.
     """
-    from lmms_eval.models.chat.qwen2_5_vl import Qwen2_5_VL, _has_qwen_vl
-
-    if not _has_qwen_vl:
-        raise ImportError("No module named 'qwen_vl_utils'")
+    if missing := [name for name in vlm.host.stock_packages if find_spec(name) is None]:
+        raise ImportError(f"No module named {missing[0]!r}")
+    stock_model = get_model(vlm.host.model_types[0])
     limits = {"min_pixels": vlm.host.limits["shortest_edge"], "max_pixels": vlm.host.limits["longest_edge"]}
     device = {"device": str(vlm.device), "device_map": str(vlm.device)}
-    model = Qwen2_5_VL(resolve(pretrained), batch_size=batch_size, attn_implementation="sdpa", **device, **limits)
+    model = stock_model(resolve(pretrained), batch_size=batch_size, attn_implementation="sdpa", **device, **limits)
     model._model = model._model.to(vlm.host.model.dtype)
 
     def answers(documents: list[tuple], max_new_tokens: int) -> list[str]:

@@ -167,7 +167,8 @@ def run(recipe: Recipe, out: Path) -> list[dict]:
     say = _speaker()
     if len(todo) < len(recipe.cells):
         say(f"{len(recipe.cells) - len(todo)} of {len(recipe.cells)} cells are done in {out}")
-    results, vlms, began, loaded, index = [], {}, time.time(), None, None
+    results, began, loaded, index = [], time.time(), None, None
+    vlms: dict = {}
     for number, cell in enumerate(todo, 1):
         if _weights(cell) != loaded:
             vlms.clear()  # the weights before this are not needed again

@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 
 NAME = "awares"
@@ -24,8 +24,15 @@ class AttendingRows(Protocol):
         """Queries (1, H, T, d), keys and values (1, G, T, d) of all rows -> (1, T, H, d)."""
 
 
+class AttentionModule(Protocol):
+    """An attention layer of transformers, as far as it is read here."""
+
+    layer_idx: int
+    config: Any
+
+
 def attend(
-    module: nn.Module,
+    module: AttentionModule,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -41,6 +48,7 @@ def attend(
     """
     if rows is not None:
         return rows.attend(module.layer_idx, query, key, value), None
+    assert observer is not None  # a layer attends with rows or is observed
     observer(query, key)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     module.config._attn_implementation = implementation  # which some functions read

@@ -92,11 +92,14 @@ class CallGrammar:
     def _read_text(self, text: str) -> Call | None:
         """A reply -> the call it has begun as; None when it has not, or can no longer become one."""
         begun = _BEGUN.match(text)
-        call = Call() if begun else None
-        for letter in text[begun.end() :] if begun else "":
-            call = self._after(call, letter)
-            if call is None or call.whole:
-                break
+        if begun is None:
+            return None
+        call = Call()
+        for letter in text[begun.end() :]:
+            longer = self._after(call, letter)
+            if longer is None or longer.whole:
+                return longer
+            call = longer
         return call
 
     def _after(self, call: Call, letter: str) -> Call | None:
@@ -133,7 +136,8 @@ class CallGrammar:
         before = self.tokenizer(WORD, add_special_tokens=False)["input_ids"][-1]  # some decoders strip what begins a text
         rows = zip(repeat(before), [before, *range(len(self.tokenizer))], strict=False)
         twice, *texts = self.tokenizer.backend_tokenizer.decode_batch(list(rows), skip_special_tokens=True)
-        pieces, tree, at = " ".join(word for word, _ in self._words), {}, len(twice) // 2
+        tree: dict = {}
+        pieces, at = " ".join(word for word, _ in self._words), len(twice) // 2
         letters = re.escape("".join({*pieces, *pieces.upper()}))
         fits = re.compile(rf"(?P<head>[\s:\[,'\"_{letters}]*)(?:(?P<closed>\])(?P<rest>.*))?", re.DOTALL)
         for token, text in enumerate(texts):
@@ -178,15 +182,20 @@ class CallGrammar:
         *done, last = inside.split(",")
         first = (done or [last])[0].strip()
         quote = "'" if not first else first[0] if first[0] in "'\"" else ""
-        gap = re.match(r"\s*", done[1]).group() if len(done) > 1 else " "
+        gap = _space(done[1]) if len(done) > 1 else " "
         named = {self.grid.entry(entry) for entry in done}
         ended = next((last + end for end in ("", quote) if self.grid.entry(last + end)), None)
         if ended:
             done, last = [*done, ended], ""
             named.add(self.grid.entry(ended))
-        space = re.match(r"\s*", last).group() or (gap if done else "")
+        space = _space(last) or (gap if done else "")
         by_name = first.strip("'\" ").lower() not in ("", *self.grid.ids) and bool(done)
         others = {ALL} if named else set()  # nothing follows all, and all is not expected after another
         left = [] if ALL in named else [(i, name) for i, name in self.grid.ids.items() if name not in named | others]
         ends = [[f"{space}{quote}{name if by_name else i}{quote}"] for i, name in left] or [[]]
         return [f"{word}{colon}[{','.join([*done, *end])}]" for end in ends]
+
+
+def _space(text: str) -> str:
+    """The white space that a text begins with."""
+    return text[: len(text) - len(text.lstrip())]

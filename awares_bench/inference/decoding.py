@@ -3,7 +3,7 @@ else would change an answer is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Repetition:
     seen: per row, the ids of its prompt (at least one). penalty: per row.
     """
 
-    def __init__(self, seen: Sequence[Sequence[int]], penalty: Sequence[float], device: torch.device):
+    def __init__(self, seen: Sequence[Iterable[int]], penalty: Sequence[float], device: torch.device):
         self.on = any(p != 1 for p in penalty)
         if self.on:
             held = [sorted(set(ids)) or [0] for ids in seen]
@@ -62,8 +62,8 @@ class Repetition:
         if not self.on:
             return scores
         before, penalty, width = self.before[rows], self.penalty[rows], scores.shape[1]
-        fed = [[self.fill[b]] * (width - len(f)) + f for b, f in zip(rows, feeds, strict=True)]
-        fed = torch.tensor(fed, device=scores.device)
+        filled = [[self.fill[b]] * (width - len(f)) + f for b, f in zip(rows, feeds, strict=True)]
+        fed = torch.tensor(filled, device=scores.device)
         columns = [penalised(scores[:, j], torch.cat([before, fed[:, : j + 1]], 1), penalty) for j in range(width)]
         return columns[0][:, None] if width == 1 else torch.stack(columns, 1)
 

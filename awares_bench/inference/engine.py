@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from traceback import extract_tb
+from typing import Any
 
 from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Sample, Trajectory, Turn
@@ -51,7 +52,7 @@ class Exchange:
     events: list[Event] = field(default_factory=list)
     full_tokens: int = 0
     cost: int = 0  # tokens of the turn it waits for, its cache and its reply, about
-    request: Request | None = None
+    request: Request = field(init=False, repr=False)  # once it is in a batch
     prepared: Future | None = None
 
     def make_request(self) -> Request:
@@ -112,7 +113,9 @@ class Engine:
         lengths find each other. While the model answers one batch, worker threads prepare the next. With one row a batch
         nothing overlaps and nothing is reordered: seconds are then latencies.
         """
-        waiting, todo, ready = [], iter(enumerate(jobs)), []
+        waiting: list[Exchange] = []
+        ready: list[Exchange] = []
+        todo = iter(enumerate(jobs))
         with ThreadPoolExecutor(self.workers, "prepare") if self.workers else nullcontext() as threads:
             while True:
                 yield from self._fill(waiting, todo)
@@ -162,7 +165,8 @@ class Engine:
     def _answer(self, batch: list[Exchange]) -> list[tuple[Exchange, Reply | Failure]]:
         """The reply to each turn of a batch of one kind. A batch that fails, out of memory or otherwise, goes on in halves."""
         name, probing = batch[0].turn.model, batch[0].turn.hidden_state_depth is not None
-        vlm, lost = self.models.get(name, self.vlm), []
+        vlm = self.models.get(name, self.vlm)
+        lost: list[tuple[Exchange, Reply | Failure]] = []
         for run in batch:
             if run.prepared is not None:
                 try:
@@ -245,7 +249,9 @@ class Engine:
         except Exception as error:  # the policy is anyone's code
             return _failure(error)
 
-    def _finish(self, run: Exchange, answer: Reply) -> Trajectory:
+    def _finish(self, run: Exchange, answer: Reply) -> Trajectory | Failure:
+        if not run.turns:
+            return Failure(f"{type(self.policy).__name__} returned a reply and asked nothing; it must yield a Turn before")
         events = run.events + run.session.events
         text, cap = answer.text, run.job.max_new_tokens
         if answer.tokens and answer.usage.output > cap:  # a server's own count; its text may be other tokens when read again
@@ -297,7 +303,7 @@ class Scripted:
             if text is None:
                 asked = [*(t for t in r.session.turns if t.forced_reply is None), r.turn]
                 text = self.script[(r.session.turns or asked)[0].text][len(asked) - 1]
-            tokens = tuple(text) if r.turn.forced_reply is None else ()
+            tokens: tuple[Any, ...] = tuple(text) if r.turn.forced_reply is None else ()
             r.session.turns.append(r.turn)
             out.append(Reply(text, tokens, Usage(encoded=visual, prefill=float(visual), output=len(tokens))))
         return out
@@ -305,6 +311,6 @@ class Scripted:
     def hidden_states(self, requests: list[Request]) -> list[Reply]:
         visual = [sum(self.visual_tokens(i) for i in r.turn.images) for r in requests]
         return [
-            Reply("", usage=Usage(encoded=v, prefill=v * r.turn.hidden_state_depth), hidden=self.hidden)
+            Reply("", usage=Usage(encoded=v, prefill=v * (r.turn.hidden_state_depth or 0.0)), hidden=self.hidden)
             for v, r in zip(visual, requests, strict=True)
         ]

@@ -16,9 +16,9 @@ from .padded_batch import attention_mask
 from .session import Prepared, Request
 
 
-def layers_of(share: float, layers: int) -> int:
+def layers_of(share: float | None, layers: int) -> int:
     """Share of a decoder's depth, in (0, 1] -> number of layers to run, at least one. 0.5 of 28 is 14."""
-    if not 0 < share <= 1:
+    if share is None or not 0 < share <= 1:
         raise RunError(f"hidden_state_depth is {share!r}; it is a share of the decoder's layers, above 0 and at most 1")
     return max(1, round(share * layers))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,8 @@ class LayerwiseBatch(PaddedBatch):
         """Places of the text tokens after the last image whose attention ranks the visual tokens: (R,), -1 the last of the chunk."""
         if not chunk.spans:
             return torch.empty(0, dtype=torch.long, device=self.host.device)
-        visual = [chunk.embeds[s.start : s.stop] for s in chunk.spans]
-        visual = visual[0] if len(visual) == 1 else torch.cat(visual)  # one image is not copied
+        runs = [chunk.embeds[s.start : s.stop] for s in chunk.spans]
+        visual = runs[0] if len(runs) == 1 else torch.cat(runs)  # one image is not copied
         text = chunk.embeds[chunk.spans[-1].stop :]
         return self.pruner.raters(visual, text) - len(text)
 
@@ -60,7 +61,7 @@ class LayerwiseBatch(PaddedBatch):
                 hidden = self._layer(layer, hidden, rope)
                 continue
             # a layer after which tokens are cut: the raters' queries are kept as its attention sees them
-            observed = {"observer": self.observe, "implementation": self.host.attention}
+            observed: dict[str, Any] = {"observer": self.observe, "implementation": self.host.attention}
             with own_attention(self.host.decoder.config):
                 hidden = self._layer(layer, hidden, rope, **observed)
             self.chunks = [self.cut(layer, b, hidden[b], positions[:, b], rope) for b in self.rows]

@@ -9,9 +9,11 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from threading import Lock
+from typing import Any
 
 import torch
 from PIL import Image
@@ -38,7 +40,7 @@ from .padded_batch import PaddedBatch
 from .ragged_batch import RaggedBatch
 from .reply_decoder import ReplyDecoder
 from .session import Prepared, Request, Session
-from .token_choice import Greedy, Sampling
+from .token_choice import Greedy, Sampling, TokenChooser
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,9 @@ class LocalModel:
         if needs & {"attention", "vision_keys"} or not all(image.key for image in images):
             return self.host.encode(images, needs, pruner.vision_block if pruner else -1)
         store = self.features
-        runs = {i.key: store.get(i.key) for i in images} if store else dict.fromkeys(i.key for i in images)
-        todo = list({i.key: i for i in images if runs[i.key] is None}.values())
+        kept = {i.key: store.get(i.key) for i in images} if store else {}
+        runs = {key: tokens for key, tokens in kept.items() if tokens is not None}
+        todo = list({i.key: i for i in images if i.key not in runs}.values())
         encoded = iter(self.host.encode(todo))
         for image in todo:
             runs[image.key] = [next(encoded) for _ in image.runs]
@@ -189,7 +192,7 @@ class LocalModel:
     # ------------------------------------------------------------------ answering
 
     def reply(
-        self, requests: list[Request], pruner: Pruner | None = None, sampling: Sampling | None = None, names: list[str] = ()
+        self, requests: list[Request], pruner: Pruner | None = None, sampling: Sampling | None = None, names: Sequence[str] = ()
     ) -> list[Reply | Failure]:
         """Answer one turn of each session, all in one batch, whatever their sizes, turns and image counts.
 
@@ -222,7 +225,7 @@ class LocalModel:
         raise MemoryError(reason)
 
     def _reply(
-        self, requests: list[Request], pruner: Pruner | None, sampling: Sampling | None, names: list[str]
+        self, requests: list[Request], pruner: Pruner | None, sampling: Sampling | None, names: Sequence[str]
     ) -> list[Reply | Failure]:
         if pruner is not None and pruner.retention == 1:
             pruner = None
@@ -241,10 +244,10 @@ class LocalModel:
         chunks, sessions = [], [requests[row].session for row in rows]
         for row, session in zip(rows, sessions, strict=True):
             ids, images = prepared[row].ids, prepared[row].images
-            visual = [next(runs) for image in images for _ in image.runs]
-            chunk = self.host.chunk(ids, images, visual, session.next_position)
+            shown = [next(runs) for image in images for _ in image.runs]
+            chunk = self.host.chunk(ids, images, shown, session.next_position)
             chunks.append(chunk.cut(pruner, pruner.retention) if pruner and not cuts else chunk)
-        batch = LayerwiseBatch(self.host, sessions, chunks, pruner, cuts) if cuts else self._batch(sessions, chunks)
+        batch = LayerwiseBatch(self.host, sessions, chunks, pruner, cuts) if pruner and cuts else self._batch(sessions, chunks)
         scores = batch.prefill()
         if sampling:
             batch.share(copies)
@@ -264,7 +267,7 @@ class LocalModel:
             r.session.seen.union(p.ids) if value != 1 else frozenset()
             for r, p, value in zip(requests, prepared, penalty, strict=True)
         ]
-        chooser = Greedy()
+        chooser: TokenChooser = Greedy()
         if sampling:
             budget = max((r.max_reply_tokens for r in limited if r.turn.forced_reply is None), default=1)
             chooser = sampling.chooser(names, [len(r.session.replies) for r in requests], budget, self.device)
@@ -294,7 +297,8 @@ class LocalModel:
                 **seconds[b],
                 passes=decoder.forward_passes,
             )
-            content = r.turn.forced_reply if decoder.forced else self.text(decoder.tokens, r.until)
+            forced = r.turn.forced_reply
+            content = self.text(decoder.tokens, r.until) if forced is None else forced
             reply = Reply(content, () if decoder.forced else tuple(decoder.tokens), usage, decoder.ended)
             if sampling:
                 first = copies.index(copies[b]) == b
@@ -304,17 +308,17 @@ class LocalModel:
                 r.session.keys, r.session.values, r.session.storage = [], [], []
             else:
                 batch.save_session(b, r.session, decoder.tokens)
-        for b, (r, reply) in enumerate(zip(requests, out, strict=True)):
-            if isinstance(reply, Failure):  # all of this comes after what may run out of memory
+        for b, (r, outcome) in enumerate(zip(requests, out, strict=True)):
+            if isinstance(outcome, Failure):  # all of this comes after what may run out of memory
                 continue
             if penalty[b] != 1:
                 r.session.seen = seen[b].union(replies[b].tokens)
-            if sampling:
-                r.session.history = (*_shown(r, prepared[b]), reply.written)
+            if isinstance(outcome, SampledReply):
+                r.session.history = (*_shown(r, prepared[b]), outcome.written)
             r.session.turns.append(r.turn)
-            r.session.replies.append(reply.text)
+            r.session.replies.append(outcome.text)
             r.session.events += [*prepared[b].events, *replies[b].events]
-            if prepared[b].room < r.max_reply_tokens and not reply.complete:
+            if prepared[b].room < r.max_reply_tokens and not outcome.complete:
                 detail = f"the reply was cut after {prepared[b].room} tokens: the checkpoint's context was full"
                 r.session.events.append(Event(EventKind.CONTEXT_FULL, detail))
             if reused[b] and not sampling:
@@ -417,10 +421,10 @@ def _sampled(reply: Reply, decoder: ReplyDecoder, prepared: Prepared, carried: i
     )
 
 
-def _shares(marks: list[float], visual: list[int], prompt: list[int], output: list[int]) -> list[dict[str, float]]:
+def _shares(marks: list[float], visual: list[int], prompt: list[int], output: list[int]) -> list[dict[str, Any]]:
     """Seconds of encode, prefill and decode for each row: the batch's phases shared out by tokens."""
     phases = ("encode_seconds", "prefill_seconds", "decode_seconds")
-    out: list[dict[str, float]] = [{} for _ in prompt]
+    out: list[dict[str, Any]] = [{} for _ in prompt]
     for phase, (start, end), weights in zip(phases, pairwise(marks), (visual, prompt, output), strict=True):
         total = sum(weights)
         for row, weight in zip(out, weights, strict=True):

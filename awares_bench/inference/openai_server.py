@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from openai import APIConnectionError, APIStatusError
 from PIL import Image
@@ -16,9 +17,8 @@ from transformers import GenerationConfig
 
 from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn, chat_messages
-from awares_bench.methods.images import within_aspect
 from awares_bench.methods.usage import Usage
-from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, check_text
+from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, HostModel, check_text
 from awares_bench.models.checkpoint import family_of, open_processor
 from awares_bench.models.packaged import resolve
 
@@ -99,7 +99,7 @@ class Endpoint:
 
     def _ask(self, request: Request) -> Reply | Failure:
         start, session, turn = time.perf_counter(), request.session, request.turn
-        shown = [within_aspect(image) for image in turn.images]
+        shown = [self.family.accepted(image) for image in turn.images]
         events = [e for _, some in shown for e in some]
         history = [*session.turns, turn]
         visual, before = self._visual([turn]), self._visual(session.turns)
@@ -111,7 +111,7 @@ class Endpoint:
         if turn.forced_reply is not None:
             answer, output, complete, seconds = turn.forced_reply, 0, True, (0.0, 0.0)
         else:
-            payload = _payload(chat_messages(history, session.replies))
+            payload = _payload(chat_messages(history, session.replies), self.family)
             prepared = time.perf_counter()
             try:
                 made = self._create(payload, request, events)
@@ -149,7 +149,13 @@ class Endpoint:
     def _create(self, payload: list[dict], request: Request, events: list[Event]):
         """The completion of a conversation. Raises what the client raises."""
         penalty = self.repetition_penalty if request.penalty is None else request.penalty
-        asked = {"model": self.model, "messages": payload, "max_tokens": request.max_reply_tokens, "temperature": 0.0, "seed": 0}
+        asked: dict[str, Any] = {
+            "model": self.model,
+            "messages": payload,
+            "max_tokens": request.max_reply_tokens,
+            "temperature": 0.0,
+            "seed": 0,
+        }
         create, own = self.client.chat.completions.create, penalty == self.own_penalty
         if penalty == self.own_penalty == 1:
             return create(**asked)
@@ -175,7 +181,7 @@ class Endpoint:
     def _alive(self) -> bool:
         """Whether the server answers a small picture now."""
         try:
-            talk = _payload(chat_messages([Turn((Image.new("RGB", (56, 56)),), "?")], []))
+            talk: Any = _payload(chat_messages([Turn((Image.new("RGB", (56, 56)),), "?")], []), self.family)
             once = self.client.with_options(max_retries=0)
             once.chat.completions.create(model=self.model, messages=talk, max_tokens=1, temperature=0.0, seed=0)
         except (APIStatusError, APIConnectionError):
@@ -227,13 +233,13 @@ def _cache_events(spent) -> list[Event]:
     )
 
 
-def _payload(talk: list[dict]) -> list[dict]:
-    """Chat messages with pictures -> the same with PNG data URLs."""
+def _payload(talk: list[dict], family: type[HostModel]) -> list[dict]:
+    """Chat messages with pictures -> the same with PNG data URLs of the pictures as the family accepts them."""
     out = []
     for message in talk:
         content = message["content"]
         if not isinstance(content, str):
-            content = [image_part(within_aspect(part["image"])[0]) if part["type"] == "image" else part for part in content]
+            content = [image_part(family.accepted(part["image"])[0]) if part["type"] == "image" else part for part in content]
         out.append({"role": message["role"], "content": content})
     return out
 

@@ -9,6 +9,8 @@ rectangle stays.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -30,7 +32,7 @@ class RowCache:
 
     def __init__(self, session: Session, layers: int):
         self.length = session.length
-        self.buffers = list(session.storage) or [None] * layers
+        self.buffers: list[Any] = list(session.storage) or [None] * layers  # None until a layer's first token
         self.kept = [] if session.storage else list(zip(session.keys, session.values, strict=True))
 
     def append(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +46,8 @@ class RowCache:
                 )
             self.buffers[layer] = buffer = wider
         buffer.narrow(3, self.length, new.shape[2]).copy_(new.unsqueeze(1))
-        return buffer.narrow(3, 0, after).unbind(0)
+        keys, values = buffer.narrow(3, 0, after).unbind(0)
+        return keys, values
 
     def copy(self) -> RowCache:
         """A cache of its own with the same content."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -45,7 +46,7 @@ class Sampling:
     banned_first: tuple[int, ...] = ()
     """Tokens that no conversation's first reply may begin with."""
 
-    def chooser(self, names: list[str], turns: list[int], budget: int, device: torch.device) -> Sampler:
+    def chooser(self, names: Sequence[str], turns: list[int], budget: int, device: torch.device) -> Sampler:
         """For a batch of replies. names: of the conversations; turns: replies that each has had; budget: tokens of the longest."""
         draws = torch.zeros((len(names), budget), dtype=torch.float64)
         if self.temperature:
@@ -79,8 +80,8 @@ class Sampler:
         logprobs = (scores / (self.settings.temperature or 1.0)).log_softmax(-1)
         if self.settings.temperature:
             cumulated = logprobs.double().exp().cumsum(-1)
-            steps = torch.tensor(steps, device=scores.device).clamp(max=self.draws.shape[1] - 1)
-            draws = self.draws[torch.tensor(rows, device=scores.device), steps][:, None]
+            places = torch.tensor(steps, device=scores.device).clamp(max=self.draws.shape[1] - 1)
+            draws = self.draws[torch.tensor(rows, device=scores.device), places][:, None]
             chosen = torch.searchsorted(cumulated, draws * cumulated[:, -1:], right=True)[:, 0].clamp(max=scores.shape[1] - 1)
         else:
             chosen = logprobs.argmax(-1)

@@ -141,7 +141,7 @@ class CropGrid:
         """Sum of the regions' areas as a fraction of the image; overlaps count twice, as their tokens do."""
         return sum((right - left) * (bottom - top) for left, top, right, bottom in (self.quarters[n] for n in names)) / 16
 
-    def union_area(self, names) -> float:
+    def union_area(self, names: Iterable[str]) -> float:
         """Share of the image that the regions cover together, 0 to 1; overlaps count once."""
         boxes = (self.quarters[n] for n in names)
         cells = {(x, y) for left, top, right, bottom in boxes for x in range(left, right) for y in range(top, bottom)}

@@ -16,9 +16,6 @@ from PIL import Image, ImageFile, ImageOps
 
 from .conversation import Event, EventKind
 
-MAX_ASPECT = 200
-"""Qwen2.5-VL's processor refuses images longer than 200 times their width (transformers ``smart_resize``)."""
-
 SMALLEST_SIDE = 56
 """Below two merged tokens a side a region is no finer than the half-size view, so the whole image is sent instead."""
 
@@ -134,7 +131,7 @@ def _frames(image: Image.Image) -> list[Event]:
     try:
         if not getattr(image, "is_animated", False):
             return []
-        detail = f"frame or page {image.tell() + 1} of {image.n_frames} is shown, the others are not"
+        detail = f"frame or page {image.tell() + 1} of {image.n_frames} is shown, the others are not"  # type: ignore[attr-defined]  # animated ones have n_frames
     except Exception as error:  # a broken frame behind the one that is shown
         detail = f"one frame or page is shown; how many there are cannot be read ({_named(error)})"
     return [Event(EventKind.IMAGE_FRAMES, detail)]
@@ -199,7 +196,8 @@ def _opaque(image: Image.Image) -> tuple[Image.Image, list[Event]]:
             raise
         del image.info["transparency"]
         return image, [Event(EventKind.IMAGE_TRANSPARENT, f"the transparency cannot be read ({_named(error)}): taken as opaque")]
-    events = [Event(EventKind.IMAGE_TRANSPARENT, "transparency laid on white")] if layer.getextrema()[3][0] < 255 else []
+    opaque = layer.getchannel("A").getextrema() == (255, 255)
+    events = [] if opaque else [Event(EventKind.IMAGE_TRANSPARENT, "transparency laid on white")]
     return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer), events
 
 
@@ -223,16 +221,3 @@ def within(image: Image.Image, longest: int) -> Image.Image:
     if scale >= 1:
         return image
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
-
-
-def within_aspect(image: Image.Image) -> tuple[Image.Image, list[Event]]:
-    """Pad the short side with white until the processor accepts the shape; the pixels of the image stay as they are."""
-    w, h = image.size
-    need = -(-max(w, h) // (MAX_ASPECT - 1))
-    if min(w, h) >= need:
-        return image, []
-    canvas = Image.new("RGB", (max(w, need), max(h, need)), (255, 255, 255))
-    canvas.paste(image, (0, 0))
-    return canvas, [
-        Event(EventKind.IMAGE_PADDED, f"{w}x{h} padded to {canvas.width}x{canvas.height}: longer than 1:{MAX_ASPECT}")
-    ]

@@ -27,7 +27,7 @@ def unknown_option(name: str, known: list[str]) -> str:
     return f"unknown option {name!r}.{hint} Known: {', '.join(sorted(known))}"
 
 
-def parse_int(name: str, value: object, least: int = 1) -> int:
+def parse_int(name: str, value: Any, least: int = 1) -> int:
     """An option that is a whole number, or a text of one. Raises ValueError that says which."""
     try:
         number = int(value)

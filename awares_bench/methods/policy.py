@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 from .conversation import Event, Failure, Reply, Sample, Turn
 from .options import check_choices
 
-TurnGenerator = Generator[Turn | Event, Reply | None, Reply | Failure]
-"""Yields a Turn and is sent its Reply, or yields an Event and is sent None; returns the reply that is the answer, or a Failure."""
+TurnGenerator = Generator[Turn | Event, Any, Reply | Failure]
+"""Yields a Turn and is sent its Reply, or yields an Event and is sent None (no type says which goes with which, hence Any); returns the
+reply that is the answer, or a Failure."""
 
 UNDER_TEST = "pretrained"
 """As the checkpoint of an auxiliary model: the model under test itself, whose tokens then count as its own."""
@@ -28,5 +30,5 @@ class Policy:
         """Auxiliary models that a turn may be sent to: the name in ``Turn.model`` -> checkpoint folder or hub name."""
         return {}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choices(self)

@@ -107,9 +107,9 @@ class Pruner:
 
     def raters(self, visual: Tensor, text: Tensor) -> Tensor:
         """Text tokens whose attention is asked for at the stages: visual (V, D) and text after it (T, D), embedded -> (R,)."""
-        return visual.new_tensor([len(text) - 1], dtype=int)
+        return visual.new_tensor([len(text) - 1], dtype=int)  # type: ignore[arg-type]  # torch takes int, its annotation does not
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.retention, bool) or not isinstance(self.retention, (int, float)) or not 0 < self.retention <= 1:
             raise ValueError(f"retention is {self.retention!r}; it must be a number above 0 and at most 1, such as 0.5")
         check_choices(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -44,7 +45,7 @@ def merge_adapters(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         missing = sorted(wanted.keys() - state.keys())
         _refuse(missing, "are missing", shown)
-        told = set_peft_model_state_dict(adapted, state)
+        told: Any = set_peft_model_state_dict(adapted, state)
         _refuse(sorted(told.unexpected_keys), "belong to no part of the base", shown)
         _untie(adapted)
         model = adapted.merge_and_unload(safe_merge=True)

@@ -76,7 +76,8 @@ class AttentionRows:
         heads, n, width = self.q.shape
         groups, length, _ = self.keys.shape
         keys = self.keys.float().transpose(1, 2)  # (G, d, K)
-        after, out = self.columns.stop, None
+        after = self.columns.stop
+        out: Tensor | None = None
         late = torch.arange(after, length, device=self.q.device) > self.rows[:, None]  # (R, K - after): what a query does not see
         step = max(1, block // (heads * length))
         for i in range(0, n, step):
@@ -86,6 +87,7 @@ class AttentionRows:
             weights = softmaxed(scores)[..., self.columns]
             part = (weights if divisor is None else weights / divisor[i : i + step]).sum(1)
             out = part if out is None else out.add_(part)
+        assert out is not None  # there is a query
         return out.div_(n)
 
     def rotary_kernel(self) -> Tensor:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from itertools import chain
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
@@ -64,7 +64,7 @@ class ImageInput:
     @cached_property
     def seed(self) -> int:
         """A number that the pixels alone decide."""
-        return zlib.crc32(next(iter(self.inputs.values())).contiguous().numpy())
+        return zlib.crc32(next(iter(self.inputs.values())).contiguous().numpy().data)
 
     def pinned(self) -> ImageInput:
         """The same in page-locked memory, from which a GPU copies without waiting."""
@@ -99,7 +99,12 @@ class HostModel(ABC):
     decoder_layer: ClassVar[str]
     """Class name of a decoder layer: what FSDP wraps."""
 
-    def __init__(self, model: PreTrainedModel, processor, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS):
+    stock_packages: ClassVar[tuple[str, ...]] = ()
+    """Modules that lmms-eval's own model of this family needs and does not install."""
+
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+    ) -> None:
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels; got {min_pixels} and {max_pixels}")
         self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
@@ -115,12 +120,17 @@ class HostModel(ABC):
     # ------------------------------------------------------------------ what a family writes
 
     @classmethod
+    def accepted(cls, image: Image.Image) -> tuple[Image.Image, list[Event]]:
+        """A picture as the family's processor accepts it, and an event where that is not the picture itself."""
+        return image, []
+
+    @classmethod
     @abstractmethod
-    def count_tokens(cls, processor, limits: dict[str, int], image: Image.Image) -> int:
+    def count_tokens(cls, processor: Any, limits: dict[str, int], image: Image.Image) -> int:
         """Visual tokens of a picture under a processor's limits, without encoding it: equal to ``image_input(image).tokens``."""
 
     @classmethod
-    def processor_sizes(cls, config, image_processor) -> dict[str, tuple[int | None, int]]:
+    def processor_sizes(cls, config: Any, image_processor: Any) -> dict[str, tuple[int | None, int]]:
         """Sizes that a picture processor and the model's config must agree on: name -> (the processor's, the config's)."""
         return {}
 
@@ -141,12 +151,12 @@ class HostModel(ABC):
         return torch.arange(start, start + len(ids))[None], start + len(ids)
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> PreTrainedModel:
         """Embeddings, layers and final norm."""
         return self.model.model.language_model
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> PreTrainedModel:
         """The vision encoder with its projector: frozen in training."""
         return self.model.model.visual
 
@@ -255,7 +265,7 @@ class HostModel(ABC):
         """Cosines and sines (B, L, d) at positions (axes, B, L), in the precision of ``hidden``."""
         return self.decoder.rotary_emb(hidden, positions if self.position_axes > 1 else positions[0])
 
-    def layer(self, index: int, hidden: Tensor, rope: tuple[Tensor, Tensor], **attention) -> Tensor:
+    def layer(self, index: int, hidden: Tensor, rope: tuple[Tensor, Tensor], **attention: Any) -> Tensor:
         """One decoder layer: (B, L, D) -> (B, L, D). attention: mask, cache, and what registered attention functions take."""
         return self.decoder.layers[index](hidden, position_embeddings=rope, **attention)
 

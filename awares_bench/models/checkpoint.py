@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -25,7 +26,13 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _TOKENIZER = ("tokenizer.json", "vocab.json")
 _PICTURES = ("preprocessor_config.json", "processor_config.json")
-_READ = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+_READ: tuple[str, ...] = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 _READ += ("chat_template.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", *_PICTURES)
 _SHARDED = ("pytorch_model_fsdp_*", "global_step*", "zero_to_fp32.py", "*.distcp", "mp_rank_*", "*_optim_states.pt")
 _HARMLESS = re.compile(r"rotary_(pos_)?emb\.inv_freq$|(^|\.)position_ids$")  # buffers of old releases, computed anew
@@ -67,7 +74,7 @@ def find(pretrained: str, revision: str | None = None) -> Path:
     if pretrained.startswith((".", "/", "~")):
         raise CheckpointError(f"no checkpoint folder at {pretrained!r}; pass a folder, a hub name, or pretrained=nano")
     with saying(f"no folder {pretrained!r} is here, and no checkpoint of that name could be fetched from the hub"):
-        fetch = {"revision": revision, "ignore_patterns": ["*/*"]}  # of the top folder only
+        fetch: dict[str, Any] = {"revision": revision, "ignore_patterns": ["*/*"]}  # of the top folder only
         found = Path(snapshot_download(pretrained, allow_patterns=[f"*{s}" for s in _SUFFIXES if s != ".bin"], **fetch))
         if not any(found.glob("*.safetensors")):
             found = Path(snapshot_download(pretrained, allow_patterns=["*.bin"], **fetch))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,13 @@ def onednn_linears(*parts: nn.Module) -> Iterator[None]:
     every = [m for part in parts for m in part.modules() if type(m) is nn.Linear]
     changed = [m for m in every if m.weight.device.type == "cpu" and m.weight.dtype in KINDS]
     for module in changed:
-        module.forward = lambda x, m=module: linear_onednn(x, m.weight, m.bias)
+        module.forward = partial(_forward, module)  # type: ignore[method-assign]  # of this layer, not of its class
     try:
         yield
     finally:
         for module in changed:
             del module.forward
+
+
+def _forward(module: nn.Linear, x: Tensor) -> Tensor:
+    return linear_onednn(x, module.weight, module.bias)

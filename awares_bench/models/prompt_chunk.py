@@ -67,8 +67,8 @@ class PromptChunk:
             length += start - at
             spans.append(ImageSpan(length - offset, _kept(image, features, chosen), span.full))
             length, at = length + len(features), stop
-        embeds, positions = torch.cat([*embeds, self.embeds[at:]]), torch.cat([*positions, self.positions[:, at:]], 1)
-        return PromptChunk(embeds, positions, self.next_position, tuple(spans))
+        kept, places = torch.cat([*embeds, self.embeds[at:]]), torch.cat([*positions, self.positions[:, at:]], 1)
+        return PromptChunk(kept, places, self.next_position, tuple(spans))
 
 
 def _kept(image: VisualTokens, features: Tensor, chosen: Tensor) -> VisualTokens:

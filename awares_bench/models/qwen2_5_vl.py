@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from awares_bench.methods.images import within_aspect
+from awares_bench.methods.conversation import Event, EventKind
 from awares_bench.methods.pruner import VisualTokens
 
 from .attention_scores import raster_order, window_order
 from .base import HostModel, ImageInput
 from .qwen2_5_vl_vision import VisionProbe, probed, windowed_attention
+
+MAX_ASPECT = 200
+"""Qwen2.5-VL's processor refuses images longer than 200 times their width (transformers ``smart_resize``)."""
 
 
 class Qwen2_5_VL(HostModel):
@@ -26,10 +30,15 @@ class Qwen2_5_VL(HostModel):
     image_marks = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
     lora_targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
     decoder_layer = "Qwen2_5_VLDecoderLayer"
+    stock_packages = ("qwen_vl_utils",)
+
+    @classmethod
+    def accepted(cls, image: Image.Image) -> tuple[Image.Image, list[Event]]:
+        return within_aspect(image)
 
     @classmethod
     def count_tokens(cls, processor, limits: dict[str, int], image: Image.Image) -> int:
-        image, _ = within_aspect(image)
+        image, _ = cls.accepted(image)
         ip = processor.image_processor
         given = {"min_pixels": limits["shortest_edge"], "max_pixels": limits["longest_edge"]}  # it does not read ``size``
         return ip.get_number_of_image_patches(image.height, image.width, given) // ip.merge_size**2
@@ -46,7 +55,7 @@ class Qwen2_5_VL(HostModel):
 
     def image_input(self, image: Image.Image, key: str = "") -> ImageInput:
         """inputs: pixel_values (P, 1176) and image_grid_thw (1, 3), the rows and columns in patches."""
-        image, events = within_aspect(image)
+        image, events = self.accepted(image)
         ip = self.processor.image_processor
         out = ip(images=[image], size=self.limits, return_tensors="pt")
         _, rows, columns = out["image_grid_thw"][0].tolist()
@@ -87,7 +96,7 @@ def runs_of(
     for image in images:
         ((rows, columns),) = image.runs
         run = slice(start, start + rows * columns)
-        seen = {}
+        seen: dict[str, Any] = {}
         if probe is not None:
             order = raster_order(rows, columns, window, features.device)
             seen = {
@@ -131,3 +140,16 @@ def mrope_positions(ids: list[int], runs: list[tuple[int, int]], image_token: in
             out.append((torch.arange(n) + at).expand(3, -1))
             i, at = i + n, at + n
     return torch.cat(out, 1), at
+
+
+def within_aspect(image: Image.Image) -> tuple[Image.Image, list[Event]]:
+    """Pad the short side with white until the processor accepts the shape; the pixels of the image stay as they are."""
+    w, h = image.size
+    need = -(-max(w, h) // (MAX_ASPECT - 1))
+    if min(w, h) >= need:
+        return image, []
+    canvas = Image.new("RGB", (max(w, need), max(h, need)), (255, 255, 255))
+    canvas.paste(image, (0, 0))
+    return canvas, [
+        Event(EventKind.IMAGE_PADDED, f"{w}x{h} padded to {canvas.width}x{canvas.height}: longer than 1:{MAX_ASPECT}")
+    ]

@@ -24,7 +24,7 @@ from .cpu_kernels import ONEDNN, WIDE, linear_onednn, onednn_linears
 try:  # in PyTorch since 2.10; older ones group
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]  # no type of a function says that it may be missing
 
 NAME = "flash_grouped_windows"  # a name with "flash" in it makes the tower say how long the longest segment is
 

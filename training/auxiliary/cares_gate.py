@@ -1,7 +1,7 @@
 """Trains CARES' gate: labels documents with the smallest size that is enough, and fits a linear layer on a proxy's hidden state.
 
-    python -m awares_bench.training.auxiliary.cares_gate --out gate.safetensors                             (the nano world)
-    python -m awares_bench.training.auxiliary.cares_gate --data train.jsonl --pretrained TARGET --proxy PROXY \\
+    awares-bench train gate --out gate.safetensors                             (the nano world)
+    awares-bench train gate --data train.jsonl --pretrained TARGET --proxy PROXY \\
         --sizes 384 768 1024 --view 384 --out gate.safetensors
 
 A line of ``--data`` is {"image": path, "question": text, "answers": [text, ...]}. Labels are kept beside the gate, in
@@ -108,7 +108,10 @@ def utilities(
             sample, answers = samples[n]
             failed = isinstance(outcome, Failure)
             scores[n].append(None if failed else anls(sample.question, tuple(answers), outcome.answer))
-    yield from ((n, of_sizes) for n, of_sizes in scores.items() if None not in of_sizes)
+    for n, of_sizes in scores.items():
+        known = [score for score in of_sizes if score is not None]
+        if len(known) == len(of_sizes):
+            yield n, known
 
 
 def hidden_states(vlm: LocalModel, samples: Sequence[Sample], view: int, depth: float) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.conversation import Event, EventKind, Reply, Sample, Turn
 from awares_bench.methods.policy import Policy, TurnGenerator
+from awares_bench.models.base import ImageInput
 
 from ..packing import Scorer, pack
 from ..rendering import Conversation
@@ -74,7 +75,8 @@ class FrozenTargetReward:
 
         form: see ``BOX``; likelihood: log-probability of the whole answer under the target; answer: its probability.
         """
-        out, conversations, known_images, vlm = [], [], {}, self.vlm
+        out, conversations, vlm = [], [], self.vlm
+        known_images: dict[str, ImageInput] = {}
         # 1) Render the turn that each reply leads to, with the accepted answer as its reply.
         for rollout in group:
             malformed = any(e.kind == EventKind.MALFORMED_BOX for e in rollout.trajectory.events)

@@ -9,10 +9,10 @@ from itertools import combinations
 from PIL import Image
 
 from awares_bench.errors import AwaresError
-from awares_bench.inference.local_model import LocalModel
+from awares_bench.inference.local_model import LocalModel, SampledReply
 from awares_bench.inference.openai_client import image_part
 from awares_bench.inference.session import Request, Session
-from awares_bench.methods.conversation import Reply, Sample, Turn
+from awares_bench.methods.conversation import Failure, Reply, Sample, Turn
 from awares_bench.methods.crop_grid import ALL, PAPER_GRID, Box, hull, iou
 from awares_bench.methods.policy import Policy, TurnGenerator
 
@@ -55,7 +55,7 @@ def crops_for(boxes: list[Box], width: int, height: int, mapping: str) -> tuple[
     names = (*PAPER_GRID.names, ALL)
     overlap = dict(zip(names, (iou(hull(boxes), b) for b in PAPER_GRID.boxes(width, height, names)), strict=True))
     if mapping == "iou_argmax":
-        return (max(overlap, key=overlap.get),)
+        return (max(overlap, key=overlap.__getitem__),)
     if mapping == "iou_literal":
         regions = tuple(n for n in names if overlap[n] >= 0.5)
         return (ALL,) if ALL in regions else regions
@@ -72,16 +72,23 @@ def candidates(pairs: bool = True) -> list[tuple[str, ...]]:
 
 def answers_with(
     vlm: LocalModel, policy: Policy, sample: Sample, crop_sets: list[tuple[str, ...]], max_new_tokens: int
-) -> list[Reply]:
-    """The greedy answer after each forced call. The first turn is prefilled once for all of them."""
+) -> list[SampledReply]:
+    """The greedy answer after each forced call. The first turn is prefilled once for all of them. Raises ValueError where there is none."""
     sampling, sessions = SamplingModel(vlm, 0.0), [Session() for _ in crop_sets]
     exchanges = [policy.turns(sample) for _ in crop_sets]
     turns = [_next_turn(exchange, None) for exchange in exchanges]
     calls = [PAPER_GRID.format(names) for names in crop_sets]
     forced = [replace(turn, forced_reply=call) for turn, call in zip(turns, calls, strict=True)]
-    replies = sampling.reply([Request(s, t, 1) for s, t in zip(sessions, forced, strict=True)])
+    replies = _answered(sample, sampling.reply([Request(s, t, 1) for s, t in zip(sessions, forced, strict=True)]))
     turns = [_next_turn(exchange, reply) for exchange, reply in zip(exchanges, replies, strict=True)]
-    return sampling.reply([Request(s, t, max_new_tokens) for s, t in zip(sessions, turns, strict=True)])
+    return _answered(sample, sampling.reply([Request(s, t, max_new_tokens) for s, t in zip(sessions, turns, strict=True)]))
+
+
+def _answered(sample: Sample, replies: list[SampledReply | Failure]) -> list[SampledReply]:
+    failures = [reply.error for reply in replies if isinstance(reply, Failure)]
+    if failures:
+        raise ValueError(f"sample {sample.key!r} cannot be answered: {failures[0]}")
+    return [reply for reply in replies if isinstance(reply, SampledReply)]
 
 
 def _next_turn(exchange: TurnGenerator, reply: Reply | None) -> Turn:

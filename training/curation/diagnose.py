@@ -94,7 +94,8 @@ def from_records(run: Path, suite: Path) -> dict[str, dict]:
     """Records of an evaluation on a nano suite -> metrics per task and over all. Raises ValueError when no record matches."""
     import pandas
 
-    labels, decisions = {}, {}
+    labels: dict[str, list] = {}
+    decisions: dict[str, list[Decision]] = {}
     for path in sorted(Path(suite).glob("*.parquet")):
         columns = pandas.read_parquet(path, columns=["low_is_enough", "evidence"])
         labels[path.stem] = [
@@ -105,7 +106,8 @@ def from_records(run: Path, suite: Path) -> dict[str, dict]:
         task = next((t for t in labels if r.task == t or r.task.endswith(t)), None)
         if task and r.error is None:
             malformed = r.malformed_call is not None or any(e["kind"] == EventKind.CALL_IN_ANSWER for e in r.events)
-            decisions.setdefault(task, []).append(Decision(tuple(r.crops), *labels[task][r.doc_id], malformed=malformed))
+            label, oracle = labels[task][r.doc_id]
+            decisions.setdefault(task, []).append(Decision(tuple(r.crops), label, oracle, malformed))
     if not decisions:
         raise ValueError(f"no record in {run} belongs to a task of {suite} ({', '.join(labels) or 'no parquet files'})")
     return {t: decision_metrics(d) for t, d in decisions.items()} | {
@@ -152,6 +154,8 @@ def direct(vlm: LocalModel, sample: Sample, max_new_tokens: int) -> str:
     starts = {vlm.tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in ("GET_CROPS:", " GET_CROPS:")}
     sampling = SamplingModel(vlm, 0.0, banned_first=tuple(sorted(starts)))
     ((_, outcome),) = Engine(sampling, AwaRes(on_malformed="answer")).run([Job(sample, max_new_tokens)])
+    if isinstance(outcome, Failure):
+        raise ValueError(f"sample {sample.key!r} cannot be answered: {outcome.error}")
     return outcome.answer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from openai import APIConnectionError, APIError, APIStatusError
 from rapidfuzz.distance import Levenshtein
@@ -79,7 +80,7 @@ class Endpoint:
 
     def say(self, prompt: str | list[dict], max_tokens: int = 16) -> str:
         """The greedy reply to a prompt, or to the parts of one. Raises JudgeError when there is none."""
-        messages = [{"role": "user", "content": prompt}]
+        messages: Any = [{"role": "user", "content": prompt}]
         try:
             completion = self.client.chat.completions.create(
                 model=self.model, messages=messages, max_tokens=max_tokens, temperature=0

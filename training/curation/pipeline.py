@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 from awares_bench.awares import AwaRes
 from awares_bench.inference.engine import Engine, Job
-from awares_bench.inference.local_model import LocalModel
+from awares_bench.inference.local_model import LocalModel, SampledReply
 from awares_bench.methods.conversation import Failure, Sample
 from awares_bench.methods.crop_grid import PAPER_GRID
-from awares_bench.methods.registry import method_class
+from awares_bench.methods.registry import build
 from awares_bench.tasks.nano import world
 
 from .. import examples, recipe
@@ -194,17 +194,18 @@ def answer_rows(recipe: Curate, table, rows: list[dict], vlm: LocalModel) -> lis
     for name in ("low", "full"):
         samples = [_sample(recipe, table[row["index"]], row["index"]) for row in rows]
         jobs = [Job(sample, recipe.max_new_tokens) for sample in samples]
-        policy, needs_logprobs = method_class(name)(), name == "low" and recipe.sure > 0
+        policy, needs_logprobs = build(name, {}).policy, name == "low" and recipe.sure > 0
         if needs_logprobs:
             outcomes = Engine(SamplingModel(vlm, 0.0), policy, recipe.batch).run(jobs)
         else:
             outcomes = Engine(vlm, policy, recipe.batch).run(jobs)
         for i, outcome in outcomes:
-            failed = isinstance(outcome, Failure)
-            results[i][name] = None if failed else outcome.answer
-            results[i]["error"] = outcome.error if failed else results[i].get("error")
-            if needs_logprobs and not failed:
-                results[i]["sure"] = math.exp(sum(outcome.replies[-1].logprobs))
+            if isinstance(outcome, Failure):
+                results[i] |= {name: None, "error": outcome.error}
+                continue
+            results[i] |= {name: outcome.answer, "error": results[i].get("error")}
+            if isinstance(last := outcome.replies[-1], SampledReply):
+                results[i]["sure"] = math.exp(sum(last.logprobs))
     return results
 
 
@@ -277,7 +278,7 @@ def crop_rows(recipe: Curate, table, rows: list[dict], model: Callable[[], Local
             names = crop_oracles.search(vlm, policy, sample, examples.answers(row), rule, recipe.max_new_tokens)
         else:
             image = examples.pictures(row, 10**9)[0]
-            if recipe.oracle == "boxes":
+            if endpoint is None:
                 boxes = crop_oracles.check_boxes(row["boxes"] or [], *image.size)
             else:
                 boxes = crop_oracles.ground(endpoint, image, row["question"], examples.answers(row)[0]) or []
@@ -298,7 +299,7 @@ def _write(recipe: Curate, table, labelled: list[dict], crops: dict[int, tuple[s
     # 1) The columns that curation decides.
     text, texts = Value("string"), Sequence(Value("string"))
     schema = {"id": text, "question": text, "answers": texts, "label": text, "crops": texts, "replies": texts}
-    columns = {name: [] for name in schema}
+    columns: dict[str, list] = {name: [] for name in schema}
     for r in usable:
         row, names = table[r["index"]], crops.get(r["index"], ()) if r["label"] == "HR" else ()
         accepted = examples.answers(row)

@@ -2,7 +2,7 @@
 
 They are GRPO of 75 steps without one of its parts, and SFT without the weight on calls.
 
-    python -m awares_bench.training.nano.ablations [NAME-SEED ...]
+    awares-bench nano ablations [NAME-SEED ...]
 
 Needs runs/nano-curate and runs/nano-sft, which docs/nano.md makes. Checkpoints that exist are skipped.
 """

@@ -3,16 +3,16 @@
 ``stages`` describes them; the last one makes the base model, nano-base, from which the recipes ``nano_sft`` and ``nano_grpo``
 start.
 
-    python -m awares_bench.training.nano.language --stage base --tower runs/tower --out runs/base --steps 3000 --stop 2000
-    python -m awares_bench.training.nano.tower --start runs/base/checkpoint --walls 0 --steps 800 --lr 1e-3 --out runs/place
-    python -m awares_bench.training.nano.language --stage light --start runs/base/checkpoint --tower runs/place \
+    awares-bench nano language --stage base --tower runs/tower --out runs/base --steps 3000 --stop 2000
+    awares-bench nano tower --start runs/base/checkpoint --walls 0 --steps 800 --lr 1e-3 --out runs/place
+    awares-bench nano language --stage light --start runs/base/checkpoint --tower runs/place \
         --steps 600 --lr 1e-3 --out runs/light
-    python -m awares_bench.training.nano.language --stage where --start runs/light/checkpoint --steps 500 --out runs/where
-    python -m awares_bench.training.nano.language --stage joint --start runs/where/checkpoint --steps 3600 --lr 1.5e-3 \
+    awares-bench nano language --stage where --start runs/light/checkpoint --steps 500 --out runs/where
+    awares-bench nano language --stage joint --start runs/where/checkpoint --steps 3600 --lr 1.5e-3 \
         --tower-lr 3e-4 --tower-frozen 0 --out runs/joint
-    python -m awares_bench.training.nano.language --stage read --start runs/joint/checkpoint --steps 2400 --lr 4e-4 \
+    awares-bench nano language --stage read --start runs/joint/checkpoint --steps 2400 --lr 4e-4 \
         --tower-lr 1e-4 --tower-frozen 0 --out runs/read
-    python -m awares_bench.training.nano.language --stage fetch --start runs/read/checkpoint --steps 1400 --lr 2e-4 \
+    awares-bench nano language --stage fetch --start runs/read/checkpoint --steps 1400 --lr 2e-4 \
         --fresh-lr 1.5e-3 --out runs/fetch
 """
 
@@ -106,7 +106,7 @@ def load(model, start) -> None:
     If the model has one layer more, its bottom layer is new, and is set to pass on its input unchanged.
     """
     state = start.state_dict()
-    if len(model.model.language_model.layers) == len(start.host.model.language_model.layers) + 1:
+    if len(model.model.language_model.layers) == len(start.model.language_model.layers) + 1:
         bottom = model.model.language_model.layers[0]
         for last in (bottom.self_attn.o_proj, bottom.mlp.down_proj):
             torch.nn.init.zeros_(last.weight)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -63,7 +64,7 @@ def autocast(device: str) -> torch.autocast:
     """bf16 autocast where the device multiplies bf16 in hardware. Off elsewhere: emulated bf16 is 3 times slower than fp32."""
     has_bf16 = True
     if device == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
         has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: ARM's name
     return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=has_bf16)
 
@@ -103,7 +104,7 @@ def train(
         return earlier_seconds + time.time() - begin
 
     def save(step: int) -> None:
-        state = {name: module.state_dict() for name, module in modules.items()}
+        state: dict[str, Any] = {name: module.state_dict() for name, module in modules.items()}
         state |= {"optimizer": optimizer.state_dict(), "step": step, "seconds": seconds()}
         torch.save(state, out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", checkpoint)

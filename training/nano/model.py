@@ -26,9 +26,9 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from awares_bench.methods import registry
 from awares_bench.methods.conversation import Sample
 from awares_bench.methods.crop_grid import PAPER_GRID
-from awares_bench.methods.registry import method_class
 from awares_bench.tasks.nano import world
 
 from ..rendering import play
@@ -116,7 +116,7 @@ def _phrases(prompt: str) -> list[str]:
 def visionthink_phrases() -> list[str]:
     """What VisionThink's policy says around a question and a call, sentence by sentence, and the marks of a reply."""
     call = ["<tool_call>", '\n{"name": "resize_image", "arguments": {"action": "resize"}}\n', "</tool_call>"]
-    look = method_class("visionthink")().turns(Sample((Image.new("RGB", (56, 56)),), ""))
+    look = registry.build("visionthink", {}).policy.turns(Sample((Image.new("RGB", (56, 56)),), ""))
     shown = [turn for turn, *_ in play(look, ["".join(call), ""], 1.0)]
     said = [text for turn in shown for text in (turn.system or "", *turn.image_prefixes, turn.text)]
     sentences = [s for text in said for s in re.split(r"(?<=\. )|(?<=\.)(?=\n)|(?<=:)(?=\n)", text) if len(s) > 20]

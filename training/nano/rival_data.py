@@ -1,8 +1,8 @@
 """Rows from which nano learns its rivals' protocols, VisionThink's calls and CropVLM's boxes, before their GRPO.
 
-    python -m awares_bench.training.nano.rival_data visionthink --data runs/nano-curate/labels.parquet \
+    awares-bench nano rival-data visionthink --data runs/nano-curate/labels.parquet \
         --out runs/nano-visionthink.parquet
-    python -m awares_bench.training.nano.rival_data cropvlm --data nano:4000 --out runs/nano-cropvlm.parquet
+    awares-bench nano rival-data cropvlm --data nano:4000 --out runs/nano-cropvlm.parquet
 
 ``--data`` is a file of rows with ``label`` (visionthink) or ``boxes`` in pixels (cropvlm), or ``nano:COUNT``: new documents of
 the nano world, with its own labels and boxes. The result has ``replies`` and ``answers``, for ``train sft`` and ``train grpo``.

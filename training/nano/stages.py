@@ -231,7 +231,8 @@ def make_row(encoder: RowEncoder, family: str, seed: int, mode: str, phase: Phas
 
     # 3) Two-turn rows: the call for the cheapest crops, or for wider ones, and further questions that the crops answer.
     text, answer, evidence = exchanges[0]
-    names, call_weight, follow_ups = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size), phase.call_weight, []
+    names, call_weight = PAPER_GRID.cheapest_cover([p.box for p in evidence], *image.size), phase.call_weight
+    follow_ups: list[tuple] = []
     if questions > 1:
         if rng.random() < phase.wider_crops_share:
             names, call_weight = rng.choice(_holding(evidence, image.size)), 0.0

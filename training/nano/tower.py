@@ -8,7 +8,7 @@ Binding targets alone are not learned (measured: content at chance after 11,000 
 alone, so walls of glyphs come first. The loss of a language model alone does not teach a tower of this size to see (measured:
 after 31,000 images it was still at the entropy of the answers).
 
-    python -m awares_bench.training.nano.tower --out runs/tower --steps 2600
+    awares-bench nano tower --out runs/tower --steps 2600
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def scene_batch(step: int, seed: int, scenes: int, vocabulary: Vocabulary) -> di
 
     pixel_values (P, 588), bytes of all patches; grid (I, 3); targets (T, COLUMNS); view (T,): 0 full, 1 half size, 2 crop.
     """
-    out = {"pixel_values": [], "grid": [], "targets": [], "view": []}
+    out: dict[str, list] = {"pixel_values": [], "grid": [], "targets": [], "view": []}
     for i in range(scenes):
         rng = random.Random(f"tower/{seed}/{step}/{i}")
         image, panels = world.scene(rng, world.FAMILIES[i % len(world.FAMILIES)], rng.randint(4, 10), shared_keys=True)

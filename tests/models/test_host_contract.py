@@ -1,0 +1,181 @@
+"""Every family of ``models``: the contract of ``HostModel`` on a tiny random model; and a family that is made here, in one class."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from awares_bench.awares import AwaRes
+from awares_bench.baselines.divprune import DivPrune
+from awares_bench.baselines.fastv import FastV
+from awares_bench.baselines.full import Full
+from awares_bench.baselines.visionzip import VisionZip
+from awares_bench.inference.engine import Engine, Job
+from awares_bench.inference.local_model import LocalModel
+from awares_bench.inference.session import Request, Session
+from awares_bench.methods.conversation import Sample, Turn, chat_messages
+from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.methods.images import half
+from awares_bench.methods.pruner import VisualTokens
+from awares_bench.models.base import HostModel, ImageInput
+from awares_bench.models.families import families
+from awares_bench.training.packing import Scorer, pack
+from awares_bench.training.rollouts import banned_tokens, rollouts
+
+from ..tiny import picture, tiny_vlm
+
+TOLERANCE = 1e-4
+SIZES = [(224, 168), (56, 56), (28, 84), (200, 97), (20, 2000)]
+TURN = Turn((picture(112, 84),), "Which way?")
+
+
+class Strips(HostModel):
+    """The smallest family: a picture is the mean colours of its four strips, positions are plain, the decoder is a Llama."""
+
+    model_types = ("strips",)
+    model_class = LlamaForCausalLM
+    provides = frozenset({"decoder_attention", "seed"})
+    lora_targets = r".*\.(q|k|v|o|gate|up|down)_proj"
+    decoder_layer = "LlamaDecoderLayer"
+
+    @classmethod
+    def count_tokens(cls, processor, limits, image):
+        return 4
+
+    def image_input(self, image, key=""):
+        strips = torch.from_numpy(np.asarray(image.resize((1, 4)), dtype=np.float32)[:, 0] / 255)
+        return ImageInput({"strips": strips}, ((4, 1),), self.placeholder * 4, key=key)
+
+    @torch.no_grad()
+    def encode(self, images, needs=(), block=-1):
+        seeds = [image.seed if "seed" in needs else 0 for image in images]
+        features = [self.tower(image.inputs["strips"].to(self.device)) for image in images]
+        return [VisualTokens(f, (4, 1), torch.arange(4), seed=s) for f, s in zip(features, seeds, strict=True)]
+
+    @property
+    def decoder(self):
+        return self.model.model
+
+    @property
+    def tower(self):
+        return self.model.strips
+
+
+def strips() -> HostModel:
+    torch.manual_seed(0)
+    processor = tiny_vlm().host.processor
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(processor.tokenizer) + 8, **sizes)).float()
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.15)
+    model.strips = torch.nn.Linear(3, 64)
+    model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    return Strips(model, processor)
+
+
+TINY = {"qwen2_5_vl": lambda: tiny_vlm().host, "strips": strips}
+"""A tiny random model of every family, and of the one made here."""
+
+
+@pytest.fixture(params=TINY)
+def vlm(request) -> LocalModel:
+    return LocalModel(TINY[request.param](), constrained=False)
+
+
+def scores(vlm: LocalModel, requests: list[Request], pruner=None) -> torch.Tensor:
+    """(steps, B, vocabulary) of the replies."""
+    vlm.trace = []
+    try:
+        vlm.reply(requests, pruner)
+        return torch.stack(vlm.trace)
+    finally:
+        vlm.trace = None
+
+
+def test_every_family_has_a_tiny_model_here():
+    assert set(families()) <= set(TINY)
+
+
+def test_scores_are_those_of_generate(vlm):
+    host, images = vlm.host, [vlm.host.image_input(i) for i in TURN.images]
+    ids = torch.tensor([host.render([TURN], [], images)])
+    features = torch.cat([run.features for run in host.encode(images)])
+    how = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    if host.position_axes == 1:
+        out = host.model.generate(inputs_embeds=host.embed(ids, features), **how)
+    else:
+        text = host.processor.apply_chat_template(chat_messages([TURN], []), tokenize=False, add_generation_prompt=True)
+        out = host.model.generate(**host.processor(text=[text], images=list(TURN.images), return_tensors="pt"), **how)
+    theirs, ours = torch.stack(out.logits), scores(vlm, [Request(Session(), TURN, 5)])
+    steps = min(len(theirs), len(ours))
+    assert steps and (theirs[:steps] - ours[:steps]).abs().max() < TOLERANCE
+
+
+def test_a_second_turn_is_a_fresh_prefill_of_everything(vlm):
+    one = Turn((half(picture(224, 168)),), "q?", system=PAPER_GRID.prompt, is_final=False)
+    two, session, host = Turn((picture(84, 56),), "and?"), Session(), vlm.host
+    (reply,) = vlm.reply([Request(session, one, 4)])
+    kept = scores(vlm, [Request(session, two, 1)])[0, 0]
+    images = [[host.image_input(i) for i in turn.images] for turn in (one, two)]
+    ids = [*host.render([one], [], images[0]), *reply.tokens, *host.render([one, two], ["x"], images[1])]
+    every = [*images[0], *images[1]]
+    chunk = host.chunk(ids, every, host.encode(every), 0)
+    mask = torch.ones((1, len(ids)), dtype=torch.long)
+    hidden = host.hidden_states(chunk.embeds[None], chunk.positions[:, None], mask)
+    assert (host.model.get_output_embeddings()(hidden[0, -1]) - kept).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("pruner", [None, DivPrune(0.5), FastV(0.5)], ids=["plain", "divprune", "fastv"])
+def test_a_mixed_batch_is_each_row_alone(vlm, layout, pruner):
+    turns = [TURN, Turn((picture(224, 168), picture(56, 56)), "Same?"), Turn((), "No picture?")]
+    together = scores(vlm, [Request(Session(), t, 4) for t in turns], pruner)
+    for b, turn in enumerate(turns):
+        alone = scores(vlm, [Request(Session(), turn, 4)], pruner)[:, 0]
+        assert (together[: len(alone), b] - alone).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_are_counted_as_they_are_encoded(vlm, size):
+    made = vlm.host.image_input(picture(*size))
+    assert vlm.visual_tokens(picture(*size)) == made.tokens == sum(len(run.features) for run in vlm.host.encode([made]))
+
+
+def test_the_end_of_a_turn_is_found_by_rendering(vlm):
+    assert vlm.host.end_of_turn in vlm.host.stop and vlm.host.end_of_turn not in banned_tokens(vlm.host)
+
+
+def test_the_model_is_left_as_it_was(vlm):
+    before = vlm.host.attention, {name for name, _ in vlm.host.model.named_modules()}
+    scores(vlm, [Request(Session(), TURN, 2)], FastV(0.5))
+    vlm.host.decoder.layers[-1].register_forward_pre_hook(broken := lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        vlm.reply([Request(Session(), TURN, 2)], FastV(0.5))
+    assert broken and before == (vlm.host.attention, {name for name, _ in vlm.host.model.named_modules()})
+    vlm.host.decoder.layers[-1]._forward_pre_hooks.clear()
+    assert not any("forward" in vars(module) for module in vlm.host.model.modules())
+
+
+def test_policies_pruners_scoring_and_rollouts_run_on_it(vlm):
+    samples = [Sample((picture(224, 168, i),), f"Which, {i}?", str(i)) for i in range(2)]
+    for policy, pruner in ((Full(), None), (AwaRes(), None), (Full(), DivPrune(0.5)), (Full(), FastV(0.5))):
+        outcomes = dict(Engine(vlm, policy, 2, pruner=pruner).run(Job(s, 4) for s in samples))
+        assert all(o.rtr <= 1 for o in outcomes.values()) and len(outcomes) == 2
+    groups, _ = rollouts(vlm, Full(), samples, 2, 6)
+    packed = pack([[r.conversation for r in g] for g in groups], vlm.host)
+    with torch.no_grad():
+        scored, _ = Scorer(vlm.host, banned_tokens(vlm.host))(packed, vlm.encode(packed.images))
+    sampled = torch.tensor([x for g in groups for r in g for x in r.logprobs])
+    assert (scored - sampled).abs().max() < TOLERANCE
+
+
+def test_what_a_family_does_not_provide_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="VisionZip needs attention, vision_keys, which a strips host does not provide"):
+        Engine(LocalModel(strips()), Full(), pruner=VisionZip(0.5))
