@@ -32,7 +32,7 @@ def test_the_six_official_tasks_run_unchanged_with_telemetry_in_both_places(tmp_
         strip_reasoning_tags,
     )  # lmms-eval scores answers without thoughts, which random weights may utter
 
-    said = lmms_eval_process(tmp_path, *arguments, "--model_args", model)  # finds the plugin by its entry point
+    said = lmms_eval(tmp_path, *arguments, "--model_args", model)
     assert list((tmp_path / "out").rglob("*_results.json")), said[-3000:]
     lines = records(tmp_path / "run")
     assert len(lines) == 6 * official.COUNT and {x["task"] for x in lines} == set(official.TASKS.split(","))
@@ -61,7 +61,7 @@ def test_an_unknown_option_names_the_nearest_and_a_missing_checkpoint_says_what_
     assert "no checkpoint folder at './nowhere'" in said
 
 
-def test_data_parallel_ranks_record_every_document_once(tmp_path, checkpoint):
+def test_data_parallel_ranks_find_the_plugin_by_its_entry_point_and_record_every_document_once(tmp_path, checkpoint):
     out = ["--log_samples", "--output_path", tmp_path / "out", "--batch_size", 2]
     model = ["--model", "awares_full", "--model_args", f"pretrained={checkpoint},output_dir={tmp_path / 'run'}"]
     tasks = ["--tasks", "nano_doc,nano_pope", "--include_path", FOLDER, "--limit", 5]

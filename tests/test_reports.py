@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from scipy.stats import permutation_test
 
+from awares_bench import cli
 from awares_bench.models.flops import decoder_flops, vision_flops
 from awares_bench.reports import report
 from awares_bench.reports.data import compact, discover, flops, published, stats, summary
@@ -323,17 +324,25 @@ def test_latex_and_markdown_escape_and_group():
     assert "<td>50 %</td>" in render.to_html(printed) and 'colspan="2">x &amp; y' in render.to_html(printed)
 
 
-def test_the_command_writes_a_report_and_refuses_with_a_sentence(three, tmp_path):
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "awares_bench.cli", *arguments], capture_output=True, text=True, cwd=tmp_path
-        )
-
-    done = run("report", str(three), "--out", "r", "--formats", "png", "--records", "r/records")
+def test_the_command_writes_a_report_and_refuses_with_a_sentence(three, tmp_path, capsys):
+    command = [
+        sys.executable,
+        "-m",
+        "awares_bench.cli",
+        "report",
+        str(three),
+        "--out",
+        "r",
+        "--formats",
+        "png",
+        "--records",
+        "r/records",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "r" / "index.html").exists() and "| AwaRes |" in done.stdout, done.stderr
-    assert run("report").returncode == 1
-    bad = run("report", str(tmp_path / "nothing"))
-    assert bad.returncode == 1 and "nothing does not exist" in bad.stderr
+    assert cli.main(["report"]) == 1
+    assert cli.main(["report", str(tmp_path / "nothing")]) == 1
+    assert "nothing does not exist" in capsys.readouterr().err
 
 
 def test_the_committed_nano_records_can_be_read():

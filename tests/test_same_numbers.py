@@ -13,7 +13,9 @@ from awares_bench.evaluation.lmms_model import MethodModel
 from awares_bench.evaluation.lmms_run import task_index
 
 from . import official
+from .lmms_runs import records
 from .stock import stock
+from .test_endpoint import free_port, serve
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Passing `min_pixels` and `max_pixels` to a processor:FutureWarning"),  # lmms-eval's
@@ -106,3 +108,24 @@ def test_limits_that_bite_give_the_same_answers(here, tmp_path):
     expected, _ = said(theirs(folder, **limits), "ocrbench", "max_new_tokens=8")
     answers, _ = said(ours(folder, tmp_path / "run", **limits), "ocrbench", "max_new_tokens=8")
     assert answers == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", [1.05, 1.0])
+def test_so_is_every_answer_of_a_served_checkpoint(here, tmp_path, penalty):
+    for package in ("fastapi", "uvicorn"):
+        pytest.importorskip(package, reason=f"transformers serve needs {package}: pip install 'transformers[serving]'")
+    folder, port = stock(penalty=penalty), free_port()
+    expected, their_scores = said(theirs(folder, **LIMITS), official.TASKS, "max_new_tokens=48")
+    address = {"engine": "openai", "base_url": f"http://127.0.0.1:{port}/v1", "model": str(folder)}
+    server = serve(port, tmp_path, str(folder))
+    try:
+        answers, scores = said(ours(folder, tmp_path / "run", **address, **LIMITS), official.TASKS, "max_new_tokens=48")
+    finally:
+        server.kill()
+        server.wait()
+    assert len(expected) == 6 * len(SIZES) and len(set(expected.values())) > len(expected) / 2
+    other = {key: (answers[key], text) for key, text in expected.items() if answers[key].strip() != text.strip()}
+    assert not other and scores == their_scores  # this server strips answers
+    events = [[e["kind"] for e in row["events"]] for row in records(tmp_path / "run")]
+    assert events == [["repetition_penalty"] * (penalty != 1)] * len(expected)  # it takes none and applies the checkpoint's own
