@@ -702,6 +702,7 @@ def test_the_base_of_adapters_is_looked_for_and_its_absence_told(masters, tmp_pa
     out = adapters(tmp_path / "base", tmp_path / "runs" / "lora")
     expected = torch.load(out / "expected.pt")
     says = lambda base: config(out / "adapter_config.json", base_model_name_or_path=base)  # noqa: E731
+    monkeypatch.chdir(tmp_path / "base")  # where nothing else has that name two folders up
     says("../../base")  # from the adapters
     assert (logits(LocalModel.load(str(out), device="cpu").host.model) - expected).abs().max() < 1e-3
     monkeypatch.chdir(tmp_path)
