@@ -268,7 +268,7 @@ def _failure(error: Exception) -> Failure:
     if isinstance(error, RunError):
         raise error
     last = extract_tb(error.__traceback__)[-1]
-    if isinstance(error, (OSError, ValueError)) and str(error) and Path(last.filename).parent == Path(__file__).parent:
+    if isinstance(error, (OSError, ValueError)) and str(error) and Path(__file__).parents[1] in Path(last.filename).parents:
         return Failure(str(error))
     told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return Failure(f"{told} ({Path(last.filename).name}, line {last.lineno})")
