@@ -1,6 +1,7 @@
 """The authors' own outputs. ``AWARES_GOLDEN`` names another folder of the same layout; cases are found by file name there.
 
-What follows a case's kind in its file name is free, and so are sizes, ratios and budgets: they are read from the files.
+What follows a case's kind in its file name is free, and so are sizes, ratios and budgets: they are read from the files. Tensors that
+``tests/golden`` leaves out, since another file has them, are compared where a folder has them.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def test_vanilla(path, attention):
     assert torch.equal(chunk.positions, want["position_ids"][:, 0])
     assert chunk.next_position == len(chunk.embeds) + int(want["rope_deltas"])
     run = prefill(vlm, chunk)
-    close(run.logits(12), want["logits_last12"])
+    close(run.logits(len(want["logits_last12"])), want["logits_last12"])
     with torch.inference_mode():
         assert run.greedy(8, 240)[0] == want["greedy8"].tolist()
 
@@ -225,16 +226,18 @@ def test_visionzip_e2e(path, attention):
     pruner, vlm = visionzip(meta), model("tiny-qwen2_5_vl", attention)
     chunk, image = prompt(vlm, meta["inputs"], pruner)
     n, start = len(image.features), chunk.spans[0].start
-    close(image.features, want["image_features"])
+    if "image_features" in want:
+        close(image.features, want["image_features"])
     close(image.attention * 4 * n, want["scores"])  # theirs is summed over queries
     close(image.vision_keys, want["metric"])
     cut = chunk.cut(pruner, pruner.retention)
     assert torch.equal(cut.spans[0].visual.places, want["kept"])
     assert torch.equal(cut.positions, want["position_ids"][:, 0])
     assert start == cut.spans[0].start
-    close(cut.embeds, want["inputs_embeds"][0])
+    if "inputs_embeds" in want:
+        close(cut.embeds, want["inputs_embeds"][0])
     run = prefill(vlm, cut)
-    close(run.logits(12), want["logits_last12"])
+    close(run.logits(len(want["logits_last12"])), want["logits_last12"])
     with torch.inference_mode():
         assert run.greedy(8, 240)[0] == want["greedy8"].tolist()
     assert cut.next_position == len(chunk.embeds) + int(want["rope_deltas"])
@@ -291,10 +294,11 @@ def test_holov_e2e(path, attention):
     close(pruner.score(image), want["attention"])
     assert torch.equal(pruner.reduce(image, keep)[1], want["final_positions"])
     cut = chunk.cut(pruner, pruner.retention)
-    close(cut.embeds, want["inputs_embeds"][0])
+    if "inputs_embeds" in want:
+        close(cut.embeds, want["inputs_embeds"][0])
     assert torch.equal(cut.positions, want["position_ids"][:, 0])
     run = prefill(vlm, cut)
-    close(run.logits(12), want["logits_last12"])
+    close(run.logits(len(want["logits_last12"])), want["logits_last12"])
     with torch.inference_mode():
         assert run.greedy(8, 240)[0] == want["greedy8"].tolist()
     assert cut.next_position == len(chunk.embeds) + int(want["rope_deltas"])
@@ -340,7 +344,7 @@ def test_fastv_lm(path, attention):
     assert torch.equal(run.batch.chunks[0].positions[0], want["keep_sequence"])
     close(run.entering[layer], want["hidden_into_layer_K"])
     assert [x.keys.shape[2] for x in run.batch.cache.layers] == want["kv_lengths"].tolist()
-    close(run.logits(10), want["logits_last10"])
+    close(run.logits(len(want["logits_last10"])), want["logits_last10"])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -351,8 +355,9 @@ def test_fastv_e2e(path, attention):
     vlm, pruner = model("tiny-qwen2_5_vl", attention), FastV(1 - float(meta["prune_rate"]), layer)
     run = prefill(vlm, prompt(vlm, meta["inputs"])[0], pruner)
     assert torch.equal(run.batch.chunks[0].spans[0].visual.places, want["kept"])
-    close(run.entering[layer], want["hidden_into_layer"])
-    close(run.logits(12), want["logits_last12"])
+    if "hidden_into_layer" in want:
+        close(run.entering[layer], want["hidden_into_layer"])
+    close(run.logits(len(want["logits_last12"])), want["logits_last12"])
 
 
 # ------------------------------------------------------------------ SparseVLM
@@ -467,7 +472,7 @@ def test_sparsevlm_lm(path, attention):
             close(after[start + budget : start + budget + len(clusters)], clusters)
     assert [x.keys.shape[2] for x in run.batch.cache.layers] == want["kv_lengths"].tolist()
     assert [len(x) for x in run.entering] == [len(want[f"layer{i}_position_ids"]) for i in range(len(run.entering))]
-    close(run.logits(10), want["logits_last10"])
+    close(run.logits(len(want["logits_last10"])), want["logits_last10"])
     with torch.inference_mode():
         written, after = run.greedy(len(want["greedy6"]), 1 << 20)
     assert written == want["greedy6"].tolist()
@@ -489,7 +494,7 @@ def test_sparsevlm_e2e(path, attention):
     assert torch.equal(places[:keep], want["kept"])
     assert torch.equal(places[keep:], want["cluster_centre_tokens"]) and len(places) == keep + int(meta["cluster_num"])
     close(run.entering[layer + 1], want["hidden_after_stage"])
-    close(run.logits(12), want["logits_last12"])
+    close(run.logits(len(want["logits_last12"])), want["logits_last12"])
 
 
 # ------------------------------------------------------------------ pruners of 2025 and 2026
