@@ -6,11 +6,19 @@ Sizes: config.json of Qwen/Qwen2.5-VL-3B-Instruct and Qwen/Qwen2.5-VL-7B-Instruc
 
 from __future__ import annotations
 
+import atexit
+from functools import cache
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import save_file
 from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from awares_bench.models.packaged import NANO, resolve
+from awares_bench.models.scorer import PARTS
 
 _DECODERS = {
     "3b": {
@@ -97,3 +105,15 @@ def random_model(config: Qwen2_5_VLConfig, dtype: torch.dtype, device: str, seed
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model.eval(), processor
+
+
+@cache
+def random_scorer(width: int, seed: int = 0) -> Path:
+    """A file with a scorer of random weights for tokens of ``width`` numbers, half as wide inside; it goes when the process ends."""
+    folder = Path(mkdtemp(prefix="awares-scorer-"))
+    atexit.register(rmtree, folder, True)
+    generator, hidden = torch.Generator().manual_seed(seed), max(1, width // 2)
+    shapes = {part: (hidden, width) if part.endswith("weight") else (hidden,) for part in PARTS}
+    tensors = {part: torch.randn(shape, generator=generator) / width**0.5 for part, shape in shapes.items()}
+    save_file(tensors, folder / "scorer.safetensors")
+    return folder / "scorer.safetensors"

@@ -54,6 +54,7 @@ class Scorer:
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what is kept may be used in training too
 def load_scorer(name: str) -> Scorer:
     """A scorer by its file, its folder or hub name, or ``nano``. Raises ValueError that says what was found instead."""
     packaged = Path(__file__).parents[1] / "weights" / "nano-scorer" / "scorer.safetensors"
