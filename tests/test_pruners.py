@@ -141,7 +141,11 @@ def test_a_second_turn_on_the_cut_cache_is_what_a_mask_over_the_whole_conversati
     """The oracle never drops a token: a 4-D mask per layer hides what was cut, and nothing is cached."""
     if cls in (ApET, Pooling, SparseVLM, VisionZip):
         pytest.skip("merging changes features; the batch test covers its second turns")
-    vlm, pruner = tiny_vlm(), made(cls, 0.4)
+    check_cut_cache(made(cls, 0.4))
+
+
+def check_cut_cache(pruner):
+    vlm = tiny_vlm()
     one, two = Turn((picture(140, 196, 5),), "What is it?", is_final=False), Turn((picture(84, 112, 6),))
     session = Session()
     (reply,), _ = pruned(vlm, [Request(session, one, 4)], pruner)
@@ -154,20 +158,22 @@ def test_a_second_turn_on_the_cut_cache_is_what_a_mask_over_the_whole_conversati
 def masked(vlm: LocalModel, pruner: Pruner, one: Turn, reply: list[int], two: Turn, cached: list[int]) -> torch.Tensor:
     chunks, at, visible = [], 0, []  # visible: per layer, the (L,) tokens it may see
     layers = len(vlm.host.decoder.layers)
-    stages = pruner.cut_layers(layers)
+    stages, (before_decoder, pruner) = pruner.cut_layers(layers), pruner.before_and_inside(layers)
+    wanted = before_decoder or pruner  # what looks into the tower
     for session, turn in ((Session(), one), (Session(turns=[one], replies=["x"]), two)):
         views = [pixels(vlm, i) for i in turn.images]
         grids = [g for _, g, _ in views]
         ids = chunk_ids(vlm, session, turn) if not session.turns else reply + chunk_ids(vlm, session, turn)
-        seen = see(vlm, [p for p, _, _ in views], grids, pruner)
+        seen = see(vlm, [p for p, _, _ in views], grids, wanted)
         seen = [replace(v, seed=vlm.host.image_input(i).seed) for v, i in zip(seen, turn.images, strict=True)]
         chunks.append(replace(embedded(vlm, ids, grids, seen, at), question=vlm.host.question_of(ids)))
         at = chunks[-1].next_position
     embeds = torch.cat([c.embeds for c in chunks])
     rope = vlm.host.decoder.rotary_emb(embeds[None], torch.cat([c.positions for c in chunks], 1)[:, None])
     hidden, alive, offset = embeds[None], torch.ones(len(embeds), dtype=torch.bool), [0, len(chunks[0].embeds)]
-    if not stages:
-        alive = torch.cat([survivors(c, pruner, pruner.retention) for c in chunks])
+    if before_decoder:
+        alive = torch.cat([survivors(c, before_decoder, before_decoder.retention) for c in chunks])
+    entering = alive.clone()
     for layer in range(layers):
         visible.append(int(alive[: offset[1]].sum()))
         see_before = torch.ones(len(embeds), len(embeds), dtype=torch.bool).tril()
@@ -194,7 +200,8 @@ def masked(vlm: LocalModel, pruner: Pruner, one: Turn, reply: list[int], two: Tu
                 places = there - start - span.start
                 tokens = VisualTokens(hidden[0, there], span.visual.grid, places, seed=span.visual.seed, decoder_attention=rows)
                 tokens = replace(tokens, text=hidden[0, text])
-                _, chosen = pruner.reduce(tokens, pruner.tokens_to_keep(span.full, stages[layer]))
+                full = int(entering[start + span.start : start + span.stop].sum())
+                _, chosen = pruner.reduce(tokens, pruner.tokens_to_keep(full, stages[layer]))
                 cut.append(there[~torch.isin(torch.arange(len(there)), chosen)])
         alive[torch.cat(cut)] = False
     assert [n + len(reply) - (cached[0] - visible[0] != len(reply)) for n in visible] == cached
