@@ -14,18 +14,6 @@ from .test_pruners import TOLERANCE, TURNS, check_batch, check_cut_cache, first,
 from .test_registry import SAMPLES, run
 from .tiny import tiny_vlm
 
-    "apet",
-    "cdpruner",
-    "divprune",
-    "hiprune",
-    "holov",
-    "mmtok",
-    "pooling",
-    "random_tokens",
-    "scope",
-    "visionselector",
-    "visionzip",
-)
 INSIDE = ("dart", "fastv", "pyramiddrop", "random_deep", "sparsevlm")
 
 
