@@ -39,10 +39,10 @@ class Strips(HostModel):
     decoder_layer = "LlamaDecoderLayer"
 
     @classmethod
-    def count_tokens(cls, processor, limits, image):
+    def count_tokens(cls, processor, limits, image, share=1.0):
         return 4
 
-    def image_input(self, image, key=""):
+    def image_input(self, image, key="", share=1.0):
         strips = torch.from_numpy(np.asarray(image.resize((1, 4)), dtype=np.float32)[:, 0] / 255)
         return ImageInput({"strips": strips}, ((4, 1),), self.placeholder * 4, key=key)
 
