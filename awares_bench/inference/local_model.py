@@ -132,9 +132,7 @@ class LocalModel:
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text[: min((text.find(s) for s in until if s in text), default=len(text))]
 
-    def image_input(
-        self, image: Image.Image, known: dict[str, ImageInput] | None = None, share: float = 1.0
-    ) -> ImageInput:
+    def image_input(self, image: Image.Image, known: dict[str, ImageInput] | None = None, share: float = 1.0) -> ImageInput:
         """A picture as the encoder takes it. known: inputs made before, by key, which a picture is looked up in and added to.
         share: of the original, see ``Turn.shares``."""
         if known is None and self.features is None:

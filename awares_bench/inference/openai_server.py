@@ -108,7 +108,9 @@ class Endpoint:
         visual, before = self._visual([turn]), self._visual(session.turns)
         text, earlier = self._text(history, session.replies), self._text(session.turns, session.replies)
         if self.family.tiles and any(share < 1 for _, share in turn.shown):
-            told = "a server cannot be told a picture's share of the original: views and crops take all the tiles of a whole picture"
+            told = (
+                "a server cannot be told a picture's share of the original: views and crops take all the tiles of a whole picture"
+            )
             events.append(Event(EventKind.SHARE_NOT_TOLD, told))
         if turn.omit_newline:
             events.append(

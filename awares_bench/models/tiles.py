@@ -117,7 +117,9 @@ class TilingHost(HostModel):
         n = self.side**2
         places = torch.arange(n, device=features.device)
         order = places if probe else None
-        seeds = [i.seed + number if "seed" in needs else 0 for i, t in zip(images, tiles, strict=True) for number in range(len(t))]
+        seeds = [
+            i.seed + number if "seed" in needs else 0 for i, t in zip(images, tiles, strict=True) for number in range(len(t))
+        ]
         received, mean_keys = (self._per_token(values) for values in (probe.attention, probe.keys)) if probe else (None, None)
         return [
             VisualTokens(
