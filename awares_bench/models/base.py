@@ -198,8 +198,7 @@ class HostModel(ABC):
     def _end_text(self) -> str:
         """What the chat template writes after a reply."""
         turns = [Turn((), "a"), Turn((), "b")]
-        text = self.processor.apply_chat_template(chat_messages(turns, [_HOLE]), tokenize=False, add_generation_prompt=True)
-        return text.split(_HOLE)[-1]
+        return rendered(self.processor, chat_messages(turns, [_HOLE])).split(_HOLE)[-1]
 
     @cached_property
     def end_of_turn(self) -> int:
@@ -230,7 +229,7 @@ class HostModel(ABC):
         while any(hole in text for t in turns for text in (t.text, t.system or "", *t.image_prefixes)):
             hole += "\ufdd0"
         history = chat_messages(turns, [hole] * len(replies))
-        text = self.processor.apply_chat_template(history, tokenize=False, add_generation_prompt=True).split(hole)[-1]
+        text = rendered(self.processor, history).split(hole)[-1]
         if turns[-1].omit_newline:  # the end of the model's reply, the line break to leave out, the new message
             end = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
             text = text.replace(f"{end}\n", end, 1)
@@ -297,6 +296,12 @@ class HostModel(ABC):
         embeds = self.embed(ids, first)
         out = self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **extra)
         return out.last_hidden_state
+
+
+def rendered(processor: Any, messages: list[dict], asks: bool = True) -> str:
+    """Messages through a checkpoint's chat template, thinking off where the template asks (``enable_thinking``). asks: up to the reply."""
+    thinking = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **thinking)
 
 
 def joined(visual: list[VisualTokens]) -> Tensor:
