@@ -1,5 +1,6 @@
 """Every family of ``models``: the contract of ``HostModel`` on a tiny random model; and a family that is made here, in one class."""
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -236,6 +237,28 @@ def test_policies_pruners_scoring_and_rollouts_run_on_it(vlm):
         scored, _ = Scorer(vlm.host, banned_tokens(vlm.host))(packed, vlm.encode(packed.images))
     sampled = torch.tensor([x for g in groups for r in g for x in r.logprobs])
     assert (scored - sampled).abs().max() < TOLERANCE
+
+
+def test_one_row_of_many_continuations_scores_as_each_alone(vlm):
+    samples = [Sample((picture(224, 168),), "Which?", "0")]
+    (group,), _ = rollouts(vlm, Full(), samples, 3, 6)
+    talks = [r.conversation for r in group]
+    score, packed = Scorer(vlm.host, banned_tokens(vlm.host)), pack([talks], vlm.host)
+    with torch.no_grad():
+        together, _ = score(packed, vlm.encode(packed.images))
+        alone = [pack([[talk]], vlm.host) for talk in talks]
+        apart = torch.cat([score(p, vlm.encode(p.images))[0] for p in alone])
+    assert (together - apart).abs().max() < 1e-5
+
+
+def test_training_finds_the_layers_that_it_adapts_and_shares_out(vlm):
+    host = vlm.host
+    assert {type(layer).__name__ for layer in host.decoder.layers} == {host.decoder_layer}
+    linear = [
+        name for name, m in host.model.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(host.lora_targets, name)
+    ]
+    in_decoder = [name for name, m in host.decoder.layers.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linear) == len(in_decoder) >= 4 * host.layers
 
 
 def test_what_a_family_does_not_provide_is_refused_in_a_sentence():
