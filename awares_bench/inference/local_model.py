@@ -22,7 +22,7 @@ from torch import Tensor
 from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn
 from awares_bench.methods.crop_grid import CropGrid
-from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.methods.pruner import OF_THE_TOWER, Pruner, VisualTokens
 from awares_bench.methods.usage import Usage
 from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, HostModel, ImageInput, joined
 from awares_bench.models.checkpoint import CheckpointError, first_line
@@ -171,7 +171,7 @@ class LocalModel:
         into the tower.
         """
         needs = set(pruner.needs) if pruner else set()
-        if needs & {"attention", "vision_keys"} or not all(image.key for image in images):
+        if needs & {*OF_THE_TOWER} or not all(image.key for image in images):
             return self.host.encode(images, needs, pruner.vision_block if pruner else -1)
         store = self.features
         kept = {i.key: store.get(i.key) for i in images} if store else {}
@@ -230,6 +230,7 @@ class LocalModel:
         if pruner is not None and pruner.retention == 1:
             pruner = None
         cuts = self.cut_layers(pruner)
+        before, inside = pruner.before_and_inside(self.host.layers) if pruner else (None, None)
         prepared = [r.prepared or self.prepare(r) for r in requests]
         clock, marks = time.perf_counter, [time.perf_counter()]
         # 1. rows: one a request, or one for all requests that hold the same and are shown the same
@@ -246,8 +247,10 @@ class LocalModel:
             ids, images = prepared[row].ids, prepared[row].images
             shown = [next(runs) for image in images for _ in image.runs]
             chunk = self.host.chunk(ids, images, shown, session.next_position)
-            chunks.append(chunk.cut(pruner, pruner.retention) if pruner and not cuts else chunk)
-        batch = LayerwiseBatch(self.host, sessions, chunks, pruner, cuts) if pruner and cuts else self._batch(sessions, chunks)
+            if pruner and "question" in pruner.needs:
+                chunk = replace(chunk, question=self.host.question_of(ids))
+            chunks.append(chunk.cut(before, before.retention) if before else chunk)
+        batch = LayerwiseBatch(self.host, sessions, chunks, inside, cuts) if inside else self._batch(sessions, chunks)
         scores = batch.prefill()
         if sampling:
             batch.share(copies)
@@ -346,9 +349,10 @@ class LocalModel:
         """The decoder layers of this model after which the pruner cuts. Raises ValueError for a pruner that this host cannot run."""
         if pruner is None:
             return {}
+        pruner.check(self.host.decoder.config.hidden_size)
         layers = self.host.layers
         cuts = pruner.cut_layers(layers)
-        wanted = {*pruner.needs, *(["decoder_attention"] if cuts else [])}
+        wanted = {*pruner.needs, *(["decoder_attention"] if cuts else [])} - {"question"}
         if missing := sorted(wanted - self.host.provides):
             raise ValueError(
                 f"{type(pruner).__name__} needs {', '.join(missing)}, which a {self.host.model_types[0]} host does not provide"

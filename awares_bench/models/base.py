@@ -85,7 +85,7 @@ class HostModel(ABC):
     """The class of transformers that loads them."""
 
     provides: ClassVar[frozenset[str]]
-    """What pruners may ask for: of {"attention", "vision_keys", "decoder_attention", "seed"}."""
+    """What pruners may ask for: of ``methods.pruner.NEEDS``, and ``decoder_attention``. The question comes with every family."""
 
     position_axes: ClassVar[int] = 1
     """Axes of a position: 3 for M-RoPE, 1 for RoPE."""
@@ -264,6 +264,14 @@ class HostModel(ABC):
             deepstack = embeds.new_zeros((len(added), *embeds.shape))
             deepstack[:, places] = added.to(embeds.dtype)
         return PromptChunk(embeds, positions.to(self.device), after, tuple(spans), deepstack)
+
+    def question_of(self, ids: list[int]) -> slice:
+        """Of the tokens of a turn after its last image, those that the user wrote: up to the end of the message, without marks."""
+        text = ids[len(ids) - ids[::-1].index(self.image_token) :] if self.image_token in ids else ids
+        stop = text.index(self.end_of_turn) if self.end_of_turn in text else len(text)
+        marks = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        start = next((i for i in range(stop) if text[i] not in marks), stop)
+        return slice(start, stop)
 
     def rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, L, d) at positions (axes, B, L), in the precision of ``hidden``."""
