@@ -119,9 +119,9 @@ class LocalModel:
 
     # ------------------------------------------------------------------ pictures and text to tokens
 
-    def visual_tokens(self, image: Image.Image) -> int:
-        """Visual tokens that ``image`` costs under the processor's limits, without encoding it."""
-        return self.host.visual_tokens(image)
+    def visual_tokens(self, image: Image.Image, share: float = 1.0) -> int:
+        """Visual tokens that ``image`` costs under the processor's limits, without encoding it. share: see ``Turn.shares``."""
+        return self.host.visual_tokens(image, share)
 
     def check(self, question: str, what: str = "the question") -> None:
         """Raise ValueError when a text cannot be asked (``HostModel.check_text``)."""
@@ -132,15 +132,16 @@ class LocalModel:
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text[: min((text.find(s) for s in until if s in text), default=len(text))]
 
-    def image_input(self, image: Image.Image, known: dict[str, ImageInput] | None = None) -> ImageInput:
-        """A picture as the encoder takes it. known: inputs made before, by key, which a picture is looked up in and added to."""
+    def image_input(self, image: Image.Image, known: dict[str, ImageInput] | None = None, share: float = 1.0) -> ImageInput:
+        """A picture as the encoder takes it. known: inputs made before, by key, which a picture is looked up in and added to.
+        share: of the original, see ``Turn.shares``."""
         if known is None and self.features is None:
-            return self.host.image_input(image)
-        key = self.host.image_key(image)
+            return self.host.image_input(image, share=share)
+        key = self.host.image_key(image, share)
         if known is None:
-            return self.host.image_input(image, key)
+            return self.host.image_input(image, key, share)
         if key not in known:
-            known[key] = self.host.image_input(image, key)
+            known[key] = self.host.image_input(image, key, share)
         return known[key]
 
     def prepare(self, request: Request, known: dict[str, ImageInput] | None = None) -> Prepared:
@@ -149,7 +150,7 @@ class LocalModel:
         Raises ValueError when the conversation does not fit into the checkpoint's context.
         """
         start, session = time.perf_counter(), request.session
-        images = [self.image_input(image, known) for image in request.turn.images]
+        images = [self.image_input(image, known, share) for image, share in request.turn.shown]
         events = [e for image in images for e in image.events]
         if self.device.type == "cuda":
             images = [image.pinned() for image in images]
@@ -183,7 +184,8 @@ class LocalModel:
             if store:
                 store.put(image.key, runs[image.key])
         seeds = [image.seed if "seed" in needs else 0 for image in images]
-        return [replace(run, seed=seed) for image, seed in zip(images, seeds, strict=True) for run in runs[image.key]]
+        shown = [(image, seed) for image, seed in zip(images, seeds, strict=True)]
+        return [replace(run, seed=seed + number) for image, seed in shown for number, run in enumerate(runs[image.key])]
 
     def encode(self, images: list[ImageInput]) -> Tensor | None:
         """Pictures -> their features in order, as ``joined``: (V, D), or wider; None for no pictures."""

@@ -58,8 +58,11 @@ class Endpoint:
         self.limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
 
-    def visual_tokens(self, image) -> int:
-        """Merged visual tokens of ``image`` under this processor's limits; the server's limits should be the same."""
+    def visual_tokens(self, image, share: float = 1.0) -> int:
+        """Merged visual tokens of ``image`` under this processor's limits; the server's limits should be the same.
+
+        share: not read. A server cannot be told what a picture stands for: it shows every picture of a tiling family in all its tiles.
+        """
         return self.family.count_tokens(self.processor, self.limits, image)
 
     def check(self, question: str) -> None:
@@ -104,6 +107,11 @@ class Endpoint:
         history = [*session.turns, turn]
         visual, before = self._visual([turn]), self._visual(session.turns)
         text, earlier = self._text(history, session.replies), self._text(session.turns, session.replies)
+        if self.family.tiles and any(share < 1 for _, share in turn.shown):
+            told = (
+                "a server cannot be told a picture's share of the original: views and crops take all the tiles of a whole picture"
+            )
+            events.append(Event(EventKind.SHARE_NOT_TOLD, told))
         if turn.omit_newline:
             events.append(
                 Event(EventKind.TEMPLATE, "the line break before this message is the server's; the checkpoint had none")

@@ -99,6 +99,10 @@ class HostModel(ABC):
     decoder_layer: ClassVar[str]
     """Class name of a decoder layer: what FSDP wraps."""
 
+    tiles: ClassVar[bool] = False
+    """A picture costs tiles of a fixed size, however many pixels it has; the share of the original that it stands for (``Turn.shares``)
+    decides how many. At native resolution its pixels do, and the share is not read."""
+
     stock_packages: ClassVar[tuple[str, ...]] = ()
     """Modules that lmms-eval's own model of this family needs and does not install."""
 
@@ -126,8 +130,8 @@ class HostModel(ABC):
 
     @classmethod
     @abstractmethod
-    def count_tokens(cls, processor: Any, limits: dict[str, int], image: Image.Image) -> int:
-        """Visual tokens of a picture under a processor's limits, without encoding it: equal to ``image_input(image).tokens``."""
+    def count_tokens(cls, processor: Any, limits: dict[str, int], image: Image.Image, share: float = 1.0) -> int:
+        """Visual tokens of a picture under a processor's limits, without encoding it: equal to ``image_input(image, share=share).tokens``."""
 
     @classmethod
     def processor_sizes(cls, config: Any, image_processor: Any) -> dict[str, tuple[int | None, int]]:
@@ -135,8 +139,11 @@ class HostModel(ABC):
         return {}
 
     @abstractmethod
-    def image_input(self, image: Image.Image, key: str = "") -> ImageInput:
-        """An RGB picture -> what the encoder takes. Runs in any thread, without the device."""
+    def image_input(self, image: Image.Image, key: str = "", share: float = 1.0) -> ImageInput:
+        """An RGB picture -> what the encoder takes. Runs in any thread, without the device.
+
+        share: of the original that the picture stands for (``Turn.shares``), read by tiling families.
+        """
 
     @abstractmethod
     def encode(self, images: list[ImageInput], needs: Iterable[str] = (), block: int = -1) -> list[VisualTokens]:
@@ -207,13 +214,13 @@ class HostModel(ABC):
 
     # ------------------------------------------------------------------ shared: pictures and text to tokens
 
-    def visual_tokens(self, image: Image.Image) -> int:
-        """Visual tokens that ``image`` costs under this processor's limits, without encoding it."""
-        return self.count_tokens(self.processor, self.limits, image)
+    def visual_tokens(self, image: Image.Image, share: float = 1.0) -> int:
+        """Visual tokens that ``image`` costs under this processor's limits, without encoding it. share: see ``Turn.shares``."""
+        return self.count_tokens(self.processor, self.limits, image, share)
 
-    def image_key(self, image: Image.Image) -> str:
-        """Names what the encoder would be given for a picture: equal for equal pixels, size and limits."""
-        settings = repr((image.size, image.mode, self.limits)).encode()[:64]
+    def image_key(self, image: Image.Image, share: float = 1.0) -> str:
+        """Names what the encoder would be given for a picture: equal for equal pixels, size and limits, and share where that is read."""
+        settings = repr((*((share,) if self.tiles else ()), image.size, image.mode, self.limits)).encode()[:64]
         return hashlib.blake2b(image.tobytes(), digest_size=16, key=settings).hexdigest()
 
     def check_text(self, text: str, what: str = "the question") -> None:

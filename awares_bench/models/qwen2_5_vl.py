@@ -37,7 +37,7 @@ class Qwen2_5_VL(HostModel):
         return within_aspect(image)
 
     @classmethod
-    def count_tokens(cls, processor, limits: dict[str, int], image: Image.Image) -> int:
+    def count_tokens(cls, processor, limits: dict[str, int], image: Image.Image, share: float = 1.0) -> int:
         image, _ = cls.accepted(image)
         ip = processor.image_processor
         given = {"min_pixels": limits["shortest_edge"], "max_pixels": limits["longest_edge"]}  # it does not read ``size``
@@ -53,7 +53,7 @@ class Qwen2_5_VL(HostModel):
         }
         return {name: (getattr(image_processor, name, None), size) for name, size in sizes.items()}
 
-    def image_input(self, image: Image.Image, key: str = "") -> ImageInput:
+    def image_input(self, image: Image.Image, key: str = "", share: float = 1.0) -> ImageInput:
         """inputs: pixel_values (P, 1176) and image_grid_thw (1, 3), the rows and columns in patches."""
         image, events = self.accepted(image)
         ip = self.processor.image_processor
