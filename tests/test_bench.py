@@ -17,7 +17,7 @@ from awares_bench.cli import main
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Turn
-from awares_bench.models import qwen2_5_vl_vision
+from awares_bench.models import qwen_vision
 from awares_bench.models.cpu_kernels import ONEDNN
 from awares_bench.models.families import host_of
 from awares_bench.models.flops import decoder_flops, vision_flops
@@ -48,7 +48,7 @@ def vlm():
 @pytest.mark.parametrize("matmul_attention", [False, True], ids=["fused", "products"])  # with AMX, and without it
 @pytest.mark.parametrize("size", [(336, 224), (448, 336)])  # below and above the patches that attend by products
 def test_operations_are_those_that_pytorch_counts(vlm, monkeypatch, size, matmul_attention):
-    monkeypatch.setattr(qwen2_5_vl_vision, "USE_MATMUL_ATTENTION", matmul_attention and qwen2_5_vl_vision.ONEDNN)
+    monkeypatch.setattr(qwen_vision, "USE_MATMUL_ATTENTION", matmul_attention and qwen_vision.ONEDNN)
     patches, grid, _ = pixels(vlm, picture(*size))
     with counted() as counter:
         encode(vlm, [patches], [grid])

@@ -34,7 +34,7 @@ from awares_bench.models.cpu_kernels import onednn_linears
 from awares_bench.models.families import host_of
 from awares_bench.models.packaged import NANO
 from awares_bench.models.qwen2_5_vl import Qwen2_5_VL, runs_of
-from awares_bench.models.qwen2_5_vl_vision import probed, windowed_attention
+from awares_bench.models.qwen_vision import probed, windowed_attention
 
 from .meter import Meter, MeteredBatch, clock, metered
 from .synthetic_models import geometry, random_model
