@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from threading import Lock
@@ -24,7 +25,7 @@ from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, 
 from awares_bench.methods.crop_grid import CropGrid
 from awares_bench.methods.pruner import OF_THE_TOWER, Pruner, VisualTokens
 from awares_bench.methods.usage import Usage
-from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, HostModel, ImageInput, joined
+from awares_bench.models.base import HostModel, ImageInput, joined
 from awares_bench.models.checkpoint import CheckpointError, first_line
 from awares_bench.models.cpu_kernels import onednn_linears
 from awares_bench.models.loading import load_host
@@ -68,9 +69,12 @@ class SampledReply(Reply):
 class LocalModel:
     """A host model that answers. Greedy decoding, unless told to sample; every public method is deterministic.
 
+    engine: what records call this way of answering.
     constrained: hold replies that begin as a call to its grammar (``CallGrammar``); False is plain greedy decoding.
     repetition_penalty: 1 for none; None: the one of the checkpoint's ``generation_config.json``, as transformers' ``generate`` applies it.
     """
+
+    engine = "transformers"
 
     def __init__(self, host: HostModel, constrained: bool = True, repetition_penalty: float | None = None):
         self.host = host
@@ -97,16 +101,18 @@ class LocalModel:
         dtype: str = "auto",
         device: str = "auto",
         attn_implementation: str = "sdpa",
-        min_pixels: int = MIN_PIXELS,
-        max_pixels: int = MAX_PIXELS,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         constrained: bool = True,
         repetition_penalty: float | None = None,
+        limits: str | None = None,
     ) -> LocalModel:
         """Load a checkpoint folder or hub name, or a folder of LoRA adapters, which are merged into the base that they name.
 
-        dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. Raises CheckpointError.
+        dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. limits, min_pixels, max_pixels: of a picture (``HostModel``).
+        Raises CheckpointError.
         """
-        host = load_host(pretrained, dtype, device, attn_implementation, min_pixels, max_pixels)
+        host = load_host(pretrained, dtype, device, attn_implementation, min_pixels, max_pixels, limits)
         return cls(host, constrained, repetition_penalty)
 
     @property
@@ -211,7 +217,7 @@ class LocalModel:
         try:
             # features and caches of rollouts meet gradients later, which those of inference mode must not
             mode = torch.no_grad() if sampling else torch.inference_mode()
-            with mode, onednn_linears(self.host.decoder, self.host.model.get_output_embeddings()):
+            with mode, self.kernels():
                 replies = self._reply(requests, pruner, sampling, names)
             most = peak(self.device) if counted else None
             return [r if isinstance(r, Failure) else replace(r, peak_memory_bytes=most) for r in replies]
@@ -280,14 +286,13 @@ class LocalModel:
         self.synchronise()
         marks.append(clock())
         if self.trace is not None:
-            kept = [torch.stack(r.scores or [scores.new_full(scores.shape[-1:], float("nan"))]) for r in replies]
-            self.trace += torch.nn.utils.rnn.pad_sequence(kept, padding_value=float("nan"))
+            self.trace += traced(replies, scores)
 
         # 5. replies, and what the sessions keep
         visual = [sum(image.tokens for image in p.images) for p in prepared]
         text = [len(p.ids) - n for p, n in zip(prepared, visual, strict=True)]
         output = [0 if r.forced else len(r.tokens) for r in replies]
-        seconds = _shares(marks, visual, [len(p.ids) for p in prepared], output)
+        seconds = shares(marks, visual, [len(p.ids) for p in prepared], output)
         out: list[Reply | Failure] = []
         for b, (r, decoder) in enumerate(zip(requests, replies, strict=True)):
             if decoder.fault:
@@ -347,6 +352,10 @@ class LocalModel:
         ragged = self.device.type == "cpu" and self.host.attention == "sdpa"
         return (RaggedBatch if ragged else PaddedBatch)(self.host, sessions, chunks)
 
+    def kernels(self) -> AbstractContextManager:
+        """Within the block the model's layers run on this package's kernels, where there are any."""
+        return onednn_linears(self.host.decoder, self.host.model.get_output_embeddings())
+
     def cut_layers(self, pruner: Pruner | None) -> dict[int, float]:
         """The decoder layers of this model after which the pruner cuts. Raises ValueError for a pruner that this host cannot run."""
         if pruner is None:
@@ -398,6 +407,12 @@ class LocalModel:
             torch.cuda.synchronize(self.device)
 
 
+def traced(replies: Sequence[ReplyDecoder], scores: Tensor) -> Tensor:
+    """The scores that replies chose by, (steps, B, vocabulary), NaN where a row has ended. scores: (..., vocabulary), for its shape."""
+    kept = [torch.stack(r.scores or [scores.new_full(scores.shape[-1:], float("nan"))]) for r in replies]
+    return torch.nn.utils.rnn.pad_sequence(kept, padding_value=float("nan"))
+
+
 def _shown(request: Request, prepared: Prepared) -> tuple:
     """The history of a request's session with what it is now shown."""
     return (*request.session.history, tuple(prepared.ids), tuple(image.key for image in prepared.images))
@@ -427,7 +442,7 @@ def _sampled(reply: Reply, decoder: ReplyDecoder, prepared: Prepared, carried: i
     )
 
 
-def _shares(marks: list[float], visual: list[int], prompt: list[int], output: list[int]) -> list[dict[str, Any]]:
+def shares(marks: list[float], visual: list[int], prompt: list[int], output: list[int]) -> list[dict[str, Any]]:
     """Seconds of encode, prefill and decode for each row: the batch's phases shared out by tokens."""
     phases = ("encode_seconds", "prefill_seconds", "decode_seconds")
     out: list[dict[str, Any]] = [{} for _ in prompt]

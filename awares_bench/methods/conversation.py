@@ -165,6 +165,7 @@ class EventKind(str, Enum):
     ORIGINAL_SHRUNK = "original_shrunk"
     OUT_OF_MEMORY = "out_of_memory"
     PREFIX_CACHE = "prefix_cache"
+    PREFIX_RECOMPUTED = "prefix_recomputed"
     REPETITION_PENALTY = "repetition_penalty"
     RESOLUTION = "resolution"
     SEVERAL_IMAGES = "several_images"

@@ -27,13 +27,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from awares_bench.methods.conversation import Event, Turn, chat_messages
 from awares_bench.methods.pruner import VisualTokens
 
+from .limits import RELEASED, Limits
 from .prompt_chunk import ImageSpan, PromptChunk
 
 CACHE = "cache" if "cache" in signature(Qwen2Model.forward).parameters else "past_key_values"
 """What decoders and their layers call the argument for their cache: transformers renamed it, and 5.40 drops the old name."""
-
-MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
-"""Default limits of a picture: those of the released Qwen2.5-VL processors, 4 to 16,384 visual tokens of 28 x 28 pixels."""
 
 _HOLE = "\ufdd0reply\ufdd0"  # two noncharacters around a word, lengthened where a question does contain it
 
@@ -87,6 +85,9 @@ class HostModel(ABC):
     provides: ClassVar[frozenset[str]]
     """What pruners may ask for: of ``methods.pruner.NEEDS``, and ``decoder_attention``. The question comes with every family."""
 
+    default_limits: ClassVar[tuple[int, int]] = RELEASED
+    """Fewest and most pixels of a picture in the family's released processors."""
+
     position_axes: ClassVar[int] = 1
     """Axes of a position: 3 for M-RoPE, 1 for RoPE."""
 
@@ -107,12 +108,18 @@ class HostModel(ABC):
     """Modules that lmms-eval's own model of this family needs and does not install."""
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        limits: str | None = None,
     ) -> None:
-        if not 0 < min_pixels <= max_pixels:
-            raise ValueError(f"need 0 < min_pixels <= max_pixels; got {min_pixels} and {max_pixels}")
+        """limits: a set of limits by name (``limits.NAMED``), None for ``default_limits``; min_pixels, max_pixels: in its place."""
+        asked = Limits(limits, min_pixels, max_pixels)
+        (least, most), self.limits_name = asked.resolve(model.config.model_type, self.default_limits)
         self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
-        self.limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        self.limits = {"shortest_edge": least, "longest_edge": most}
         self.image_token: int = model.config.image_token_id
         stop = model.generation_config.eos_token_id
         self.stop = set(stop if isinstance(stop, list) else [stop]) | {self.tokenizer.eos_token_id}

@@ -29,6 +29,6 @@ def families() -> dict[str, type[HostModel]]:
     return {model_type: host for host in hosts for model_type in host.model_types}
 
 
-def host_of(model, processor, *limits: int) -> HostModel:
-    """A model and its processor as the host of its family. limits: fewest and most pixels of a picture."""
+def host_of(model, processor, *limits) -> HostModel:
+    """A model and its processor as the host of its family. limits: of a picture, as ``HostModel`` takes them."""
     return families()[model.config.model_type](model, processor, *limits)
