@@ -66,12 +66,14 @@ def rates(device: str, size: int, copied: int) -> dict:
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
         }
-    return result | {"attention": attention(device)}
+    length = 2048 if device.startswith("cuda") else 128
+    return result | {"attention_tokens": length, "attention": attention(device, length)}
 
 
-def attention(device: str, heads: int = 16, groups: int = 2, length: int = 2048, width: int = 128) -> dict[str, float | str]:
-    """Seconds of causal attention over one prompt at the heads of 3B, by each of PyTorch's kernels; in words where one refuses."""
-    dtype, length = (torch.bfloat16, length) if device.startswith("cuda") else (torch.float32, 128)
+def attention(device: str, length: int, heads: int = 16, groups: int = 2, width: int = 128) -> dict[str, float | str]:
+    """Seconds of causal attention over a prompt of ``length`` tokens at the heads of 3B, by each of PyTorch's kernels; in words where one
+    refuses."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     q, k, v = (torch.randn(1, h, length, width, device=device).to(dtype) for h in (heads, groups, groups))
     out: dict[str, float | str] = {}
 

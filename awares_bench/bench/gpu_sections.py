@@ -130,7 +130,7 @@ def train_tower(scale: Scale, device: str, out: Path, seconds: float = 240.0) ->
 
     width, depth = scale.nano_width, scale.nano_depth
     geometry = model.Geometry(
-        width=width, layers=depth, heads=width // 32, kv_heads=2, mlp=width * 7 // 3, vision_width=width * 2 // 3,
+        width=width, layers=depth, heads=width // 32, kv_heads=width // 96, mlp=width * 7 // 3, vision_width=width * 2 // 3,
         vision_depth=depth, vision_heads=max(1, width // 96), vision_mlp=2 * width,
     )  # fmt: skip
     few, start = 60, time.perf_counter()

@@ -66,9 +66,13 @@ class Steps(TrainerCallback):
         vlm = self.trainer.vlm
         vlm.synchronise()
         seconds = time.perf_counter() - self.start
-        metrics = {name: values[-1] for name, values in self.trainer.step_metrics.items()}
+        # what the sampler gave the tokens says nothing of those that were forced in their place
+        metrics = {name: values[-1] for name, values in self.trainer.step_metrics.items() if name != "sampler_dlogp"}
         peak = vlm.peak_since_restart() if self.counted else None
-        self.steps.append({"seconds": seconds, "tokens": self.tokens.take(), "peak_memory_bytes": peak, "metrics": metrics})
+        tokens = self.tokens.take()
+        tokens["reference"] = tokens["loss"]  # the same model without its adapters, whose tokens were counted as prefill
+        tokens["prefill"] -= tokens["reference"]
+        self.steps.append({"seconds": seconds, "tokens": tokens, "peak_memory_bytes": peak, "metrics": metrics})
         self._start()
 
 
