@@ -24,7 +24,7 @@ from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, 
 from awares_bench.methods.crop_grid import CropGrid
 from awares_bench.methods.pruner import Pruner, VisualTokens
 from awares_bench.methods.usage import Usage
-from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, HostModel, ImageInput
+from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, HostModel, ImageInput, joined
 from awares_bench.models.checkpoint import CheckpointError, first_line
 from awares_bench.models.cpu_kernels import onednn_linears
 from awares_bench.models.loading import load_host
@@ -188,8 +188,8 @@ class LocalModel:
         return [replace(run, seed=seed) for image, seed in zip(images, seeds, strict=True) for run in runs[image.key]]
 
     def encode(self, images: list[ImageInput]) -> Tensor | None:
-        """Pictures -> their features (V, D), in order; None for no pictures."""
-        return torch.cat([run.features for run in self.see(images)]) if images else None
+        """Pictures -> their features in order, as ``joined``: (V, D), or wider; None for no pictures."""
+        return joined(self.see(images)) if images else None
 
     # ------------------------------------------------------------------ answering
 

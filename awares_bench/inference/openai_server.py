@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn, chat_messages
 from awares_bench.methods.usage import Usage
-from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, HostModel, check_text
+from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, HostModel, check_text, rendered
 from awares_bench.models.checkpoint import family_of, open_processor
 from awares_bench.models.packaged import resolve
 
@@ -202,7 +202,7 @@ class Endpoint:
         if not turns:
             return 0
         asks = len(turns) > len(replies)
-        text = self.processor.apply_chat_template(chat_messages(turns, replies), tokenize=False, add_generation_prompt=asks)
+        text = rendered(self.processor, chat_messages(turns, replies), asks)
         return len(self._ids(text)) - sum(len(turn.images) for turn in turns)
 
     def _ids(self, text: str) -> list[int]:

@@ -19,8 +19,10 @@ GROUP = "awares_bench.models"
 def families() -> dict[str, type[HostModel]]:
     """``config.model_type`` -> the family that runs it. Those of this package win."""
     from .qwen2_5_vl import Qwen2_5_VL
+    from .qwen2_vl import Qwen2VL
+    from .qwen3_vl import Qwen3VL, Qwen3VLMoe
 
-    hosts = [*(entry.load() for entry in entry_points(group=GROUP)), Qwen2_5_VL]
+    hosts = [*(entry.load() for entry in entry_points(group=GROUP)), Qwen2_5_VL, Qwen2VL, Qwen3VL, Qwen3VLMoe]
     return {model_type: host for host in hosts for model_type in host.model_types}
 
 

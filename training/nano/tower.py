@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from awares_bench.methods.crop_grid import PAPER_GRID, Box
 from awares_bench.methods.images import half
-from awares_bench.models.qwen2_5_vl_vision import windowed_attention
+from awares_bench.models.qwen_vision import windowed_attention
 from awares_bench.tasks.nano import world
 
 from .. import script
