@@ -69,13 +69,13 @@ def open_vlm(recipe, dtype: str = "auto") -> LocalModel:
     )
 
 
-def prepare(recipe: TrainingRecipe, dropout: float = 0.0) -> tuple[Scorer, LocalModel]:
+def prepare(recipe: TrainingRecipe, dropout: float = 0.0, vlm: LocalModel | None = None) -> tuple[Scorer, LocalModel]:
     """Load the start, freeze the tower, and add adapters or unfreeze the decoder.
 
-    -> (what is trained, what answers); both hold the same weights.
+    vlm: the start, where it is loaded already. -> (what is trained, what answers); both hold the same weights.
     """
     dtype = "float32" if recipe.tuning == "full" else recipe.dtype
-    vlm = open_vlm(recipe, dtype)
+    vlm = vlm or open_vlm(recipe, dtype)
     model = vlm.host.model.requires_grad_(False)
     if recipe.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -90,6 +90,8 @@ class LocalModel:
         """Set to keep vision features of pictures that may be seen again."""
         self.trace: list[Tensor] | None = None
         """Set to a list to collect the (B, vocabulary) scores of every choice, NaN where a row has ended; for tests."""
+        self.layout: type[Batch] | None = None
+        """How rows lie in memory; None for what suits the device."""
         self._grammars: dict[CropGrid, CallGrammar] = {}
         self._most = 0  # bytes at the peaks of replies that were counted one by one
         self._tokenizing = Lock()  # a fast tokenizer must not be configured while another thread uses it
@@ -348,9 +350,11 @@ class LocalModel:
         return out
 
     def _batch(self, sessions: list[Session], chunks: list) -> Batch:
+        return (self.layout or self.own_layout())(self.host, sessions, chunks)
+
+    def own_layout(self) -> type[Batch]:
         """Rows without padding on a CPU; a rectangle of them elsewhere, or where another attention was asked for."""
-        ragged = self.device.type == "cpu" and self.host.attention == "sdpa"
-        return (RaggedBatch if ragged else PaddedBatch)(self.host, sessions, chunks)
+        return RaggedBatch if self.device.type == "cpu" and self.host.attention == "sdpa" else PaddedBatch
 
     def kernels(self) -> AbstractContextManager:
         """Within the block the model's layers run on this package's kernels, where there are any."""
@@ -391,8 +395,16 @@ class LocalModel:
         """Answer once for nothing, so that no document pays for the first use of kernels and allocators."""
         picture = Image.new("RGB", (224, 224))
         self.reply([Request(Session(), Turn((picture,), "?"), 2)])
-        start_peak(self.device)
+        self.restart_peak()
+
+    def restart_peak(self) -> bool:
+        """Count peak memory from here on -> whether that is possible."""
         self._most = 0
+        return start_peak(self.device)
+
+    def peak_since_restart(self) -> int:
+        """Most bytes in use since ``restart_peak`` returned true."""
+        return max(self._most, peak(self.device))
 
     def peak_memory(self) -> int:
         """Most bytes in use so far: on the GPU by tensors, on a CPU by the whole process."""
