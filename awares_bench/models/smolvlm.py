@@ -18,13 +18,13 @@ from .base import ImageInput
 from .tiles import TilingHost
 
 LARGEST = 4096
-"""Pixels of the longest edge that the processors never go beyond."""
+"""Pixels of the longest edge that the processors do not go beyond."""
 
 
 class Idefics3(TilingHost):
     """Tiles of a share: the longest edge times the root of the share, in whole tiles, at least one. A quarter of 4 x 4 is 2 x 2.
 
-    ``max_pixels`` is the square of the longest edge, rounded down to whole tiles.
+    ``max_pixels`` is the square of the longest edge, which is rounded down to whole tiles where it is not the checkpoint's own.
     """
 
     model_types = ("idefics3",)
@@ -59,6 +59,11 @@ class Idefics3(TilingHost):
     def processor_sizes(cls, config, image_processor) -> dict[str, tuple[int | None, int]]:
         return {"max_image_size": (image_processor.max_image_size["longest_edge"], config.vision_config.image_size)}
 
+    @classmethod
+    def own_limits(cls, processor) -> tuple[int, int]:
+        edge, tile = processor.image_processor.size["longest_edge"], cls.tile_side(processor)
+        return tile**2, max(edge, tile) ** 2
+
     @staticmethod
     def tile_side(processor) -> int:
         return processor.image_processor.max_image_size["longest_edge"]
@@ -69,8 +74,9 @@ class Idefics3(TilingHost):
 
     @classmethod
     def budget(cls, processor, limits: dict[str, int], share: float) -> dict[str, Any]:
-        tile, own = cls.tile_side(processor), processor.image_processor.size["longest_edge"]
-        most = min(own, LARGEST, isqrt(limits["longest_edge"]) // tile * tile)
+        tile, most = cls.tile_side(processor), processor.image_processor.size["longest_edge"]
+        if limits["longest_edge"] != cls.own_limits(processor)[1]:
+            most = min(LARGEST, isqrt(limits["longest_edge"])) // tile * tile
         if share < 1:
             most = max(1, round(most / tile * share**0.5)) * tile
         return {"size": {"longest_edge": most}}
@@ -93,9 +99,9 @@ class Idefics3(TilingHost):
         # not get_image_features, which takes a tile of zeros for padding and drops it
         return self.model.model.connector(self.tower(pixel_values=pixels).last_hidden_state)
 
-    def attention_module(self, block: int) -> nn.Module:
-        layers = self.tower.encoder.layers
-        return layers[self.block_number(block, len(layers))].self_attn
+    @property
+    def attention_modules(self) -> list[nn.Module]:
+        return [layer.self_attn for layer in self.tower.encoder.layers]
 
     def queries_and_keys(self, attention, hidden: Tensor) -> tuple[Tensor, Tensor]:
         return attention.q_proj(hidden), attention.k_proj(hidden)

@@ -1,7 +1,5 @@
 """Families that cut pictures into tiles: what a share is, counts, pruning, pooling, training; beside the models' own code and per-layer masks."""
 
-import re
-
 import pytest
 import torch
 from PIL import Image
@@ -40,7 +38,12 @@ TINY = {"internvl": lambda: internvl("qwen2"), "idefics3": lambda: smolvlm("idef
 """InternVL with the decoder and the norms in its tower that the contract of hosts has not; SmolVLM, which is there, is Idefics3 by another name."""
 
 PAGE = (1700, 2200)
-NO_LIMITS = {"shortest_edge": 1, "longest_edge": 2**30}
+
+
+def count(family, processor, image: Image.Image, share: float = 1.0) -> int:
+    """Visual tokens under the processor's own limits."""
+    limits = dict(zip(("shortest_edge", "longest_edge"), family.own_limits(processor), strict=True))
+    return family.count_tokens(processor, limits, image, share)
 
 
 @pytest.fixture(params=TINY)
@@ -115,9 +118,9 @@ RELEASED = {  # longest edge, pixels and tokens of a tile -> full, half-size vie
 def test_a_page_under_the_released_settings_of_smolvlm(name):
     settings, expected = RELEASED[name]
     processor, page = smolvlm_processor("idefics3", tokenizer(*SMOLVLM_MARKS), *settings), Image.new("RGB", PAGE)
-    count = lambda image, share: Idefics3.count_tokens(processor, NO_LIMITS, image, share)  # noqa: E731
-    quarters = PAPER_GRID.cut(page, ("top-left", "bottom-right"))
-    assert (count(page, 1.0), count(half(page), 0.25), sum(count(crop, 0.25) for crop in quarters)) == expected
+    shown = [(page, 1.0), (half(page), 0.25), *((crop, 0.25) for crop in PAPER_GRID.cut(page, ("top-left", "bottom-right")))]
+    full, view, *quarters = (count(Idefics3, processor, image, share) for image, share in shown)
+    assert (full, view, sum(quarters)) == expected
     out = processor.image_processor(images=[[page]], return_tensors="pt")  # the processor as it is
     assert out["pixel_values"].shape[1] * settings[2] == expected[0]
 
@@ -127,7 +130,7 @@ def test_pages_under_the_released_settings_of_internvl():
     sizes = {PAGE: (3328, 256), (1920, 1080): (2304, 768), (640, 480): (3328, 256), (224, 224): (256, 256)}
     for size, expected in sizes.items():
         page = Image.new("RGB", size)
-        counts = [InternVL.count_tokens(processor, NO_LIMITS, i, s) for i, s in ((page, 1.0), (half(page), 0.25))]
+        counts = [count(InternVL, processor, i, s) for i, s in ((page, 1.0), (half(page), 0.25))]
         assert tuple(counts) == expected
     out = processor.image_processor(images=[Image.new("RGB", (640, 480))], return_tensors="pt", crop_to_patches=True)
     assert len(out["pixel_values"]) * 256 == 3328
@@ -149,7 +152,7 @@ def test_counts_hold_where_the_longest_edge_is_not_whole_tiles():
     processor = smolvlm_processor("idefics3", tokenizer(*SMOLVLM_MARKS), edge=400)
     for size in [*SIZES, *((w, h) for w in range(20, 60, 7) for h in range(20, 60, 7))]:
         out = processor.image_processor(images=[[Image.new("RGB", size)]], return_tensors="pt")
-        assert Idefics3.count_tokens(processor, NO_LIMITS, Image.new("RGB", size)) == out["pixel_values"].shape[1] * 16, size
+        assert count(Idefics3, processor, Image.new("RGB", size)) == out["pixel_values"].shape[1] * 16, size
 
 
 def test_at_half_size_a_tiling_model_is_fed_a_share_of_its_tokens(vlm):
@@ -165,13 +168,15 @@ def test_at_half_size_a_tiling_model_is_fed_a_share_of_its_tokens(vlm):
 
 def test_max_pixels_lowers_the_tiles_and_what_cannot_be_is_refused():
     host, page = internvl(), Image.new("RGB", (300, 400))
-    fewer = InternVL(host.model, host.processor, 1, 6 * 112**2)
+    fewer, more = (InternVL(host.model, host.processor, max_pixels=tiles * 112**2) for tiles in (6, 20))
     assert host.visual_tokens(page) == 13 * 16 and fewer.visual_tokens(page) == 7 * 16 == fewer.image_input(page).tokens
+    assert more.visual_tokens(page) == 13 * 16 and more.visual_tokens(Image.new("RGB", (500, 400))) == 21 * 16
+    assert host.limits == {"shortest_edge": 112**2, "longest_edge": 12 * 112**2} and host.limits_name == "hf"
     smol = smolvlm("idefics3")
-    less = Idefics3(smol.model, smol.processor, 1, 300**2)  # a longest edge of 2 tiles
+    less = Idefics3(smol.model, smol.processor, max_pixels=300**2)  # a longest edge of 2 tiles
     assert smol.visual_tokens(page) == 13 * 16 and less.visual_tokens(page) == 5 * 16 == less.image_input(page).tokens
     for pixels in ((1, 100), (112**2 + 1, 2**20)):
-        with pytest.raises(ValueError, match=r"in tiles of 112 x 112 = 12,544 pixels, one at the least, which must lie between"):
+        with pytest.raises(ValueError, match=r"in tiles of 12,544 pixels, one at the least, which must lie between the two"):
             InternVL(host.model, host.processor, *pixels)
     with pytest.raises(CheckpointError, match="the processor writes 25 image tokens a tile, and the model makes 16"):
         InternVL(host.model, internvl_processor(host.tokenizer, 112, 25))
@@ -188,30 +193,35 @@ def test_the_patches_of_a_token_are_those_of_the_models_own_pixel_shuffle(vlm):
         index = torch.cat([torch.full((tiles, 1, 1), -1e6), index], 1)  # CLS
     else:
         theirs = host.model.model.connector.pixel_shuffle(index, 2)
-    assert torch.equal(host._per_token([index])[..., 0], theirs.mean(-1))
-    assert torch.equal(host._per_token([index[..., 0]]), theirs.mean(-1))
+    assert torch.equal(host._per_token(index)[..., 0], theirs.mean(-1))
+    assert torch.equal(host._per_token(index[..., 0]), theirs.mean(-1))
 
 
 @pytest.mark.parametrize("block", [-1, 0])
 def test_attention_and_keys_are_those_of_the_eager_tower(vlm, block):
     host = vlm.host
     image = host.image_input(picture(300, 200))
-    seen = host.encode([image, host.image_input(picture(56, 56))], ("attention", "vision_keys", "seed"), block)
+    seen = host.encode(
+        [image, host.image_input(picture(56, 56))], ("attention", "vision_keys", "middle_attention", "seed"), block
+    )
     tower, pixels = host.tower, image.inputs["pixel_values"]
     before, tower.config._attn_implementation = tower.config._attn_implementation, "eager"
     try:
         with torch.no_grad():
-            weights = tower(pixel_values=pixels, output_attentions=True).attentions[block]  # (T, H, N, N)
+            weights = tower(pixel_values=pixels, output_attentions=True).attentions  # of every block (T, H, P, P)
     finally:
         tower.config._attn_implementation = before
-    received = host._per_token([weights.mean((1, 2))])
-    for tile, run in zip(received, seen, strict=False):
-        assert (run.attention - tile).abs().max() < 1e-6 and torch.equal(run.tower_order, torch.arange(16))
+    received, middle = (host._per_token(of_block.mean((1, 2))) for of_block in (weights[block], weights[1]))
+    for tile, between, run in zip(received, middle, seen, strict=False):
+        assert (run.attention - tile).abs().max() < 1e-6 and (run.middle_attention - between).abs().max() < 1e-6
+        assert torch.equal(run.tower_order, torch.arange(16))
         assert run.vision_keys.shape == (16, 32) and run.grid == (4, 4)
     assert len(seen) == len(pixels) + len(host.image_input(picture(56, 56)).runs) and len({run.seed for run in seen}) == len(seen)
     plain = host.encode([image])
     assert all(torch.equal(a.features, b.features) for a, b in zip(plain, seen, strict=False)) and plain[0].attention is None
-    assert not any(m._forward_pre_hooks for m in tower.modules())
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in tower.modules()]  # transformers leaves some of its own
+    host.encode([image], ("attention", "middle_attention", "unmerged"))
+    assert hooks == [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in tower.modules()]
     with pytest.raises(RunError, match="vision block 9 is asked for, and this tower has 3"):
         host.encode([image], ("attention",), 9)
 
@@ -219,14 +229,17 @@ def test_attention_and_keys_are_those_of_the_eager_tower(vlm, block):
 def test_keys_are_the_mean_over_heads_and_patches(vlm):
     host = vlm.host
     image, kept = host.image_input(picture(112, 84)), []
-    module = host.attention_module(-1)
+    module = host.attention_modules[-1]
     norm = module.k_norm if isinstance(host, InternVL) else torch.nn.Identity()
     hook = module.k_proj.register_forward_hook(lambda _, __, out: kept.append(norm(out).unflatten(-1, (2, -1)).mean(2)))
     try:
-        (first, *_) = host.encode([image], ("vision_keys",))
+        (first, *_) = host.encode([image], ("vision_keys", "unmerged"))
     finally:
         hook.remove()
-    assert torch.allclose(first.vision_keys, host._per_token([kept[0]])[0], atol=1e-6)
+    assert torch.allclose(first.vision_keys, host._per_token(kept[0])[0], atol=1e-6)
+    with torch.no_grad():
+        leaves = host.tower(pixel_values=image.inputs["pixel_values"]).last_hidden_state
+    assert torch.allclose(first.unmerged, host._per_token(leaves)[0], atol=1e-5)
 
 
 # ------------------------------------------------------------------ pruners
@@ -345,17 +358,6 @@ def test_a_greedy_rollout_is_the_engines_answer(vlm):
             assert [r.tokens for r in rollout.trajectory.replies] == [r.tokens for r in outcomes[i].replies]
             assert rollout.trajectory.rtr == outcomes[i].rtr
     assert not set(banned_tokens(vlm.host)) & {vlm.host.end_of_turn}
-
-
-def test_adapters_and_fsdp_find_the_decoder_and_nothing_else(vlm):
-    host = vlm.host
-    linear = {
-        n: m for n, m in host.model.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(host.lora_targets, n)
-    }
-    inside = {id(m) for m in host.decoder.modules()}
-    assert len(linear) == 7 * host.layers and all(id(m) in inside for m in linear.values())
-    assert {type(layer).__name__ for layer in host.decoder.layers} == {host.decoder_layer}
-    assert not any(id(m) in inside for part in host.vision_parts for m in part.modules())
 
 
 # ------------------------------------------------------------------ checkpoints
