@@ -1,11 +1,16 @@
 """Families that cut pictures into tiles: what a share is, counts, pruning, pooling, training; beside the models' own code and per-layer masks."""
 
+import threading
+from http.server import ThreadingHTTPServer
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from awares_bench.awares import AwaRes
 from awares_bench.baselines.all_crops import AllCrops
+from awares_bench.baselines.cares import Cares
 from awares_bench.baselines.cropvlm import CropVLM
 from awares_bench.baselines.divprune import DivPrune
 from awares_bench.baselines.fastv import FastV
@@ -20,17 +25,22 @@ from awares_bench.baselines.visionthink import VisionThink
 from awares_bench.baselines.visionzip import VisionZip
 from awares_bench.errors import CheckpointError, RunError
 from awares_bench.inference.engine import Engine, Job, Scripted
+from awares_bench.inference.generic_model import GenericModel
 from awares_bench.inference.local_model import LocalModel
+from awares_bench.inference.openai_server import Endpoint
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Sample, Turn
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
+from awares_bench.methods.resolution_gate import Gate
+from awares_bench.models.generic import GenericHost
 from awares_bench.models.internvl import InternVL
 from awares_bench.models.smolvlm import Idefics3
 from awares_bench.training.packing import Scorer, pack
 from awares_bench.training.rendering import render
 from awares_bench.training.rollouts import banned_tokens, rollouts
 
+from ..test_endpoint import Server
 from ..tiny import picture, tiny_vlm
 from ..tiny_tiles import SMOLVLM_MARKS, internvl, internvl_processor, smolvlm, smolvlm_processor, tokenizer
 
@@ -377,3 +387,36 @@ def test_a_checkpoint_folder_is_loaded_and_answers_alike(kind, tmp_path):
     assert type(loaded.host) is type(host) and loaded.host.tiles
     ours, theirs = (traced(vlm, Request(Session(), turn, 3))[1] for vlm in (loaded, LocalModel(host, constrained=False)))
     assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_who_cannot_be_told_a_share_says_so_and_counts_what_is_shown(tmp_path):
+    host = TINY["idefics3"]()
+    folder, samples = saved(host, tmp_path), [Sample((picture(448, 448),), "Which?", "k")]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.state = {"lock": threading.Lock(), "flying": 0, "most": 0, "bodies": [], "trouble": [], "usage": None}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    served = Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "m", folder)
+    try:
+        for model in (served, GenericModel(GenericHost(host.model, host.processor), constrained=False)):
+            ((_, outcome),) = Engine(model, Low(), 1).run([Job(samples[0], 64)])
+            assert [e.kind for e in outcome.events] == ["low_view_not_a_quarter", "share_not_told"] and outcome.rtr == 1.0
+            ((_, outcome),) = Engine(model, Full(), 1).run([Job(samples[0], 64)])
+            assert not outcome.events and outcome.full_tokens == host.visual_tokens(samples[0].images[0])
+    finally:
+        server.shutdown()
+
+
+def test_proxies_that_cut_pictures_into_tiles(tmp_path):
+    """CropVLM's cropper and CARES' proxy are SmolVLMs in the authors' releases."""
+    target, proxy = tiny_vlm(), LocalModel(TINY["idefics3"](), constrained=False)
+    sample = Sample((picture(224, 224),), "Which?", "k")
+    for longest, tiles in ((2048, 17), (1024, 5), (512, 1)):  # the authors' --longest_edge
+        engine = Engine(target, CropVLM("other", longest=longest), 1, models={"cropper": proxy})
+        ((_, outcome),) = engine.run([Job(sample, 4)])
+        assert outcome.turns[0].model == "cropper" and outcome.usage.aux_encoded == 16 * tiles and outcome.rtr >= 1
+    gate = Gate(np.ones((2, 64)), np.zeros(2), (112, 224), 112, 0.5)
+    gate.save(tmp_path / "gate.safetensors")
+    for vlm in (proxy, target):
+        engine = Engine(vlm, Cares(str(tmp_path / "gate.safetensors"), "other"), 1, models={"proxy": proxy})
+        ((_, outcome),) = engine.run([Job(sample, 4)])
+        assert outcome.usage.aux_encoded == 5 * 16 and outcome.turns[0].shares == (0.25,) and outcome.rtr <= 1
