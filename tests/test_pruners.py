@@ -37,7 +37,7 @@ from awares_bench.methods.pruner import Pruner, VisualTokens, quirks_of
 from awares_bench.methods.registry import pruner_classes
 from awares_bench.models.attention_scores import AttentionRows, column_attention, window_order
 from awares_bench.models.qwen2_5_vl import runs_of
-from awares_bench.models.qwen2_5_vl_vision import VisionProbe
+from awares_bench.models.qwen_vision import VisionProbe
 from awares_bench.models.scorer import PARTS, load_scorer
 
 from .test_vlm import TURNS, first, ours

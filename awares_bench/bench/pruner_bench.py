@@ -35,10 +35,10 @@ from awares_bench.models.cpu_kernels import onednn_linears
 from awares_bench.models.families import host_of
 from awares_bench.models.packaged import NANO
 from awares_bench.models.qwen2_5_vl import Qwen2_5_VL, runs_of
-from awares_bench.models.qwen2_5_vl_vision import probed, windowed_attention
+from awares_bench.models.qwen_vision import probed, windowed_attention
 
 from .meter import Meter, MeteredBatch, clock, metered
-from .synthetic_models import geometry, random_model, random_scorer
+from .synthetic_models import NAMES, geometry, random_model, random_scorer
 
 TEXT = 64
 """Text tokens after the image: a question and the template."""
@@ -72,7 +72,11 @@ def small(size: str):
     """The config of a geometry with three vision blocks (one within windows, two over the whole image) and four decoder layers."""
     config = geometry(size)
     tower, text = config.vision_config, config.text_config
-    tower.depth, tower.fullatt_block_indexes = 3, [1, 2]
+    tower.depth = 3
+    if hasattr(tower, "fullatt_block_indexes"):
+        tower.fullatt_block_indexes = [1, 2]
+    if hasattr(tower, "deepstack_visual_indexes"):
+        tower.deepstack_visual_indexes = [0, 1]
     text.num_hidden_layers, text.layer_types = 4, ["full_attention"] * 4
     text.vocab_size = min(text.vocab_size, 1024)
     config.vocab_size = text.vocab_size
@@ -80,9 +84,7 @@ def small(size: str):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--geometry", default=NANO, choices=["nano", "3b", "7b"], help="published sizes with random weights (default: nano)"
-    )
+    parser.add_argument("--geometry", default=NANO, choices=NAMES, help="published sizes with random weights (default: nano)")
     parser.add_argument("--tokens", type=int, default=1200, help="visual tokens of a picture")
     parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
     parser.add_argument("--retention", type=float, default=0.5, help="of the pruners")
@@ -119,7 +121,8 @@ def run(
     grid = (1, 2 * side, 2 * max(1, round(tokens / side)))
     visual = grid[1] * grid[2] // 4
     generator = torch.Generator().manual_seed(0)
-    pictures = [_picture(torch.randn(grid[1] * grid[2], 1176, generator=generator), grid) for _ in range(batch)]
+    values = 3 * 2 * vlm.host.model.config.vision_config.patch_size**2  # of a patch
+    pictures = [_picture(torch.randn(grid[1] * grid[2], values, generator=generator), grid) for _ in range(batch)]
     marks = vlm.host.model.config.vision_start_token_id, vlm.host.model.config.vision_end_token_id
     ids = [20] * 16 + [marks[0]] + [vlm.host.image_token] * visual + [marks[1]] + [*range(20, 20 + TEXT)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -55,7 +56,7 @@ class LayerwiseBatch(PaddedBatch):
         return self.pruner.raters(visual, text) - len(text)
 
     def prefill(self) -> Tensor:
-        hidden, positions = self.embeds, self.positions
+        hidden, positions, deepstack = self.embeds, self.positions, self.deepstack
         entering = []
         for layer in range(self.host.layers):
             self.filled.append(self._filled(self.past[layer], [len(c.embeds) for c in self.chunks]))
@@ -63,18 +64,18 @@ class LayerwiseBatch(PaddedBatch):
             shift = self.shifts_before[layer] * (not self._renumbered(layer))
             rope = self.host.rope(hidden, positions + shift[None, :, None])
             if layer not in self.cuts:
-                hidden = self._layer(layer, hidden, rope)
+                hidden = self._layer(layer, hidden, rope, deepstack)
                 continue
             # a layer after which tokens are cut: the raters' queries are kept as its attention sees them, or as the next one's would
             if self.pruner.looks_ahead:
-                hidden = self._layer(layer, hidden, rope)
+                hidden = self._layer(layer, hidden, rope, deepstack)
                 rope = self.look_ahead(layer + 1, hidden, positions)
             else:
                 observed: dict[str, Any] = {"observer": self.observe, "implementation": self.host.attention}
                 with own_attention(self.host.decoder.config):
-                    hidden = self._layer(layer, hidden, rope, **observed)
+                    hidden = self._layer(layer, hidden, rope, deepstack, **observed)
             self.chunks = [self.cut(layer, b, hidden[b], positions[:, b], rope) for b in self.rows]
-            hidden, positions = self.padded(self.chunks)
+            hidden, positions, deepstack = self.padded(self.chunks)
             if self.renumber:
                 positions = self._renumber(layer, positions)
         self.visual = torch.tensor(entering, dtype=torch.float64).mean(0).tolist()
@@ -85,25 +86,33 @@ class LayerwiseBatch(PaddedBatch):
         chunk = self.chunks[b]
         new = len(chunk.embeds)
         rows = partial(self.attention_rows, layer, b, new, (rope[0][b], rope[1][b]))
-        uncut = PromptChunk(hidden[-new:], positions[:, -new:], chunk.next_position, chunk.spans)
+        uncut = replace(chunk, embeds=hidden[-new:], positions=positions[:, -new:])
         return uncut.cut(self.pruner, self.cuts[layer], rows)
 
-    def run_layers(self, hidden: Tensor, positions: Tensor) -> Tensor:
+    def run_layers(self, hidden: Tensor, positions: Tensor, deepstack: Tensor | None = None) -> Tensor:
         rope = None
         for layer in range(self.host.layers):
             shift = self.shifts[layer][self.rows]
             if rope is None or self.renumber:
                 rope = self.host.rope(hidden, positions + shift[None, :, None])
-            hidden = self._layer(layer, hidden, rope)
+            hidden = self._layer(layer, hidden, rope, deepstack)
         return hidden
 
-    def _layer(self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], implementation: str = "", **observed) -> Tensor:
+    def _layer(
+        self,
+        layer: int,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        deepstack: Tensor | None,
+        implementation: str = "",
+        **observed,
+    ) -> Tensor:
         alone = len(self.rows) == 1 and not self.gaps  # one conversation has no padding
         mask = attention_mask(implementation or self.host.attention, self._mask(layer), hidden, not alone)
         cache = {"use_cache": True, CACHE: self.cache}
         if observed:
             observed["implementation"] = implementation
-        return self.host.layer(layer, hidden, rope, attention_mask=mask, **cache, **observed)
+        return self.host.layer(layer, hidden, rope, deepstack, attention_mask=mask, **cache, **observed)
 
     def _mask(self, layer: int) -> Tensor:
         """Where layer ``layer`` has a token: (B, L), the prompt and what was written since."""

@@ -57,6 +57,10 @@ class VisualTokens:
     seed: int = 0
     """A number that the picture alone decides."""
 
+    deepstack: Tensor | None = None
+    """(N, V, D) vision features that are added to the tokens after the first N decoder layers (Qwen3-VL's DeepStack), before the first cut.
+    They are cut by the same places; where tokens are merged, those of the one whose position is taken go on."""
+
     tower_order: Tensor | None = None
     """(V,) raster places in the order in which the vision tower holds the tokens; with attention or keys, before the first cut."""
 

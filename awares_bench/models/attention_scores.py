@@ -23,9 +23,11 @@ BLOCK = 2**19
 def window_order(rows: int, columns: int, window: int = 4, device: torch.device | str = "cpu") -> Tensor:
     """Raster places (V,) of an image's merged tokens in the order in which Qwen2.5-VL's vision blocks hold them.
 
-    Windows in raster order, raster order within each; 4 tokens are the 112 pixels of the released models.
+    Windows in raster order, raster order within each; 4 tokens are the 112 pixels of the released models. window 0: a tower without windows.
     """
     places = torch.arange(rows * columns)
+    if not window:
+        return places.to(device)
     row, column = places // columns, places % columns
     return (row // window * -(-columns // window) + column // window).argsort(stable=True).to(device)
 

@@ -16,7 +16,7 @@ from awares_bench.methods.pruner import OF_THE_TOWER, VisualTokens
 
 from .attention_scores import raster_order, window_order
 from .base import HostModel, ImageInput
-from .qwen2_5_vl_vision import VisionProbe, probed, windowed_attention
+from .qwen_vision import VisionProbe, probed, windowed_attention
 
 MAX_ASPECT = 200
 """Qwen2.5-VL's processor refuses images longer than 200 times their width (transformers ``smart_resize``)."""
@@ -37,7 +37,7 @@ class Qwen2_5_VL(HostModel):
         return within_aspect(image)
 
     @classmethod
-    def count_tokens(cls, processor, limits: dict[str, int], image: Image.Image) -> int:
+    def count_tokens(cls, processor, limits: dict[str, int], image: Image.Image, share: float = 1.0) -> int:
         image, _ = cls.accepted(image)
         ip = processor.image_processor
         given = {"min_pixels": limits["shortest_edge"], "max_pixels": limits["longest_edge"]}  # it does not read ``size``
@@ -53,7 +53,7 @@ class Qwen2_5_VL(HostModel):
         }
         return {name: (getattr(image_processor, name, None), size) for name, size in sizes.items()}
 
-    def image_input(self, image: Image.Image, key: str = "") -> ImageInput:
+    def image_input(self, image: Image.Image, key: str = "", share: float = 1.0) -> ImageInput:
         """inputs: pixel_values (P, 1176) and image_grid_thw (1, 3), the rows and columns in patches."""
         image, events = self.accepted(image)
         ip = self.processor.image_processor
@@ -79,20 +79,29 @@ class Qwen2_5_VL(HostModel):
         pixels = torch.cat([i.inputs["pixel_values"].to(self.device, non_blocking=True) for i in images]).to(self.dtype)
         grids = torch.cat([i.inputs["image_grid_thw"] for i in images]).to(self.device)
         with self.fast_tower(), probed(self.tower, block, needs) if looks else nullcontext() as probe:
-            features = self.tower(pixels, grid_thw=grids).pooler_output
-        return runs_of(features, images, probe, needs, self.window)
+            out = self.tower(pixels, grid_thw=grids)
+        added = getattr(out, "deepstack_features", None)
+        return runs_of(out.pooler_output, images, probe, needs, self.window, torch.stack(list(added)) if added else None)
 
     @property
     def window(self) -> int:
-        """Side of an attention window of the tower in visual tokens."""
+        """Side of an attention window of the tower in visual tokens; 0 without windows."""
         vision = self.model.config.vision_config
         return vision.window_size // vision.spatial_merge_size // vision.patch_size
 
 
 def runs_of(
-    features: Tensor, images: list[ImageInput], probe: VisionProbe | None, needs: Iterable[str], window: int
+    features: Tensor,
+    images: list[ImageInput],
+    probe: VisionProbe | None,
+    needs: Iterable[str],
+    window: int,
+    deepstack: Tensor | None = None,
 ) -> list[VisualTokens]:
-    """Features (V, D) of several pictures and what the probe holds -> the visual tokens of each, in raster order."""
+    """Features (V, D) of several pictures and what the probe holds -> the visual tokens of each, in raster order.
+
+    deepstack: (N, V, D), what is added after the first decoder layers.
+    """
     out, start = [], 0
     for image in images:
         ((rows, columns),) = image.runs
@@ -106,7 +115,8 @@ def runs_of(
             seen["tower_order"] = window_order(rows, columns, window, features.device)
         places = torch.arange(rows * columns, device=features.device)
         seed = image.seed if "seed" in needs else 0
-        out.append(VisualTokens(features[run], (rows, columns), places, seed=seed, **seen))
+        added = None if deepstack is None else deepstack[:, run]
+        out.append(VisualTokens(features[run], (rows, columns), places, deepstack=added, seed=seed, **seen))
         start = run.stop
     return out
 

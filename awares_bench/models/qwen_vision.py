@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's vision tower with few calls: one per layer or per window size for attention, a matrix product for patches.
+"""The vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL with few calls: one per layer or per window size for attention, a matrix product for patches.
 
 Stock, the tower makes one attention call per 112-pixel window, embeds patches with a convolution that meets no two of them,
 and on a CPU sends every token of a layer through temporaries larger than any cache. Features differ by rounding only (tests).
@@ -171,7 +171,8 @@ def probed(tower, block: int, needs: Iterable[str]) -> Iterator[VisionProbe]:
 
     needs: fields of ``VisualTokens``; ``middle_attention`` is that of the middle one of the blocks that see the whole image.
     """
-    number, full = range(len(tower.blocks))[block], tower.config.fullatt_block_indexes
+    number, every = range(len(tower.blocks))[block], [*range(len(tower.blocks))]
+    full = getattr(tower.config, "fullatt_block_indexes", every)  # only Qwen2.5-VL has windows
     if "attention" in needs and number not in full:
         raise RunError(f"vision block {block} attends within windows only; blocks that see the whole image: {list(full)}")
     probe = VisionProbe("attention" in needs, "vision_keys" in needs)
@@ -199,9 +200,12 @@ def probed(tower, block: int, needs: Iterable[str]) -> Iterator[VisionProbe]:
 def windowed_attention(tower) -> Iterator[None]:
     """Within the block, this vision tower (and no other) attends with ``attend`` and embeds patches by a product."""
     before, tower.config._attn_implementation = tower.config._attn_implementation, NAME
-    weight = tower.patch_embed.proj.weight
-    tower.patch_embed.forward = lambda patches: linear_onednn(patches.to(weight.dtype), weight.flatten(1))  # (P, 1176) -> (P, D)
-    alone = [tower.merger.mlp, *(block.mlp for block in tower.blocks)]
+    weight, bias = tower.patch_embed.proj.weight, tower.patch_embed.proj.bias
+    # (P, channels x frames x patch x patch) -> (P, D)
+    tower.patch_embed.forward = lambda patches: linear_onednn(patches.to(weight.dtype), weight.flatten(1), bias)
+    mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", [])]
+    # a merger without an ``mlp`` is one over groups of patches in a row, of which ``ROWS`` is a multiple
+    alone = [*(getattr(merger, "mlp", merger) for merger in mergers), *(block.mlp for block in tower.blocks)]
     for module in alone:
         module.forward = partial(in_row_blocks, module.forward)
     for block in tower.blocks:
