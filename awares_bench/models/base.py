@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
@@ -176,8 +176,13 @@ class HostModel(ABC):
 
     @property
     def tower(self) -> PreTrainedModel:
-        """The vision encoder with its projector: frozen in training."""
+        """The vision encoder, with its projector where that is a part of it."""
         return self.model.model.visual
+
+    @property
+    def vision_parts(self) -> tuple[nn.Module, ...]:
+        """All that runs before the decoder: the vision encoder, and what stands between the two. Frozen in training."""
+        return (self.tower,)
 
     def fast_tower(self) -> AbstractContextManager:
         """Within the block the vision encoder runs on this package's kernels, where there are any."""

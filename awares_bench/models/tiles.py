@@ -116,11 +116,6 @@ class TilingHost(HostModel):
         """Rows and columns of the runs of so many tiles."""
         return ((self.side, self.side),) * tiles
 
-    @property
-    def vision_parts(self) -> tuple[nn.Module, ...]:
-        """The vision encoder, and what stands between it and the decoder."""
-        return (self.tower,)
-
     def fast_tower(self) -> AbstractContextManager:
         return onednn_linears(*self.vision_parts)
 
