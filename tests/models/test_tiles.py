@@ -446,6 +446,16 @@ def test_proxies_that_cut_pictures_into_tiles(tmp_path):
         assert outcome.usage.aux_encoded == 5 * 16 and outcome.turns[0].shares == (0.25,) and outcome.rtr <= 1
 
 
+def test_a_decoder_that_is_not_known_is_refused(monkeypatch):
+    host = TINY["internvl"]()
+    monkeypatch.setattr(host.decoder.config, "layer_types", ["full_attention", "sliding_attention"])
+    with pytest.raises(CheckpointError, match=r"has a qwen2 decoder with sliding_attention; known decoders: llama, qwen2, qwen3"):
+        host.on(host.model)
+    monkeypatch.setattr(host.decoder.config, "model_type", "granite")
+    with pytest.raises(CheckpointError, match=r"this internvl checkpoint has a granite decoder.*engine=generic runs it"):
+        host.on(host.model)
+
+
 def test_smolvlm_without_num2words_is_refused_with_the_packages_name(tmp_path, monkeypatch):
     pytest.importorskip("num2words")
     folder = saved(smolvlm(), tmp_path)
