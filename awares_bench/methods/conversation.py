@@ -148,6 +148,7 @@ class EventKind(str, Enum):
     NO_QUESTION = "no_question"
     OUT_OF_MEMORY = "out_of_memory"
     PREFIX_CACHE = "prefix_cache"
+    REASONING_APART = "reasoning_apart"
     REPETITION_PENALTY = "repetition_penalty"
     RESOLUTION = "resolution"
     SEVERAL_IMAGES = "several_images"
