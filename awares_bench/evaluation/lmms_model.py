@@ -163,7 +163,7 @@ class MethodModel(lmms):
     def _served(self) -> Endpoint | None:
         """The endpoint that ``engine=openai`` asks for; its weights are the server's and have no fingerprint."""
         options = self.options
-        names = [name for name in run_options.only_for("openai") if getattr(options, name)]
+        names = [name for name in run_options.only_for("openai") if getattr(options, name) is not None]
         if options.engine != "openai":
             if names:
                 raise ValueError(f"{names[0]} is an option of engine=openai; pass engine=openai, or leave it out")
@@ -185,6 +185,11 @@ class MethodModel(lmms):
             options.min_pixels,
             options.max_pixels,
             repetition_penalty=options.repetition_penalty,
+            **{
+                name: value
+                for name in ("timeout", "retries", "wait_for_server", "replicas")
+                if (value := getattr(options, name)) is not None
+            },
         )
 
     def _load(self, pretrained: str, penalty: float | None = None) -> tuple[LocalModel, str | None]:
@@ -284,7 +289,7 @@ class MethodModel(lmms):
             models=self.models,
             max_batch_tokens=self.options.max_batch_tokens,
         )
-        for vlm in self._local_models() if todo else []:
+        for vlm in (self.vlm, *self.models.values()) if todo else ():
             vlm.warm_up()
         order = list(todo.values())
         with tqdm(total=len(order), desc=self.label, disable=self._rank != 0) as bar:

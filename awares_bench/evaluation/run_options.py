@@ -17,6 +17,28 @@ def _count(least: int) -> Callable[[str, object], int]:
     return lambda name, value: parse_int(name, value, least)
 
 
+def _number(above: float, zero: bool = False) -> Callable[[str, object], float | None]:
+    """above: what the number must be larger than; zero: whether 0 will do too."""
+
+    def parse(name: str, value: object) -> float | None:
+        if value is None:
+            return None
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not (above < value < float("inf") or (zero and value == 0))
+        ):
+            raise ValueError(f"{name} is {value!r}; it must be a number above {above:g}{', or 0' if zero else ''}")
+        return float(value)
+
+    return parse
+
+
+def _optional(parse: Callable) -> Callable[[str, object], object]:
+    """None is left as it is."""
+    return lambda name, value: None if value is None else parse(name, value)
+
+
 def _choice(*allowed: str) -> Callable[[str, object], str]:
     def parse(name: str, value: object) -> str:
         if value not in allowed:
@@ -79,6 +101,19 @@ class RunOptions:
 
     model: str | None = _option(None, decides_weights=True, for_engine="openai")
     """the model's name on the server, for `engine=openai`"""
+
+    timeout: float | None = _option(None, _number(0), for_engine="openai")
+    """seconds that the server has for one try of one request. None: 600"""
+
+    retries: int | None = _option(None, _optional(_count(0)), for_engine="openai")
+    """tries of a request after the first, where the connection breaks or the server fails. None: 12, about a minute"""
+
+    wait_for_server: float | None = _option(None, _number(0, zero=True), for_engine="openai")
+    """minutes that a server which cannot be reached has to start, or to come back. None: 10"""
+
+    replicas: int | None = _option(None, _optional(_count(1)), for_engine="openai")
+    """engines behind the address (`--data-parallel-size` of vLLM): each conversation is sent to one of them, whose cache holds its
+    first turn. None: 1 ([servers](servers.md#more-than-one-replica))"""
 
     batch_size: int = _option(1, _count(1))
     """rows of a batch; predictions do not depend on it. Use 1 to measure latencies: nothing overlaps and nothing is reordered"""

@@ -132,14 +132,14 @@ class Engine:
                 yield from self._go_on(self._answer(batch), waiting)
 
     def _run_unbatched(self, jobs: Iterable[Job | Failure]) -> Iterator[tuple[int, Trajectory | Failure]]:
-        """``run`` for a model that answers ``vlm.concurrency`` requests at a time, each in a thread of its own. Turns to auxiliary models in
+        """``run`` for a model that answers ``batch_size`` requests at a time, up to ``vlm.concurrency``, each in a thread of its own. Turns to auxiliary models in
         this process are answered here in batches meanwhile. After a RunError nothing is asked any more; conversations that end all the same
         are yielded before it is raised.
         """
         waiting: list[Exchange] = []
         asked: dict[Future, Exchange] = {}
         todo, error = iter(enumerate(jobs)), None
-        most = self.vlm.concurrency
+        most = min(self.vlm.concurrency, self.batch_size)
         room = max(most, self.window) if self.models else most  # conversations at a time
         with ThreadPoolExecutor(most, "request") as threads:
             while True:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from threading import Lock
 from typing import Any
 
@@ -355,25 +356,23 @@ class Endpoint(ExternalModel):
         with self._waiting:
             if self._ended:  # another thread has waited
                 raise self._ended
-            waited = self.wait_for_server > 0
-            if waited:
-                said = f"the server at {self.base_url} does not answer ({_short(error)})"
-                print(
-                    f"{said}; waiting up to {self.wait_for_server:g} minutes for it (wait_for_server)",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            waited = ""
             again = Retrying(
                 retry=retry_if_exception_type(_Unreachable),
                 stop=stop_after_delay(60 * self.wait_for_server),
-                wait=wait_fixed(min(POLL_SECONDS, 60 * self.wait_for_server)),
+                wait=wait_fixed(POLL_SECONDS),
                 reraise=True,
             )
             try:
+                with suppress(_Unreachable):
+                    return look()  # it was away, and another thread has waited
+                if self.wait_for_server:
+                    waited = f"within {self.wait_for_server:g} minutes"
+                    said = f"the server at {self.base_url} does not answer ({_short(error)}); waiting up to"
+                    print(f"{said} {self.wait_for_server:g} minutes for it (wait_for_server)", file=sys.stderr, flush=True)
                 again(look)
             except _Unreachable as last:
-                told = " and ".join(filter(None, [tried, f"within {self.wait_for_server:g} minutes" if waited else ""]))
-                self._ended = self._gone(last, told)
+                self._ended = self._gone(last, " and ".join(filter(None, [tried, waited])))
                 raise self._ended from last
 
     def _gone(self, error: Exception, tried: str) -> RunError:
