@@ -42,6 +42,7 @@ from awares_bench.methods.images import whole_images
 from awares_bench.methods.policy import Policy
 from awares_bench.methods.pruner import Pruner
 from awares_bench.models.base import check_text
+from awares_bench.openmp import SLOW_BESIDE_OTHERS, set_short_spin
 
 from . import content, run_options, summary
 from .lmms_manifest import COMPOSED
@@ -134,6 +135,8 @@ class MethodModel(lmms):
         loaded = {role: self._load(checkpoint) for role, checkpoint in auxiliary.items()}
         self.models = {role: vlm for role, (vlm, _) in loaded.items()}
         self._device = torch.device("cpu") if served else self.vlm.device
+        if not set_short_spin() and any(vlm.device.type == "cpu" for vlm in self._local_models()) and os.getloadavg()[0] >= 1:
+            print(f"{self.label}: {SLOW_BESIDE_OTHERS}", file=sys.stderr)
 
         # 3) the run folder, which refuses answers of another run
         limits = (served or self.vlm.host).limits
