@@ -9,13 +9,15 @@ import pytest
 
 from awares_bench.openmp import OF_THE_USER, SHORT_SPIN
 
-SHOW = "import json, os; print(json.dumps([done, {k: os.environ.get(k) for k in %r}]))" % (OF_THE_USER,)
+SHOW = f"import json, os; print(json.dumps([done, {{k: os.environ.get(k) for k in {OF_THE_USER!r}}}]))"
 
 
 def told(code: str, **variables) -> list:
     """What a fresh process has done and set."""
     clean = {k: v for k, v in os.environ.items() if k not in OF_THE_USER}
-    done = subprocess.run([sys.executable, "-c", f"{code}; {SHOW}"], env=clean | variables, capture_output=True, text=True, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; {SHOW}"], env=clean | variables, capture_output=True, text=True, cwd="/"
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

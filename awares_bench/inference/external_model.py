@@ -87,6 +87,9 @@ class ExternalModel(ABC):
     engine: str
     """Its name among the options of a run."""
 
+    dtype: str | None = None
+    """Of the weights, where it is known."""
+
     who: str
     """Who answers, in sentences."""
 
@@ -225,11 +228,14 @@ class ExternalModel(ABC):
 
     def _added(self, turns: list[Turn], replies: int) -> int:
         """Tokens that the last turn adds after the reply before it and that are not visual."""
+        return len(self._ids(self._new_text(turns, replies))) - len(turns[-1].images)
+
+    def _new_text(self, turns: list[Turn], replies: int) -> str:
+        """What the last turn adds after the reply before it, a placeholder for each picture."""
         hole = _HOLE
         while any(hole in text for t in turns for text in (t.text, t.system or "", *t.image_prefixes)):
             hole += "\ufdd0"
-        text = self._rendered(turns, [hole] * replies).split(hole)[-1]
-        return len(self._ids(text)) - len(turns[-1].images)
+        return self._rendered(turns, [hole] * replies).split(hole)[-1]
 
     def _rendered(self, turns: list[Turn], replies: list[str]) -> str:
         """The conversation by the checkpoint's chat template, a placeholder for each picture."""
