@@ -16,8 +16,9 @@ from transformers import GenerationConfig
 from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn, chat_messages
 from awares_bench.methods.usage import Usage
-from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, check_text
+from awares_bench.models.base import check_text, rendered
 from awares_bench.models.checkpoint import family_of, open_processor
+from awares_bench.models.limits import Limits
 from awares_bench.models.packaged import resolve
 
 from .decoding import own_penalty, penalty_of
@@ -80,8 +81,8 @@ class Counted:
 class ExternalModel(ABC):
     """A model that other software runs. It answers what a ``LocalModel`` answers, except for pruners and probes.
 
-    pretrained: whose processor counts tokens. repetition_penalty: of every reply, unless it is 1; None: the one of ``pretrained``'s
-    ``generation_config.json``.
+    pretrained: whose processor counts tokens. min_pixels, max_pixels, limits: of pictures, see ``Limits``. repetition_penalty: of every
+    reply, unless it is 1; None: the one of ``pretrained``'s ``generation_config.json``.
     """
 
     engine: str
@@ -97,7 +98,12 @@ class ExternalModel(ABC):
     """What to switch on when the other side does not say what it kept of a first turn, and when it kept nothing."""
 
     def __init__(
-        self, pretrained: str, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS, repetition_penalty: float | None = None
+        self,
+        pretrained: str,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        repetition_penalty: float | None = None,
+        limits: str | None = None,
     ):
         self.folder = resolve(pretrained)
         self.processor = open_processor(self.folder)
@@ -105,12 +111,17 @@ class ExternalModel(ABC):
         self.own_penalty = _own_penalty(self.folder)
         self.repetition_penalty = self.own_penalty if repetition_penalty is None else penalty_of(repetition_penalty)
         self.tokenizer = self.processor.tokenizer
-        self.limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        asked, family = Limits(limits, min_pixels, max_pixels), self.family
+        (least, most), self.limits_name = asked.resolve(family.model_types[0], family.own_limits(self.processor))
+        self.limits = {"shortest_edge": least, "longest_edge": most}
         self._told: set[str] = set()
         self._telling = Lock()
 
-    def visual_tokens(self, image) -> int:
-        """Merged visual tokens of ``image`` under this processor's limits; those of whoever answers should be the same."""
+    def visual_tokens(self, image, share: float = 1.0) -> int:
+        """Merged visual tokens of ``image`` under this processor's limits; those of whoever answers should be the same.
+
+        share: not read. Whoever answers cannot be told what a picture stands for: it shows every picture of a tiling family in all its tiles.
+        """
         return self.family.count_tokens(self.processor, self.limits, image)
 
     def check(self, question: str) -> None:
@@ -148,6 +159,9 @@ class ExternalModel(ABC):
         """What a request's turn adds, with the events of its pictures."""
         session, turn = request.session, request.turn
         events = [e for image in turn.images for e in self.family.accepted(image)[1]]
+        if self.family.tiles and any(share < 1 for _, share in turn.shown):
+            told = f"{self.who} cannot be told a picture's share of the original: views and crops take all the tiles of a whole picture"
+            events.append(Event(EventKind.SHARE_NOT_TOLD, told))
         if turn.omit_newline:
             events.append(
                 Event(EventKind.TEMPLATE, f"the line break before this message is that of {self.who}; the checkpoint had none")
@@ -239,7 +253,7 @@ class ExternalModel(ABC):
 
     def _rendered(self, turns: list[Turn], replies: list[str]) -> str:
         """The conversation by the checkpoint's chat template, a placeholder for each picture."""
-        return self.processor.apply_chat_template(chat_messages(turns, replies), tokenize=False, add_generation_prompt=True)
+        return rendered(self.processor, chat_messages(turns, replies))
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

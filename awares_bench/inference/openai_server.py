@@ -26,7 +26,6 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn, chat_messages
-from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS
 
 from .external_model import ExternalModel, Written, context_ended, cut
 from .openai_client import (
@@ -84,16 +83,17 @@ class Endpoint(ExternalModel):
         model: str,
         pretrained: str,
         concurrency: int = 8,
-        min_pixels: int = MIN_PIXELS,
-        max_pixels: int = MAX_PIXELS,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         retries: int = RETRIES,
         timeout: float = TIMEOUT,
         repetition_penalty: float | None = None,
+        limits: str | None = None,
         wait_for_server: float = WAIT_FOR_SERVER,
         replicas: int = 1,
     ):
         self.client = open_client(base_url, retries, timeout)
-        super().__init__(pretrained, min_pixels, max_pixels, repetition_penalty)
+        super().__init__(pretrained, min_pixels, max_pixels, repetition_penalty, limits)
         self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
         self.wait_for_server, self.replicas = wait_for_server, replicas
         self._refused: set[str] = set()
@@ -163,7 +163,7 @@ class Endpoint(ExternalModel):
         made: what it said to the pictures with the text "?".
         """
         sizes = tuple(image.size for image in images)
-        if sizes in self._same_size:
+        if sizes in self._same_size or self.family.tiles:  # marks between tiles are text here and pictures there
             return
         shown, bare = Turn(tuple(images), "?"), Turn((), "?")
         told = (made or self._probe(shown)).prompt_tokens

@@ -11,7 +11,6 @@ from typing import Any
 
 from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Failure, Reply
-from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS
 from awares_bench.models.checkpoint import find
 
 from .external_model import Counted, ExternalModel, Written, context_ended, cut
@@ -38,17 +37,18 @@ class VllmModel(ExternalModel):
         self,
         pretrained: str,
         rows: int = 64,
-        min_pixels: int = MIN_PIXELS,
-        max_pixels: int = MAX_PIXELS,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         dtype: str = "auto",
         repetition_penalty: float | None = None,
+        limits: str | None = None,
         options: dict[str, Any] | None = None,
     ):
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise RunError(f"engine=vllm needs vLLM ({error}): pip install 'awares-bench[vllm]'") from error
-        super().__init__(pretrained, min_pixels, max_pixels, repetition_penalty)
+        super().__init__(pretrained, min_pixels, max_pixels, repetition_penalty, limits)
         folder = find(self.folder)
         if (folder / "adapter_config.json").exists():
             raise RunError(
