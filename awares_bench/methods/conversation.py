@@ -166,6 +166,7 @@ class EventKind(str, Enum):
     OUT_OF_MEMORY = "out_of_memory"
     PREFIX_CACHE = "prefix_cache"
     PREFIX_RECOMPUTED = "prefix_recomputed"
+    REASONING_APART = "reasoning_apart"
     REPETITION_PENALTY = "repetition_penalty"
     RESOLUTION = "resolution"
     SEVERAL_IMAGES = "several_images"
