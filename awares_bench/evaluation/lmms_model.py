@@ -149,7 +149,7 @@ class MethodModel(lmms):
             "policy": method.parts[0],
             "pruner": method.parts[1],
             "fields": method.fields,
-            "code": {name: _code(part) for name, part in zip(method.parts, (self.policy, self.pruner), strict=True) if part},
+            "code": {name: _code(part) for name, part in method.members.items()},
             "files": {k: content.file(v) for k, v in method.fields.items() if isinstance(v, str) and Path(v).is_file()}
             | (self.pruner.fingerprints if self.pruner else {}),
             "pretrained": options.pretrained,
@@ -517,9 +517,15 @@ def _is_padding(request: Instance) -> bool:
 
 
 def _code(part: Policy | Pruner) -> str:
-    """A digest of the files that a method is written in, those it derives from too."""
-    own = [cls for cls in type(part).__mro__ if issubclass(cls, (Policy, Pruner)) and cls not in (Policy, Pruner)]
-    return "+".join(filter(None, map(content.source, own)))
+    """A digest of the files that a method is written in, those it derives from and what it shares with others too."""
+    own: list[Any] = [cls for cls in type(part).__mro__ if issubclass(cls, (Policy, Pruner)) and cls not in (Policy, Pruner)]
+    shared = {
+        f.__module__: f
+        for cls in own
+        for f in vars(sys.modules[cls.__module__]).values()
+        if ".baselines._" in (getattr(f, "__module__", "") or "")
+    }
+    return "+".join(filter(None, map(content.source, [*own, *shared.values()])))
 
 
 def _evidence(column: object) -> tuple[Box, ...] | None:
