@@ -27,7 +27,7 @@ from .plots import (
     style,
 )
 from .plots import gpu_day as gpu_figures
-from .tables import details, main, render
+from .tables import details, main, measures, render
 from .tables import gpu_day as gpu_tables
 
 
@@ -42,12 +42,13 @@ def write(
     gap: float = 0.01,
     compact: Path | None = None,
     logs: tuple[Path, ...] = (),
+    paper: str = published.PAPER,
 ) -> tuple[list[Run], pd.DataFrame, list[str]]:
     """Runs (see ``discover.runs``) -> files in ``out``: tables (csv, md, tex), figures (``formats`` and csv), summary.json, index.html.
 
     allow: names of ``comparability.REASONS``, printed below everything. metrics: task -> metric, of tasks that ``load`` does not know.
     times: whether seconds are reported. gap: the difference in accuracy (a fraction) whose price in documents is told. compact: folder
-    for compact records, which this function reads again. logs: of training runs.
+    for compact records, which this function reads again. logs: of training runs. paper: whose published cells stand beside ours.
     Returns runs, documents and what the reader should be warned of. Raises ReportError for what must not be reported.
     """
     unknown = [f for f in formats if f not in style.FORMATS]
@@ -70,11 +71,13 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     if compact:
         write_compact(runs, compact)
-    paper = published.cells(runs, frame)
+    cells = published.cells(runs, frame, paper)
     (out / "summary.json").write_text(json.dumps(summary.summary(frame), indent=1) + "\n")
     candidates = [
-        main.accuracy(frame, paper),
-        main.against_paper(frame, paper),
+        main.accuracy(frame, cells),
+        main.against_paper(frame, cells),
+        measures.matched_table(frame, times),
+        measures.agreement_table(frame),
         main.cost(runs, frame, times),
         details.differences(frame, gap),
         details.diagnostics(frame),
@@ -86,7 +89,7 @@ def write(
         render.write(table, out, notes)
     # A figure whose data the runs do not hold is named on the page instead.
     figures, skipped = [], []
-    for name, data, draw in _figures(runs, frame, paper, tuple(notes), times, logs):
+    for name, data, draw in _figures(runs, frame, cells, tuple(notes), times, logs):
         if data.empty:
             skipped.append(name)
             continue

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial, reduce
@@ -439,10 +439,24 @@ class MethodModel(lmms):
                 document = self.task_dict[arguments.task][arguments.split][arguments.doc_id]
                 messages = arguments.to_messages(document)
             job = job_of(messages, dict(arguments.gen_kwargs), f"{arguments.task}/{arguments.doc_id}")
-            marks = {"evidence": _evidence(document.get("evidence")), "low_is_enough": document.get("low_is_enough")}
+            marks = {
+                "evidence": _evidence(document.get("evidence")),
+                "low_is_enough": document.get("low_is_enough"),
+                "other_pictures": partial(self._other_pictures, arguments),
+            }
             return replace(job, sample=replace(job.sample, **marks))
         except Exception as error:  # foreign code and data: recorded here, raised again at the end of the run
             return Failure(f"{type(error).__name__}: {error}")
+
+    def _other_pictures(self, arguments: ChatArguments) -> Iterator[tuple]:
+        """The images of the task's other documents, from the one half the split away: neighbours often share a picture."""
+        documents = self.task_dict[arguments.task][arguments.split]
+        for step in range(len(documents) - 1):
+            index = (arguments.doc_id + max(1, len(documents) // 2) + step) % len(documents)
+            if index != arguments.doc_id:
+                with whole_images():
+                    messages = arguments.to_messages(documents[index])
+                yield job_of(messages, dict(arguments.gen_kwargs), f"{arguments.task}/{index}").sample.images
 
 
 def __getattr__(name: str) -> type[MethodModel]:

@@ -320,7 +320,7 @@ class Engine:
                 )
             text = self.vlm.text(answer.tokens[:cap], run.job.until)
             events.append(Event(EventKind.ANSWER_CUT, f"the answer had {answer.usage.output} tokens, the task allows {cap}"))
-        return Trajectory(tuple(run.turns), tuple(run.replies), text, tuple(events), run.full_tokens)
+        return Trajectory(tuple(run.turns), tuple(run.replies), text, tuple(events), run.full_tokens, answer.logprob)
 
 
 def _failure(error: Exception) -> Failure:

@@ -311,7 +311,7 @@ class LocalModel:
             )
             forced = r.turn.forced_reply
             content = self.text(decoder.tokens, r.until) if forced is None else forced
-            reply = Reply(content, () if decoder.forced else tuple(decoder.tokens), usage, decoder.ended)
+            reply = Reply(content, () if decoder.forced else tuple(decoder.tokens), usage, decoder.ended, logprob=decoder.logprob)
             if sampling:
                 first = copies.index(copies[b]) == b
                 reply = _sampled(reply, decoder, prepared[b], len(r.session.unfed_tokens), first)
