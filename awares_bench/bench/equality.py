@@ -18,7 +18,10 @@ from awares_bench.awares import CALL_BUDGET, AwaRes
 from awares_bench.inference.batch import Batch
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.padded_batch import PaddedBatch
+from awares_bench.inference.ragged_batch import RaggedBatch
 from awares_bench.inference.session import Request, Session
+from awares_bench.inference.varlen_attention import kernel_for, kernels, trial
+from awares_bench.inference.varlen_batch import VarlenBatch
 from awares_bench.methods.conversation import Failure, Sample, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.models.families import host_of
@@ -146,6 +149,13 @@ class Equality:
             out = {"layout": kind.__name__, "a batch beside one by one": compare(together, self.alone)}
             return out | self._errors({"a batch": together, "one by one": self.alone})
 
+    def recorded_steps(self) -> dict:
+        """A batch on a GPU whose decoding steps are recorded beside one whose steps are not."""
+        with exact_products(), without_recording():
+            plain = self.by(VarlenBatch, together=True)
+        with exact_products():
+            return compare(self.by(VarlenBatch, together=True), plain)
+
     def _errors(self, ways: dict[str, Scores]) -> dict:
         if self.exact is None:
             return {}
@@ -172,6 +182,16 @@ class Equality:
 
 
 @contextmanager
+def without_recording() -> Iterator[None]:
+    """Within the block steps of a ``VarlenBatch`` run from Python."""
+    before, VarlenBatch.graphs = VarlenBatch.graphs, False
+    try:
+        yield
+    finally:
+        VarlenBatch.graphs = before
+
+
+@contextmanager
 def exact_products() -> Iterator[None]:
     """Within the block float32 is float32 everywhere: cuDNN's convolutions (the stock patch embedding) use TF32 by default."""
     before = torch.backends.cudnn.allow_tf32
@@ -191,6 +211,24 @@ def questions(size: str, layers: int | None, device: str, tokens: tuple[int, ...
         name = str(way.dtype).removeprefix("torch.")
         out[f"{name}: generate"] = way.generate
         out[f"{name}: rectangle"] = lambda way=way: way.layout(PaddedBatch)
-        out[f"{name}: own layout"] = lambda way=way: way.layout(way.vlm.own_layout())
+        # on a GPU float32 has no kernel, and the layout is held against one by one with the reference in its place
+        line = RaggedBatch if device == "cpu" else VarlenBatch
+        out[f"{name}: own layout"] = lambda way=way, line=line: way.layout(line)
+        if device != "cpu":
+            out[f"{name}: recorded steps"] = way.recorded_steps
         out[f"{name}: packed scoring"] = way.scoring
+    if device != "cpu":
+        out["bfloat16: kernels"] = lambda: kernels_here(rounded.vlm)
+    return out
+
+
+def kernels_here(vlm: LocalModel) -> dict:
+    """Each kernel for rows of different lengths: its difference from the reference, or why it refuses; and the one that is taken."""
+    found = kernel_for(vlm.device, vlm.host.dtype, *vlm.host.heads)
+    out: dict = {"taken": found and found[0], "differences": {}}
+    for name, kernel in kernels():
+        try:
+            out["differences"][name] = trial(kernel, vlm.device, vlm.host.dtype, *vlm.host.heads)
+        except (RuntimeError, TypeError, ValueError) as error:
+            out["differences"][name] = str(error).splitlines()[0]
     return out

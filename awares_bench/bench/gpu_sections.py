@@ -85,7 +85,7 @@ def trusted_layout(vlm: LocalModel, out: Path) -> type | None:
     items = json.loads(path.read_text(encoding="utf-8"))["items"] if path.exists() else {}
     item = items.get(f"{str(vlm.host.dtype).removeprefix('torch.')}: own layout")
     if item is None or vlm.own_layout() is PaddedBatch:
-        return None
+        return None  # nobody has looked, or it is the rectangle anyway
     agrees = "result" in item and item["result"]["a batch beside one by one"]["relative"] <= AGREE
     if not agrees:
         print(f"equality: {vlm.own_layout().__name__} is not trusted here, the rectangle is measured", file=sys.stderr)

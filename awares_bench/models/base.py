@@ -180,6 +180,13 @@ class HostModel(ABC):
         return len(self.decoder.layers)
 
     @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, key heads and the width of a head of the decoder."""
+        config = self.decoder.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_attention_heads, config.num_key_value_heads, width
+
+    @property
     def context(self) -> int:
         """Positions that the checkpoint was trained for."""
         return self.decoder.config.max_position_embeddings

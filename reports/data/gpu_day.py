@@ -125,6 +125,8 @@ def equality(day: GpuDay) -> pd.DataFrame:
     rows = []
     for key, result in day.items("equality").items():
         dtype, _, question = key.partition(": ")
+        if "differences" in result:  # of kernels
+            continue
         parts = {name: part for name, part in result.items() if isinstance(part, dict)} or {"": result}
         for name, part in parts.items():
             asked = ", ".join(word for word in (question, name) if word)

@@ -154,6 +154,9 @@ def device(day: GpuDay) -> Table | None:
         known[f"attention of {result['attention_tokens']:,} tokens, {kernel.replace('_', ' ')}, microseconds"] = (
             value * 1e6 if isinstance(value, float) else None
         )
+    kernels = day.items("equality").get("bfloat16: kernels", {"differences": {}})["differences"]
+    for kernel, value in kernels.items():
+        known[f"difference from the reference, {kernel}"] = value if isinstance(value, float) else None
     rows = [{"what": what, "value": value} for what, value in known.items()]
     texts = [{("", "what"): r["what"], ("", "value"): number(r["value"], 3)} for r in rows]
     return Table("gpu_device", f"What the device can do: {day.device}", pd.DataFrame(rows), printed(texts), day.notes)
