@@ -31,8 +31,17 @@ from awares_bench.training.rendering import render
 from .contestants import Pages
 from .synthetic_models import geometry, random_model
 
+OWN, PLAIN = "own layout", "own layout, steps from Python"
+"""Questions whose answers decide what is measured further."""
+
 Scores = list[Tensor]
 """(steps, vocabulary) for each page's first turn, then for each page's second."""
+
+
+class PlainSteps(VarlenBatch):
+    """Every step from Python, none recorded."""
+
+    graphs = False
 
 
 def compare(ours: Scores, theirs: Scores) -> dict:
@@ -149,13 +158,6 @@ class Equality:
             out = {"layout": kind.__name__, "a batch beside one by one": compare(together, self.alone)}
             return out | self._errors({"a batch": together, "one by one": self.alone})
 
-    def recorded_steps(self) -> dict:
-        """A batch on a GPU whose decoding steps are recorded beside one whose steps are not."""
-        with exact_products(), without_recording():
-            plain = self.by(VarlenBatch, together=True)
-        with exact_products():
-            return compare(self.by(VarlenBatch, together=True), plain)
-
     def _errors(self, ways: dict[str, Scores]) -> dict:
         if self.exact is None:
             return {}
@@ -182,16 +184,6 @@ class Equality:
 
 
 @contextmanager
-def without_recording() -> Iterator[None]:
-    """Within the block steps of a ``VarlenBatch`` run from Python."""
-    before, VarlenBatch.graphs = VarlenBatch.graphs, False
-    try:
-        yield
-    finally:
-        VarlenBatch.graphs = before
-
-
-@contextmanager
 def exact_products() -> Iterator[None]:
     """Within the block float32 is float32 everywhere: cuDNN's convolutions (the stock patch embedding) use TF32 by default."""
     before = torch.backends.cudnn.allow_tf32
@@ -211,11 +203,10 @@ def questions(size: str, layers: int | None, device: str, tokens: tuple[int, ...
         name = str(way.dtype).removeprefix("torch.")
         out[f"{name}: generate"] = way.generate
         out[f"{name}: rectangle"] = lambda way=way: way.layout(PaddedBatch)
-        # on a GPU float32 has no kernel, and the layout is held against one by one with the reference in its place
-        line = RaggedBatch if device == "cpu" else VarlenBatch
-        out[f"{name}: own layout"] = lambda way=way, line=line: way.layout(line)
+        # on a GPU float32 has no kernel, and the layout is tried with the reference in its place
         if device != "cpu":
-            out[f"{name}: recorded steps"] = way.recorded_steps
+            out[f"{name}: {PLAIN}"] = lambda way=way: way.layout(PlainSteps)
+        out[f"{name}: {OWN}"] = lambda way=way: way.layout(RaggedBatch if device == "cpu" else VarlenBatch)
         out[f"{name}: packed scoring"] = way.scoring
     if device != "cpu":
         out["bfloat16: kernels"] = lambda: kernels_here(rounded.vlm)

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import torch
 
+from awares_bench.inference.batch import Batch
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.padded_batch import PaddedBatch
+from awares_bench.inference.varlen_batch import VarlenBatch
 
 from . import engine_bench, pruner_bench
 from .contestants import load
 from .device_rates import rates
-from .equality import questions
+from .equality import OWN, PLAIN, PlainSteps, questions
 from .gpu_records import Item, Scale, Section
 
 AGREE = 0.02
@@ -55,14 +57,17 @@ def engine_of(size: str, scale: Scale, device: str, out: Path) -> list[Item]:
 
     def measured(tokens: int, batch: int, call_rate: float) -> dict:
         vlm = model()
-        own = (vlm.layout or vlm.own_layout()) is not PaddedBatch
+        own = vlm.layout or vlm.own_layout()
+        others: dict[str, type[Batch]] = {"rectangle": PaddedBatch} if own is not PaddedBatch else {}
+        if own is VarlenBatch:
+            others["steps from Python"] = PlainSteps
         repeats = scale.repeats if batch * tokens <= 20_000 else 1
         settings = engine_bench.Settings(
             geometry=size, layers=scale.layers, device=device, tokens=tokens, batch=batch, call_rate=call_rate,
             answer=scale.answer, repeats=repeats, parts=("turns", "stock"),
         )  # fmt: skip
         try:
-            return engine_bench.measure(settings, vlm, layouts=own)
+            return engine_bench.measure(settings, vlm, layouts=others)
         except (MemoryError, torch.cuda.OutOfMemoryError) as error:
             why = str(error).splitlines()[0]
         # outside of the handler, whose traceback holds what was computed
@@ -79,17 +84,21 @@ def engine_of(size: str, scale: Scale, device: str, out: Path) -> list[Item]:
     return items
 
 
-def trusted_layout(vlm: LocalModel, out: Path) -> type | None:
-    """None for the device's own layout; the rectangle where this run's equality has shown the own one to be wrong, or to fail."""
+def trusted_layout(vlm: LocalModel, out: Path) -> type[Batch] | None:
+    """None for the device's own layout; where this run's equality has shown that to be wrong, or to fail, the same without recorded steps,
+    else the rectangle."""
     path = out / "equality.json"
     items = json.loads(path.read_text(encoding="utf-8"))["items"] if path.exists() else {}
-    item = items.get(f"{str(vlm.host.dtype).removeprefix('torch.')}: own layout")
-    if item is None or vlm.own_layout() is PaddedBatch:
-        return None  # nobody has looked, or it is the rectangle anyway
-    agrees = "result" in item and item["result"]["a batch beside one by one"]["relative"] <= AGREE
-    if not agrees:
-        print(f"equality: {vlm.own_layout().__name__} is not trusted here, the rectangle is measured", file=sys.stderr)
-    return None if agrees else PaddedBatch
+    kind = str(vlm.host.dtype).removeprefix("torch.")
+
+    def agrees(question: str) -> bool:
+        result = items.get(f"{kind}: {question}", {}).get("result")
+        return result is not None and result["a batch beside one by one"]["relative"] <= AGREE
+
+    if vlm.own_layout() is PaddedBatch or f"{kind}: {OWN}" not in items or agrees(OWN):
+        return None  # the rectangle anyway, or nobody has looked, or it is right
+    print(f"equality: {vlm.own_layout().__name__} is not trusted here", file=sys.stderr)
+    return PlainSteps if agrees(PLAIN) else PaddedBatch
 
 
 def pruners(scale: Scale, device: str, out: Path) -> list[Item]:

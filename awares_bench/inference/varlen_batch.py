@@ -166,7 +166,7 @@ class VarlenBatch(RaggedBatch):
             try:
                 self.graph = self.recorder(lambda *state: self.advance(*state, longest=self.room), [tokens, counts])
             except RuntimeError as error:
-                VarlenBatch.graphs = False
+                type(self).graphs = False
                 warnings.warn(f"decoding goes on without a CUDA graph: {str(error).splitlines()[0]}", stacklevel=2)
                 return self.advance(tokens, counts)
         return self.graph(tokens, counts)

@@ -15,8 +15,8 @@ SECTIONS = ("device", "equality", "engine", "engine_large", "pruners", "grpo", "
 WAYS = {
     "full: ours": "full, ours",
     "AwaRes: ours, one cache": "AwaRes, ours",
-    "full: ours, rectangle": "full, ours in a rectangle",
     "AwaRes: ours, one cache, rectangle": "AwaRes, ours in a rectangle",
+    "AwaRes: ours, one cache, steps from Python": "AwaRes, ours, steps from Python",
     "AwaRes: ours, everything again": "AwaRes, ours without the cache",
     "full: model.generate": "full, generate",
     "AwaRes: model.generate twice": "AwaRes, generate twice",

@@ -44,6 +44,7 @@ def engine(day: GpuDay) -> Table | None:
             "generate / ours, full": ("full, generate seconds", "full, ours seconds"),
             "generate / ours, AwaRes": ("AwaRes, generate twice seconds", "AwaRes, ours seconds"),
             "rectangle / ours": ("AwaRes, ours in a rectangle seconds", "AwaRes, ours seconds"),
+            "steps from Python / recorded": ("AwaRes, ours, steps from Python seconds", "AwaRes, ours seconds"),
             "ours / floor": ("AwaRes, ours seconds", "AwaRes, ours floor"),
         }
         text["ratio", "RTR"] = number(row["rtr"], 2)
