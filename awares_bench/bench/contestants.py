@@ -24,7 +24,7 @@ from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Prepared, Request, Session
 from awares_bench.methods.conversation import Failure, Reply, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
-from awares_bench.methods.images import half
+from awares_bench.methods.images import HALF_SHARE, half, share_of
 from awares_bench.methods.usage import Usage
 from awares_bench.models.cpu_kernels import linear_onednn
 from awares_bench.models.families import host_of
@@ -99,9 +99,10 @@ class Pages:
         digits = tokenizer("7", add_special_tokens=False)["input_ids"]
         self.answer = tuple(digits * self.answer_length)[: self.answer_length]
         self.full_turns = [Turn((image,), "What is the total of the second column?") for image in self.images]
-        shown = [replace(t, images=(half(i),)) for t, i in zip(self.full_turns, self.images, strict=True)]
+        shown = [replace(t, images=(half(i),), shares=(HALF_SHARE,)) for t, i in zip(self.full_turns, self.images, strict=True)]
         self.first = [replace(t, system=PAPER_GRID.prompt, is_final=False, crop_grammar=PAPER_GRID) for t in shown]
-        self.second = [Turn(tuple(PAPER_GRID.cut(image, (CROP,)))) for image in self.images]
+        crops = [PAPER_GRID.cut(image, (CROP,))[0] for image in self.images]
+        self.second = [Turn((c,), shares=(share_of(c, image),)) for c, image in zip(crops, self.images, strict=True)]
 
     def laid_out(self, layout: type[Batch], work: Callable[[], list[list[Usage]]]) -> list[list[Usage]]:
         """The same work with rows laid out in another way."""
