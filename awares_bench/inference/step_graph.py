@@ -4,6 +4,7 @@ one from Python takes longer than they do."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,8 +20,16 @@ class StepGraph:
     def __init__(self, function: Callable[..., Tensor], inputs: list[Tensor]):
         self.inputs = [t.clone() for t in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = function(*self.inputs)
+        # not ``torch.cuda.graph``, which first gives all cached memory back. Other threads may pin pictures meanwhile
+        here, aside = torch.cuda.current_stream(), _stream(inputs[0].device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            self.graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.output = function(*self.inputs)
+            finally:
+                self.graph.capture_end()
+        here.wait_stream(aside)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """-> the function's value; the next call writes over it."""
@@ -28,3 +37,9 @@ class StepGraph:
             mine.copy_(given)
         self.graph.replay()
         return self.output
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one that recording happens on: libraries keep memory for every stream that they have met."""
+    return torch.cuda.Stream(device)

@@ -29,11 +29,12 @@ give 4e-3 and 5e-4; a query that sees one key too many or too few gives 1e-1."""
 def reference(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int) -> Tensor:
     """The contract of a ``Kernel`` in plain products, softmax in float32."""
     heads, shared, out = q.shape[1], q.shape[1] // k.shape[1], []
-    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
-        keys, values = (t[c:d].float().repeat_interleave(shared, 1).transpose(0, 1) for t in (k, v))  # (H, n, width)
-        scores = q[a:b].float().transpose(0, 1) @ keys.transpose(1, 2) * q.shape[2] ** -0.5
-        late = torch.ones(b - a, d - c, dtype=torch.bool, device=q.device).triu(d - c - (b - a) + 1)
-        out.append((scores.masked_fill_(late, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+    with torch.autocast(q.device.type, enabled=False):
+        for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+            keys, values = (t[c:d].float().repeat_interleave(shared, 1).transpose(0, 1) for t in (k, v))  # (H, n, width)
+            scores = q[a:b].float().transpose(0, 1) @ keys.transpose(1, 2) * q.shape[2] ** -0.5
+            late = torch.ones(b - a, d - c, dtype=torch.bool, device=q.device).triu(d - c - (b - a) + 1)
+            out.append((scores.masked_fill_(late, -torch.inf).softmax(-1) @ values).transpose(0, 1))
     return torch.cat(out).to(q.dtype) if out else q.new_empty(0, heads, q.shape[2])
 
 

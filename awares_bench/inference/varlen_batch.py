@@ -33,6 +33,11 @@ PLAIN_STEPS = 3
 replies are longer than a call."""
 
 
+FEW = 32
+"""Key heads of all rows below which a step attends by products: a fused kernel without split keys keeps as many multiprocessors busy as
+there are heads, of 132. Reasoned, not measured; ``gpu-day`` measures both."""
+
+
 class VarlenBatch(RaggedBatch):
     """Block of a layer: keys and values (2, B * room + 1, G, d), slot b from b * room on; the last place takes what padding writes."""
 
@@ -143,7 +148,8 @@ class VarlenBatch(RaggedBatch):
         shared = q.shape[1] // groups
         queries = q[0].unflatten(0, (groups, shared)).unflatten(2, (batch, width)).permute(2, 0, 1, 3, 4)  # (B, G, shared, w, d)
         mask = self.mask[:, None, None].expand(-1, 1, shared, -1, -1).flatten(2, 3)  # (B, 1, shared * w, keys)
-        out = scaled_dot_product_attention(queries.flatten(2, 3), slots[0], slots[1], mask)
+        attend = products if batch * groups < FEW else scaled_dot_product_attention
+        out = attend(queries.flatten(2, 3), slots[0], slots[1], mask)
         return out.unflatten(2, (shared, width)).permute(0, 3, 1, 2, 4).reshape(1, batch * width, -1, size)
 
     # ------------------------------------------------------------------ recorded steps
@@ -212,6 +218,13 @@ class VarlenBatch(RaggedBatch):
         done = self.finished.pop(request, None)
         session.keys, session.values = done or self.cache_of(self.rows.index(request))
         session.storage = []
+
+
+def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention in plain products, in float32: queries (B, G, n, d) on (B, G, K, d), mask (B, 1, n or 1, K) -> (B, G, n, d)."""
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
+        return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.float()).to(q.dtype)
 
 
 def rounded(tokens: int) -> int:

@@ -155,6 +155,9 @@ def device(day: GpuDay) -> Table | None:
         known[f"attention of {result['attention_tokens']:,} tokens, {kernel.replace('_', ' ')}, microseconds"] = (
             value * 1e6 if isinstance(value, float) else None
         )
+    for step in result["step_attention"]:
+        for way in ("fused", "products"):
+            known[f"attention of a step, {step['batch']} rows on {step['keys']:,} keys, {way}, microseconds"] = step[way] * 1e6
     kernels = day.items("equality").get("bfloat16: kernels", {"differences": {}})["differences"]
     for kernel, value in kernels.items():
         known[f"difference from the reference, {kernel}"] = value if isinstance(value, float) else None

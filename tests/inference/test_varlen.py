@@ -192,12 +192,15 @@ class Recorded(VarlenBatch):
     graphs, recorder = True, Traced
 
 
-@pytest.mark.parametrize("layout", [VarlenBatch, Recorded])
-def test_replies_that_outgrow_their_room_and_rows_that_leave_change_nothing(layout, monkeypatch):
+@pytest.mark.parametrize(
+    ("layout", "few"), [(VarlenBatch, 0), (VarlenBatch, 32), (Recorded, 0)], ids=["fused", "products", "recorded"]
+)
+def test_replies_that_outgrow_their_room_and_rows_that_leave_change_nothing(layout, few, monkeypatch):
     """The block moves: rows end at different steps, so that half of them leave twice, and the longest outgrows its room."""
     vlm, moves = tiny_vlm(), []
     lengths, move = [3, 24, 5, 8], layout.move
     monkeypatch.setattr(varlen_batch, "ROOM", 8)
+    monkeypatch.setattr(varlen_batch, "FEW", few)
     monkeypatch.setattr(
         layout, "move", lambda self, slots, room: (moves.append((len(slots), room > self.room)), move(self, slots, room))
     )
