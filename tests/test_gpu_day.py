@@ -157,6 +157,19 @@ def test_every_section_is_measured_at_the_smallest_geometry(rehearsed):
     assert all(r["peak_memory_bytes"] for r in engine["rows"]) and engine["about"]["layout"] == "RaggedBatch"
 
 
+def test_a_pruner_that_fails_is_named_and_the_others_are_measured(monkeypatch, tmp_path):
+    def run(*_, only, **__):
+        if only in ("", "fastv"):
+            raise RuntimeError("indices should be on the same device")
+        return {"pruners": [{"pruner": only}]}
+
+    monkeypatch.setattr(gpu_sections.pruner_bench, "run", run)
+    result = gpu_sections.pruners(TINY, "cpu", tmp_path)[0].measure()
+    names = {p["pruner"] for p in result["pruners"]}
+    assert "fastv" not in names and {"divprune", "visionzip"} <= names
+    assert result["failed"] == {"fastv": "RuntimeError: indices should be on the same device"}
+
+
 def test_scores_that_differ_show_in_every_number():
     right = [torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.0, 3.0, 0.0]])]
     wrong = [torch.tensor([[1.0, 2.0, 4.0], [9.0, 9.0, 9.0]]), torch.tensor([[3.0, 0.0, 0.0]])]

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
+from awares_bench.errors import RunError
 from awares_bench.inference.batch import Batch
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.padded_batch import PaddedBatch
 from awares_bench.inference.varlen_batch import VarlenBatch
+from awares_bench.methods.registry import pruner_classes
 
 from . import engine_bench, pruner_bench
 from .contestants import load
@@ -102,11 +104,28 @@ def trusted_layout(vlm: LocalModel, out: Path) -> type[Batch] | None:
 
 
 def pruners(scale: Scale, device: str, out: Path) -> list[Item]:
-    def measured(retention: float) -> dict:
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-        return pruner_bench.run(scale.small, scale.pruned, 1, retention, max(scale.repeats, 1), device, dtype)
+    """All pruners at once, so that they share a prefill; one by one where one of them fails, which is then named in the result."""
+    dtype = "bfloat16" if device.startswith("cuda") else "float32"
 
-    return [Item(f"{scale.pruned} tokens, retention {retention:g}", partial(measured, retention)) for retention in (0.5, 0.25)]
+    def measured(retention: float, only: str = "") -> dict:
+        return pruner_bench.run(scale.small, scale.pruned, 1, retention, scale.repeats, device, dtype, only=only)
+
+    def every(retention: float) -> dict:
+        try:
+            return measured(retention) | {"failed": {}}
+        except Exception as error:  # told below, by name
+            print(f"pruners one by one: {error}", file=sys.stderr)
+        results, failed = [], {}
+        for name in map(pruner_bench.name_of, pruner_classes()):
+            try:
+                results.append(measured(retention, name))
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {error}"
+        if not results:
+            raise RunError(f"no pruner could be measured: {failed}")
+        return results[0] | {"pruners": [p for r in results for p in r["pruners"]], "failed": failed}
+
+    return [Item(f"{scale.pruned} tokens, retention {retention:g}", partial(every, retention)) for retention in (0.5, 0.25)]
 
 
 def grpo(scale: Scale, device: str, out: Path) -> list[Item]:

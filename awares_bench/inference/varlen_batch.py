@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from awares_bench.models.base import moved
 from awares_bench.models.prompt_chunk import PromptChunk
 
 from .ragged_batch import RaggedBatch
@@ -230,8 +231,3 @@ def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def rounded(tokens: int) -> int:
     """Up to the next multiple of ``ROOM``."""
     return -(-tokens // ROOM) * ROOM
-
-
-def moved(values: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting where it is a GPU."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

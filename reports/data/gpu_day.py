@@ -50,7 +50,8 @@ class GpuDay:
         if missing:
             out.append(f"Not measured: {'; '.join(missing)}.")
         failed = [f"{key}: {i['error']}" for r in self.sections.values() for key, i in r["items"].items() if "error" in i]
-        return out + [f"Failed: {sentence}" for sentence in failed]
+        failed += [f"{name}: {error}" for result in self.items("pruners").values() for name, error in result["failed"].items()]
+        return out + [f"Failed: {sentence}" for sentence in dict.fromkeys(failed)]
 
 
 def holds(path: Path) -> bool:

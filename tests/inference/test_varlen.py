@@ -314,3 +314,20 @@ def test_the_layout_follows_the_device_and_what_runs_on_it(monkeypatch):
     found["kernel"] = ("a kernel", reference)
     monkeypatch.setattr(type(vlm.host), "attention", "eager")
     assert vlm.own_layout() is PaddedBatch
+
+
+# ---------------------------------------------------------------------- with a GPU: pytest -m gpu
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_kernel_is_right_and_recorded_steps_are_those_from_python():
+    from awares_bench.bench.equality import Equality, PlainSteps, compare
+
+    device = torch.device("cuda")
+    assert kernel_for(device, torch.bfloat16, 16, 2, 128), "a kernel for rows of different lengths"
+    exact = Equality("nano", None, torch.float32, "cuda", (64, 16, 100), 24)
+    way = Equality("nano", None, torch.bfloat16, "cuda", (64, 16, 100), 24, exact)
+    assert way.vlm.own_layout() is VarlenBatch
+    for kind in (PlainSteps, VarlenBatch):
+        assert compare(way.by(kind, together=True), way.alone)["relative"] < 0.02
+    assert VarlenBatch.graphs is None  # recording did not fail
