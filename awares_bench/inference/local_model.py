@@ -42,6 +42,8 @@ from .ragged_batch import RaggedBatch
 from .reply_decoder import ReplyDecoder
 from .session import Prepared, Request, Session
 from .token_choice import Greedy, Sampling, TokenChooser
+from .varlen_attention import kernel_for
+from .varlen_batch import VarlenBatch
 
 
 @dataclass(frozen=True)
@@ -353,8 +355,13 @@ class LocalModel:
         return (self.layout or self.own_layout())(self.host, sessions, chunks)
 
     def own_layout(self) -> type[Batch]:
-        """Rows without padding on a CPU; a rectangle of them elsewhere, or where another attention was asked for."""
-        return RaggedBatch if self.device.type == "cpu" and self.host.attention == "sdpa" else PaddedBatch
+        """Rows without padding, on a GPU in half precision where it has a kernel for them; else, or where another attention was asked
+        for, a padded rectangle."""
+        if self.host.attention != "sdpa":
+            return PaddedBatch
+        if self.device.type == "cpu":
+            return RaggedBatch
+        return VarlenBatch if kernel_for(self.device, self.host.dtype, *self.host.heads) else PaddedBatch
 
     def kernels(self) -> AbstractContextManager:
         """Within the block the model's layers run on this package's kernels, where there are any."""
