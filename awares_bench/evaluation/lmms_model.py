@@ -259,6 +259,7 @@ class MethodModel(lmms):
             key: arguments
             for key, arguments in documents.items()
             if not self.run.holds(key, generation[arguments.task].decisive, partial(self._content, arguments))
+            or (self.options.keep_masks and self.run.done[key].keep_masks is None)
         }
         if self._rank == 0 and len(todo) < len(documents):
             print(
@@ -268,7 +269,7 @@ class MethodModel(lmms):
         if other := sum(key in self.run.done for key in todo):
             print(
                 f"{self.label}: {other} answers in {self.run.folder} are to other pictures, texts or generation arguments, or were "
-                "recorded without them by an earlier release; they are given again",
+                "recorded without them by an earlier release, or without the masks that keep_masks asks for; they are given again",
                 file=sys.stderr,
             )
         return todo
@@ -283,6 +284,7 @@ class MethodModel(lmms):
             pruner=self.pruner,
             models=self.models,
             max_batch_tokens=self.options.max_batch_tokens,
+            keep_masks=self.options.keep_masks,
         )
         for vlm in self._local_models() if todo else []:
             vlm.warm_up()
@@ -295,7 +297,7 @@ class MethodModel(lmms):
                     failed[arguments.key] = outcome.error
                     record = Record(*place, None, error=outcome.error, batch_size=self.batch_size)
                 else:
-                    record = Record.of(outcome, *place, self.batch_size)
+                    record = Record.of(outcome, *place, self.batch_size, self.options.keep_masks)
                 decisive = generation[arguments.task].decisive
                 self.run.add(replace(record, content=self._content(arguments), generation=decisive))
                 bar.update()

@@ -21,13 +21,20 @@ from .session import Session
 class LayerwiseBatch(PaddedBatch):
     """Runs the decoder with a mask per layer, and cuts the chunks after the pruner's layers.
 
-    cuts: decoder layer after which to cut -> share of each image's tokens that go on.
+    cuts: decoder layer after which to cut -> share of each image's tokens that go on. noted: keep in the chunks which ones did.
     """
 
     def __init__(
-        self, host: HostModel, sessions: list[Session], chunks: list[PromptChunk], pruner: Pruner, cuts: dict[int, float]
+        self,
+        host: HostModel,
+        sessions: list[Session],
+        chunks: list[PromptChunk],
+        pruner: Pruner,
+        cuts: dict[int, float],
+        noted: bool = False,
     ):
         super().__init__(host, sessions, chunks)
+        self.noted = noted
         self.pruner, self.cuts, self.chunks = pruner, cuts, chunks
         self.renumber = quirks_of(pruner).renumber_positions
         self.prompt_columns = self.mask.shape[1]  # at the first layer
@@ -77,7 +84,7 @@ class LayerwiseBatch(PaddedBatch):
         new = len(chunk.embeds)
         rows = partial(self.attention_rows, layer, b, new, (rope[0][b], rope[1][b]))
         uncut = PromptChunk(hidden[-new:], positions[:, -new:], chunk.next_position, chunk.spans)
-        return uncut.cut(self.pruner, self.cuts[layer], rows)
+        return uncut.cut(self.pruner, self.cuts[layer], rows, layer, self.noted)
 
     def run_layers(self, hidden: Tensor, positions: Tensor) -> Tensor:
         rope = None

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from .crop_grid import Box, CropGrid
+from .kept_tokens import KeptTokens
 from .usage import Usage
 
 
@@ -122,6 +123,9 @@ class Reply:
 
     peak_memory_bytes: int | None = None
     """Most in use while the batch of this reply was answered (see ``memory``); None where nobody can say."""
+
+    kept: tuple[KeptTokens, ...] = ()
+    """Which visual tokens of the turn's pictures went on, cut by cut, where a pruner cut them and the request asks for it."""
 
 
 class EventKind(str, Enum):

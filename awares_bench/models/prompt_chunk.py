@@ -23,6 +23,9 @@ class ImageSpan:
     full: int
     """Tokens before any cut."""
 
+    cuts: tuple[tuple[int | None, Tensor, Tensor], ...] = ()
+    """Where cuts are noted: (decoder layer, raster places (m,) of what went on, whether each is no longer the token's own (m,))."""
+
     @property
     def stop(self) -> int:
         return self.start + len(self.visual.features)
@@ -50,9 +53,17 @@ class PromptChunk:
         return sum(len(s.visual.features) for s in self.spans)
 
     def cut(
-        self, pruner: Pruner, share: float, attention: Callable[[ImageSpan], DecoderAttention | None] | None = None
+        self,
+        pruner: Pruner,
+        share: float,
+        attention: Callable[[ImageSpan], DecoderAttention | None] | None = None,
+        layer: int | None = None,
+        noted: bool = False,
     ) -> PromptChunk:
-        """The chunk with every image reduced to its share; ``attention`` gives the attention on an image between decoder layers."""
+        """The chunk with every image reduced to its share; ``attention`` gives the attention on an image between decoder layers.
+
+        layer: the decoder layer after which it is cut. noted: keep in ``ImageSpan.cuts`` which tokens went on.
+        """
         embeds, positions, spans, at, length = [], [], [], 0, 0
         offset = quirks_of(pruner).span_offset
         for span in self.spans:
@@ -65,10 +76,20 @@ class PromptChunk:
             embeds += [self.embeds[at:start], features.to(self.embeds.dtype)]
             positions += [self.positions[:, at:start], self.positions[:, start:stop][:, chosen]]
             length += start - at
-            spans.append(ImageSpan(length - offset, _kept(image, features, chosen), span.full))
+            cuts = (*span.cuts, (layer, *_noted(image, features, chosen, offset))) if noted else span.cuts
+            spans.append(ImageSpan(length - offset, _kept(image, features, chosen), span.full, cuts))
             length, at = length + len(features), stop
         kept, places = torch.cat([*embeds, self.embeds[at:]]), torch.cat([*positions, self.positions[:, at:]], 1)
         return PromptChunk(kept, places, self.next_position, tuple(spans))
+
+
+def _noted(image: VisualTokens, features: Tensor, chosen: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """Raster places of what goes on, and whether each is no longer the token's own. What is no token of the image is left out."""
+    count = len(image.features)
+    places = torch.arange(count, device=chosen.device) if image.places is None else image.places
+    inside = (chosen >= 0) & (chosen + offset < count)
+    own, chosen = (features == image.features[chosen]).all(1), chosen + offset
+    return places[chosen[inside]], ~own[inside]
 
 
 def _kept(image: VisualTokens, features: Tensor, chosen: Tensor) -> VisualTokens:

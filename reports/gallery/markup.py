@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import pandas as pd
 from PIL import Image
 
-from awares_bench.card import boxes, image_tag, outlined, scaled
+from awares_bench.card import boxes, image_tag, kept_figures, outlined, scaled
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
+from awares_bench.methods.kept_tokens import KeptTokens
 
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#1b1f24;background:#fff}
@@ -20,7 +21,7 @@ select{font:inherit} [hidden]{display:none!important}
 header{display:flex;gap:.6rem;align-items:baseline;flex-wrap:wrap} section{border-top:1px solid #eef1f4;margin-top:.8rem;padding-top:.6rem}
 .tag{font-size:.8rem;border-radius:4px;padding:.05rem .45rem;background:#eef1f4}
 .right{background:#d9f2e3;color:#0b5a2e}.wrong{background:#fde2e1;color:#8c1d18}.event{background:#fff1d6;color:#7a4b00}
-.turns{display:flex;gap:1.4rem;flex-wrap:wrap;margin-top:.8rem} .turn{max-width:31rem}
+.turns{display:flex;gap:1.4rem;flex-wrap:wrap;margin-top:.8rem} .turn{max-width:31rem} .turn:has(.kept){max-width:62rem} .kept{display:inline-flex;flex-direction:column;max-width:100%;margin:0 .6rem .3rem 0;vertical-align:top}
 img{image-rendering:pixelated;border:1px solid #d8dee4;vertical-align:top;margin:0 .3rem .3rem 0;max-width:100%;height:auto}
 code{background:#f3f4f6;padding:.1rem .35rem;border-radius:4px;white-space:pre-wrap;overflow-wrap:anywhere} small{color:#57606a}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f8fa;padding:.5rem;border-radius:6px;margin:.4rem 0;max-height:16rem;overflow:auto}
@@ -48,7 +49,8 @@ class Side:
     row: dict
     """The columns of ``load.load``."""
     texts: dict
-    """question, target, replies, usage (a dict per turn), image_sizes (a list per turn), events; models where an endpoint names them."""
+    """question, target, replies, usage (a dict per turn), image_sizes (a list per turn), events; models where an endpoint names them;
+    keep_masks where the run kept them."""
 
 
 def choose(frame: pd.DataFrame, count: int = 12) -> pd.DataFrame:
@@ -127,20 +129,23 @@ def _turn(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> str
     usage = texts["usage"][i] if i < len(texts["usage"]) else None
     answers = texts.get("models") or []
     who = f", {html.escape(answers[i])}" if i < len(answers) and answers[i] else ""
-    pictures, caption = _seen(image, i, side, names)
+    seen, caption = _seen(image, i, side, names)
+    pictures = [scaled(p, 2) if p.size == half(image).size != image.size else p for p in seen if p is not None]
+    masks = texts.get("keep_masks") or []
+    cuts = [KeptTokens.from_dict(told) for told in (masks[i] if i < len(masks) else [])]
     if usage is None:
         spent = "tokens not known"
     else:
         seconds = sum(v for k, v in usage.items() if k.endswith("_seconds") and isinstance(v, (int, float)))
         spent = f"{usage.get('prefill', 0):g} visual, {usage.get('text', 0)} text, {usage.get('output', 0)} output tokens; {1000 * seconds:.0f} ms"
     return (
-        f'<div class="turn"><small>turn {i + 1}{who}: {html.escape(caption)}</small><br>{"".join(map(image_tag, pictures))}'
+        f'<div class="turn"><small>turn {i + 1}{who}: {html.escape(caption)}</small><br>{"".join(map(image_tag, pictures))}{kept_figures(seen, cuts)}'
         f"<br>model: <code>{html.escape(texts['replies'][i]) or '&nbsp;'}</code><br><small>{spent}</small></div>"
     )
 
 
-def _seen(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> tuple[list[Image.Image], str]:
-    """What a turn showed, put together again from the recorded sizes; a picture that cannot be is left out and the caption says so."""
+def _seen(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> tuple[list[Image.Image | None], str]:
+    """What a turn showed, put together again from the recorded sizes; one that cannot be is None, and the caption says so."""
     sizes = (side.texts["image_sizes"] or [])[i : i + 1]
     if not sizes:
         return (
@@ -149,7 +154,8 @@ def _seen(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> tup
             else ([], "what was shown is not recorded")
         )
     crops = PAPER_GRID.cut(image, names) if boxes(image, names) else []
-    pictures, words = [], []
+    pictures: list[Image.Image | None] = []
+    words = []
     for j, size in enumerate(tuple(s) for s in sizes[0]):
         if i and j < len(crops) and crops[j].size == size:
             blank = side.row.get("family") == "blank_crop"
@@ -159,11 +165,12 @@ def _seen(image: Image.Image, i: int, side: Side, names: tuple[str, ...]) -> tup
             pictures.append(image)
             words.append("the full image")
         elif size == half(image).size:
-            pictures.append(scaled(half(image), 2))
+            pictures.append(half(image))
             words.append("half-size view, enlarged")
         elif i == 0 and abs(size[0] / size[1] - image.width / image.height) < 0.03:
             pictures.append(image.resize(size, Image.Resampling.LANCZOS))
             words.append(f"the image at {size[0]}×{size[1]}")
         else:
+            pictures.append(None)
             words.append(f"a picture of {size[0]}×{size[1]} whose place is not recorded")
     return pictures, ", ".join(words) or "no picture"

@@ -22,7 +22,7 @@ from ..data import discover
 from ..data.load import ReportError, Run, samples_lines
 from . import markup
 
-SHOWN = ("question", "replies", "usage", "events", "image_sizes", "models", "boxes")
+SHOWN = ("question", "replies", "usage", "events", "image_sizes", "models", "boxes", "keep_masks")
 
 ALLOWED = (
     ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Compare,
