@@ -18,6 +18,7 @@ from .data.load import ReportError, Run
 from .plots import (
     accuracy_rtr,
     accuracy_seconds,
+    accuracy_tasks,
     calibration,
     crop_selection,
     hard_documents,
@@ -106,11 +107,12 @@ def _figures(
 ) -> Iterator[tuple[str, pd.DataFrame, Callable[[pd.DataFrame], Figure]]]:
     """(name, data, data -> Figure) of every figure; empty data where the runs do not hold what it shows."""
     caveats = tuple(n for n in notes if not n.startswith("Processor limits"))
-    common: dict[str, Any] = {"title": names.suite(frame), "notes": caveats}
+    common: dict[str, Any] = {"on": names.suite(frame), "notes": caveats}
     hollow = accuracy_rtr.published(paper)
 
     accuracy = partial(accuracy_rtr.draw, paper=hollow if len(hollow) else None, **common)
     yield "accuracy_rtr", accuracy_rtr.data(frame), accuracy
+    yield "accuracy_tasks", accuracy_tasks.data(frame), partial(accuracy_tasks.draw, **common)
     if times and frame["seconds"].notna().any():
         machine = _machine(runs)
         yield "accuracy_seconds", accuracy_seconds.data(frame), partial(accuracy_seconds.draw, machine=machine, **common)
@@ -121,7 +123,7 @@ def _figures(
     yield "calibration", calibration.data(frame), partial(calibration.draw, **common)
     if logs:
         curves = learning_curves.data(learning_curves.read(list(logs)))
-        yield "learning_curves", curves, partial(learning_curves.draw, title="training runs")
+        yield "learning_curves", curves, partial(learning_curves.draw, on="training runs")
 
 
 def _machine(runs: list[Run]) -> str:

@@ -10,6 +10,9 @@ from ..data import names, stats
 from ..data.summary import reference, summary
 from . import style
 
+TITLE = "Accuracy where the half-size view is wrong"
+READING = "Only documents that half size gets wrong count here: further to the right, more of them are put right."
+
 MOST = 40
 
 
@@ -35,7 +38,7 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "label", "family", "accuracy", "low", "high", "documents"])
 
 
-def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure:
+def draw(table: pd.DataFrame, on: str, notes: tuple[str, ...] = ()) -> Figure:
     """Plot ``data``: a point per run, best first."""
     ordered = table.sort_values("accuracy", ascending=False, kind="stable")
     cut = [f"The best {MOST} of {len(ordered)} runs; all are in the CSV."] if len(ordered) > MOST else []
@@ -51,7 +54,7 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
         axes.set_ylim(len(ordered) - 0.4, -0.6)
         axes.set_xlim(0, 102)
         axes.set_xlabel("accuracy where half size is wrong (%)", loc="right")
-        style.title(figure, title)
+        style.title(figure, TITLE, on)
         counted = f"{ordered['documents'].max():,} documents, mean over tasks; bars: 95 % bootstrap interval."
         style.footnote(figure, [*notes, *cut, counted])
     return figure
