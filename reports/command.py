@@ -30,6 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--records", type=Path, metavar="FOLDER", help="also write compact records there, which report reads again"
     )
     parser.add_argument(
+        "--gallery",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also galleries of N documents on which AwaRes and another method differ",
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="folder with TASK.parquet for them, when the tasks' own data is not at hand"
+    )
+    parser.add_argument(
         "--logs", type=Path, nargs="+", default=[], metavar="LOG", help="training logs (log.jsonl), for learning curves"
     )
 
@@ -52,6 +62,8 @@ def main(args: argparse.Namespace) -> int:
         gap=args.gap / 100,
         compact=args.records,
         logs=tuple(args.logs),
+        gallery=args.gallery,
+        images=args.images,
     )
     print((args.out / "table.md").read_text(encoding="utf-8"))
     for sentence in warnings:

@@ -28,7 +28,6 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from packaging.version import Version
-from tqdm import tqdm
 
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.generation import Settings, settings
@@ -45,6 +44,7 @@ from awares_bench.models.base import check_text
 
 from . import content, run_options, summary
 from .lmms_manifest import COMPOSED
+from .progress import Progress
 from .provenance import fingerprint
 from .records import Record, RunFolder
 from .run_options import RunOptions
@@ -289,7 +289,7 @@ class MethodModel(lmms):
         for vlm in self._local_models() if todo else []:
             vlm.warm_up()
         order = list(todo.values())
-        with tqdm(total=len(order), desc=self.label, disable=self._rank != 0) as bar:
+        with Progress(len(order), self.label, shown=self._rank == 0) as bar:
             for i, outcome in engine.run(self._job(arguments) for arguments in order):
                 arguments = order[i]
                 place = arguments.task, arguments.doc_id, arguments.split, str(arguments.prompt)
@@ -300,7 +300,7 @@ class MethodModel(lmms):
                     record = Record.of(outcome, *place, self.batch_size, self.options.keep_masks)
                 decisive = generation[arguments.task].decisive
                 self.run.add(replace(record, content=self._content(arguments), generation=decisive))
-                bar.update()
+                bar.answered(outcome)
         return failed
 
     def _finish(self, generation: dict[str, Settings], keys: set[Key]) -> None:

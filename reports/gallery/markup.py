@@ -25,19 +25,31 @@ header{display:flex;gap:.6rem;align-items:baseline;flex-wrap:wrap} section{borde
 img{image-rendering:pixelated;border:1px solid #d8dee4;vertical-align:top;margin:0 .3rem .3rem 0;max-width:100%;height:auto}
 code{background:#f3f4f6;padding:.1rem .35rem;border-radius:4px;white-space:pre-wrap;overflow-wrap:anywhere} small{color:#57606a}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f8fa;padding:.5rem;border-radius:6px;margin:.4rem 0;max-height:16rem;overflow:auto}
+@media (prefers-color-scheme:dark){:root{color-scheme:dark} body,form{color:#e3e7ec;background:#14171b} article,form,section,img{border-color:#30363d}
+code,pre,.tag{background:#262c33;color:#e3e7ec} small{color:#9aa4af} .right{background:#12361f;color:#a9e2bd}.wrong{background:#46191a;color:#ffb9b4}.event{background:#3a2c0b;color:#ffd88a}}
 """
 SCRIPT = """
-const form = document.forms[0], cards = [...document.querySelectorAll('article')];
+const form = document.forms[0], names = ['task', 'right', 'outcome', 'called'].filter(k => form[k]), cards = [...document.querySelectorAll('article')];
 function show() {
   let n = 0;
   for (const c of cards) {
-    const keep = ['task', 'right', 'called'].every(k => !form[k].value || c.dataset[k] === form[k].value);
+    const keep = names.every(k => !form[k].value || c.dataset[k] === form[k].value);
     c.hidden = !keep; n += keep;
   }
   document.getElementById('count').textContent = n + ' of ' + cards.length + ' shown';
 }
+for (const [k, v] of new URLSearchParams(location.hash.slice(1))) if (names.includes(k)) form[k].value = v;
 form.addEventListener('change', show); show();
 """
+
+
+OUTCOMES = {
+    "lost": "the first is wrong, the second right",
+    "won": "the first is right, the second wrong",
+    "both right": "both right",
+    "both wrong": "both wrong",
+}
+"""Of two runs on a document, in words."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +83,18 @@ def choose(frame: pd.DataFrame, count: int = 12) -> pd.DataFrame:
 
 
 def page(cards: list[str], title: str) -> str:
-    """``card``s -> a self-contained HTML page with filters by task, correctness and calls."""
+    """``card``s -> a self-contained HTML page with filters by task, correctness, calls and, of two runs, who wins.
+
+    An address may set them: ``gallery.html#task=nano_doc&outcome=lost``.
+    """
     tasks = sorted({c.split('data-task="', 1)[1].split('"', 1)[0] for c in cards})
     choices = {"task": tasks, "right": ["right", "wrong", "differs"], "called": ["called", "direct"]}
+    if any('data-outcome="' in c for c in cards):
+        del choices["right"]
+        choices["outcome"] = list(OUTCOMES)
     selects = "".join(
-        f'<label>{name} <select name="{name}"><option value="">all</option>{"".join(f"<option>{v}</option>" for v in values)}</select></label>'
+        f'<label>{name} <select name="{name}"><option value="">all</option>'
+        f"{''.join(f'<option value={chr(34)}{v}{chr(34)}>{OUTCOMES.get(v, v)}</option>' for v in values)}</select></label>"
         for name, values in choices.items()
     )
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{STYLE}</style>'
@@ -90,10 +109,13 @@ def card(image: Image.Image, sides: list[Side]) -> str:
     row, texts = sides[0].row, sides[0].texts
     verdicts = {s.row["score"] > 0.5 for s in sides}
     right = "differs" if len(verdicts) > 1 else ("right" if True in verdicts else "wrong")
+    first, last = sides[0].row["score"] > 0.5, sides[-1].row["score"] > 0.5
+    outcome = ("won" if first else "lost") if first != last else ("both right" if first else "both wrong")
+    compared = f' data-outcome="{outcome}"' if len(sides) > 1 else ""
     called = "called" if any(s.row["called"] for s in sides) else "direct"
     target = texts["target"] if isinstance(texts["target"], str) else str(texts["target"])
     return (
-        f'<article data-task="{html.escape(row["task"])}" data-right="{right}" data-called="{called}">'
+        f'<article data-task="{html.escape(row["task"])}" data-right="{right}" data-called="{called}"{compared}>'
         f"<header><b>{html.escape(row['task'])} · document {row['doc_id']}</b><small>{image.width}×{image.height} pixels</small></header>"
         f"<pre>{html.escape(texts['question'])}</pre>expected: <code>{html.escape(target)}</code>"
         f"{''.join(_side(image, s, named=len(sides) > 1) for s in sides)}</article>\n"

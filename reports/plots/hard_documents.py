@@ -47,9 +47,9 @@ def draw(table: pd.DataFrame, on: str, notes: tuple[str, ...] = ()) -> Figure:
         figure, axes = style.subplots(0.75 + 0.16 * len(ordered))
         for y, r in enumerate(ordered.itertuples()):
             spread = 100 * np.array([[r.accuracy - r.low], [r.high - r.accuracy]])
-            axes.errorbar(
-                100 * r.accuracy, y, xerr=spread, fmt=names.marker(r.family), color=names.colour(r.family), elinewidth=0.8
-            )
+            look = {"color": names.colour(r.family), "elinewidth": 0.8}
+            bar = axes.errorbar(100 * r.accuracy, y, xerr=spread, fmt=names.marker(r.family), **look)
+            bar.lines[0].set_clip_on(False)  # a mark at 100 % is drawn whole
         axes.set_yticks(range(len(ordered)), [names.short(label) for label in ordered["label"]])
         axes.set_ylim(len(ordered) - 0.4, -0.6)
         axes.set_xlim(0, 102)

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 from ..data import names
 from . import style
 
-TITLE = "Time of a document by phase"
+TITLE = "Milliseconds of a document, phase by phase"
 READING = (
     "A panel for each phase on one scale, the darker end of a bar is spent after the first turn; the number on the right is the sum of "
     "all phases. Fewer visual tokens shorten prefill, fewer or smaller pictures also the vision tower."
@@ -17,7 +17,7 @@ READING = (
 
 COLOURS = {"preprocess": "#7d7d7d", "encode": "#de8f05", "prefill": "#0173b2", "decode": "#029e73"}
 OTHER = ("#cc78bc", "#d55e00", "#56b4e9", "#ca9161")
-WORDS = {"preprocess": "prepare", "encode": "vision tower", "aux": "other model"}
+WORDS = {"preprocess": "prepare", "encode": "tower", "aux": "other model"}
 MOST = 40
 """Rows that a column's height holds; the CSV has them all."""
 
@@ -74,7 +74,6 @@ def draw(table: pd.DataFrame, on: str, machine: str, notes: tuple[str, ...] = ()
                 f"{milliseconds.loc[method].sum():.3g}", (1.02, y), xycoords=("axes fraction", "data"), fontsize=5.8, va="center"
             )
         last.annotate("all", (1.02, 1), (0, 2), xycoords="axes fraction", textcoords="offset points", fontsize=6.5, va="bottom")
-        figure.supxlabel("milliseconds a document", fontsize=7)
         style.title(figure, TITLE, on)
         style.legend(
             figure,

@@ -70,16 +70,19 @@ def draw_points(
         outliers = panel(axes, data, bottom, top, crowd)
         both = pd.concat([data["cost"], paper["cost"]]) if published else data["cost"]
         axes.set_xlim(*x_range(both))
-        _number_outliers(axes, data[data["method"].isin(outliers)])
+        numbers = _number_outliers(axes, data[data["method"].isin(outliers)])
         below.set_xlabel(xlabel)
         axes.set_ylabel("accuracy, mean over tasks (%)")
         bars = "" if crowd else "Bars: 95 % bootstrap interval over documents. "
         beneath = "Runs at the lower edge lie below it, at the number beside them. " if len(outliers) else ""
-        style.footnote(figure, [*notes, f"{bars}Dashed: Pareto front. {beneath}".strip()])
+        sources = list(dict.fromkeys(paper["source"])) if published and "source" in paper else []
+        below_words = [f"As published: {'; '.join(sources)}."] if sources else []
+        style.footnote(figure, [*notes, f"{bars}Dashed: Pareto front. {beneath}".strip(), *below_words])
         if published:
             _published(below, paper)
         # The front and the named few are labelled where they are; the key has the rest.
         wanted, obstacles = _labels(data[~data["method"].isin(outliers)], crowd)
+        obstacles += numbers
         told: set[str] = set()
         while True:
             # every family without a label is in the key, which makes the axes smaller, so the labels are placed after it
@@ -143,18 +146,24 @@ def panel(axes: Axes, data: pd.DataFrame, bottom: float, top: float, crowd: bool
     return list(outliers["method"])
 
 
-def _number_outliers(axes: Axes, outliers: pd.DataFrame) -> None:
-    """The accuracy of each run at the lower edge above its mark, one over the other where they are close."""
+def _number_outliers(axes: Axes, outliers: pd.DataFrame) -> list[tuple[float, float]]:
+    """The accuracy of each run at the lower edge above its mark, one over the other where they are close -> where they stand."""
     left, right = axes.get_xlim()
+    bottom, top = axes.get_ylim()
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # so that the height of a row of words is known
+    point = (top - bottom) / (72 * axes.get_window_extent().height / axes.figure.dpi)
+    places = []
     near, taken = 0.07 * (right - left), [float("-inf")] * 6  # where the last number of each row stands
     for r in outliers.sort_values("cost").itertuples():
         row = next((i for i, x in enumerate(taken) if r.cost - x >= near), len(taken) - 1)
         taken[row] = r.cost
         number = axes.annotate(
-            f"↓{100 * r.accuracy:.0f}", (r.cost, axes.get_ylim()[0]), (0, 4 + 6 * row), textcoords="offset points", ha="center",
+            f"↓{100 * r.accuracy:.0f}", (r.cost, bottom), (0, 4 + 6 * row), textcoords="offset points", ha="center",
             va="bottom", fontsize=5, color=names.colour(r.family),
         )  # fmt: skip
         number.set_gid("edge")
+        places.append((r.cost, bottom + (7 + 6 * row) * point))
+    return places
 
 
 def _published(axes: Axes, paper: pd.DataFrame) -> None:
@@ -168,13 +177,7 @@ def _published(axes: Axes, paper: pd.DataFrame) -> None:
     room = max(1.0, 0.15 * (values.max() - values.min()))
     axes.set_ylim(values.min() - room, values.max() + room)
     axes.set_ylabel("published (%)")
-    sources = list(dict.fromkeys(paper["source"])) if "source" in paper else []
-    axes.set_title(
-        f"as published{': ' + '; '.join(names.short(s, 40) for s in sources) if sources else ''}",
-        fontweight="normal",
-        fontsize=6.2,
-        pad=2,
-    )
+    axes.set_title("as published", fontweight="normal", fontsize=6.5, pad=2)
     wanted = []
     for family, own in paper.groupby("family", sort=False, observed=True):
         p = own.sort_values("cost").iloc[-1]
@@ -210,7 +213,7 @@ def _key(figure: Figure, data: pd.DataFrame, labelled: set[str], most: int = 24)
     handles, texts = [], []
     for family, own in rest.groupby("family", sort=False, observed=True):
         handles.append(Line2D([], [], ls="", marker=names.marker(str(family)), color=names.colour(str(family)), ms=4))
-        texts.append(names.short(own["label"].iloc[0] if len(own) == 1 else names.label(str(family)), 24))
+        texts.append(names.short(own["label"].iloc[0] if len(own) == 1 else names.label(str(family)), 30))
     if len(texts) > most:
         handles, texts = handles[:most], [*texts[: most - 1], f"and {len(texts) - most + 1} more"]
     if texts:
