@@ -168,6 +168,8 @@ def page(model: api.Model, title: str) -> Any:
             image, text = shown[event.index]
             return image, card.image_tag(image), text
 
+        example.__annotations__["event"] = gr.SelectData  # read by Gradio, which does not see this function's imports
+
         def ask(image, text, before, *of_columns):
             chosen_names, chosen_options = of_columns[: len(names)], of_columns[len(names) :]
             given: list[card.Answer] = []

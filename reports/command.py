@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import report
+from . import report, site
 from .data.load import ReportError
 
 
@@ -40,12 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", type=Path, metavar="FOLDER", help="folder with TASK.parquet for them, when the tasks' own data is not at hand"
     )
     parser.add_argument(
+        "--site",
+        type=Path,
+        metavar="OUT",
+        help="a leaderboard in OUT: these runs, or the committed ones, with the published numbers",
+    )
+    parser.add_argument(
         "--logs", type=Path, nargs="+", default=[], metavar="LOG", help="training logs (log.jsonl), for learning curves"
     )
 
 
 def main(args: argparse.Namespace) -> int:
     """``awares-bench report``."""
+    if args.site:
+        print(site.write(args.runs, args.site, dict(map(_metric, args.metric))))
+        return 0
     if not args.runs and not args.logs:
         raise ReportError("name at least one folder of runs: awares-bench report RUNS --out DIR")
     formats = tuple(args.formats.split(","))

@@ -19,7 +19,7 @@ body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding
 a{color:var(--link)} h1{font-size:1.4rem} h2{font-size:1.1rem;margin-top:2.2rem} nav a{margin-right:1rem}
 .scroll{overflow-x:auto;max-height:44rem;overflow-y:auto;border:1px solid var(--line);border-radius:6px}
 table{border-collapse:separate;border-spacing:0;font-size:13px;font-variant-numeric:tabular-nums}
-th,td{padding:.22rem .5rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);background:var(--page)}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:12px} th,td{padding:.22rem .5rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);background:var(--page)}
 td.words{white-space:normal;min-width:9rem;text-align:left}
 thead th{position:sticky;top:0;z-index:1} thead tr:nth-child(2) th{top:1.65rem;cursor:pointer} thead tr:only-child th{cursor:pointer}
 thead tr:first-child:not(:last-child) th{text-align:center} thead tr:last-child th{border-bottom:1.5px solid var(--ink)}
@@ -27,7 +27,7 @@ th:first-child,td:first-child{text-align:left;position:sticky;left:0;z-index:1} 
 tbody tr:hover td{background:var(--hover)} [hidden]{display:none!important}
 .tools{display:flex;flex-wrap:wrap;gap:.4rem .9rem;align-items:center;margin:.4rem 0;font-size:13px;color:var(--soft)}
 .tools input[type=search]{font:inherit;padding:.15rem .5rem;border:1px solid var(--line);border-radius:4px;background:var(--page);color:var(--ink);min-width:15rem}
-.tools label{background:var(--chip);border-radius:4px;padding:.05rem .45rem;color:var(--ink);cursor:pointer}
+.tools select{font:inherit;background:var(--page);color:var(--ink);max-width:16rem} .tools label{background:var(--chip);border-radius:4px;padding:.05rem .45rem;color:var(--ink);cursor:pointer}
 .figures{columns:2;column-gap:1.4rem} .figures.wide{columns:1} figure{break-inside:avoid;margin:0 0 1.4rem}
 figure img{width:100%;background:#fff;border:1px solid var(--line);border-radius:6px;box-sizing:border-box;padding:.4rem}
 summary{cursor:pointer} details{font-size:14px;margin:.6rem 0} figcaption,small{color:var(--soft);font-size:13px} .notes{background:var(--note);border-left:3px solid var(--edge);padding:.5rem 1rem .5rem 2rem;font-size:14px}
@@ -37,13 +37,17 @@ summary{cursor:pointer} details{font-size:14px;margin:.6rem 0} figcaption,small{
 SCRIPT = """
 for (const box of document.querySelectorAll('section.table')) {
   const rows = [...box.querySelectorAll('tbody tr')], search = box.querySelector('input[type=search]'), count = box.querySelector('.count');
+  const choices = [...box.querySelectorAll('select[data-column]')];
   const show = () => {
     const words = search.value.toLowerCase().split(/\\s+/).filter(Boolean);
     let n = 0;
-    for (const r of rows) { const keep = words.every(w => r.textContent.toLowerCase().includes(w)); r.hidden = !keep; n += keep; }
+    for (const r of rows) {
+      const keep = words.every(w => r.textContent.toLowerCase().includes(w)) && choices.every(c => !c.value || r.children[c.dataset.column].textContent === c.value);
+      r.hidden = !keep; n += keep;
+    }
     count.textContent = n + ' of ' + rows.length + ' rows';
   };
-  if (search) { search.addEventListener('input', show); show(); }
+  if (search) { [search, ...choices].forEach(c => c.addEventListener('input', show)); show(); }
   for (const fold of box.querySelectorAll('input[data-group]')) {
     const set = () => { for (const c of box.querySelectorAll('[data-in="' + fold.dataset.group + '"]')) c.hidden = !fold.checked; };
     fold.addEventListener('change', set); set();
@@ -120,10 +124,11 @@ def _table(table: Table, tasks: tuple[str, ...] = ()) -> str:
     )
 
 
-def interactive(printed: pd.DataFrame, tasks: tuple[str, ...] = (), escape: bool = True) -> str:
+def interactive(printed: pd.DataFrame, tasks: tuple[str, ...] = (), escape: bool = True, choices: tuple[str, ...] = ()) -> str:
     """A frame of strings, columns named (group, column), as a table with a filter of rows and boxes that fold groups of columns.
 
     tasks: groups that are folded at first where the table is wider than ``FITS``. escape: False where cells are HTML.
+    choices: columns that get a list of their values to choose from.
     """
     columns = [c if isinstance(c, tuple) else ("", str(c)) for c in printed.columns]
     groups = list(dict.fromkeys(g for g, _ in columns if g))
@@ -136,7 +141,15 @@ def interactive(printed: pd.DataFrame, tasks: tuple[str, ...] = (), escape: bool
     search = (
         '<input type="search" placeholder="filter rows, such as: awares 50" aria-label="filter rows"><span class="count"></span>'
     )
-    tools = f'<div class="tools">{search if len(printed) > 5 else ""}{fold}</div>'
+    lists = []
+    for name in choices:
+        (column,) = [i for i, (_, c) in enumerate(columns) if c == name]
+        values = dict.fromkeys(str(v) for v in printed.iloc[:, column])
+        items = "".join(f"<option>{html.escape(v)}</option>" for v in sorted(values))
+        lists.append(
+            f'<span>{html.escape(name)} <select data-column="{column}"><option value="">all</option>{items}</select></span>'
+        )
+    tools = f'<div class="tools">{search if len(printed) > 5 or choices else ""}{"".join(lists)}{fold}</div>'
     # A cell knows its group, so that a box can hide all of them; groups span their columns in a row of their own.
     inside = [f' data-in="{html.escape(g)}"' if g else "" for g, _ in columns]
     spans: list[tuple[str, int]] = []
