@@ -11,7 +11,7 @@ from awares_bench.inference.session import Session
 from awares_bench.methods.conversation import Turn
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
-from awares_bench.models.qwen2_5_vl_vision import windowed_attention
+from awares_bench.models.qwen_vision import windowed_attention
 from awares_bench.tasks.nano import world
 from awares_bench.training.nano import language, stages, tower
 from awares_bench.training.nano import model as nano

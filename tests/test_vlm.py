@@ -16,10 +16,10 @@ from awares_bench.methods.conversation import Failure, Sample, Trajectory, Turn,
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
 from awares_bench.methods.pruner import VisualTokens
-from awares_bench.models import qwen2_5_vl_vision
+from awares_bench.models import qwen_vision
 from awares_bench.models.cpu_kernels import FEWEST_ROWS, linear_onednn, onednn_linears
 from awares_bench.models.families import host_of
-from awares_bench.models.qwen2_5_vl_vision import grouped_windows, matmul_attention, varlen_windows
+from awares_bench.models.qwen_vision import grouped_windows, matmul_attention, varlen_windows
 from awares_bench.training.nano import model as nano
 
 from .tiny import chunk_ids, encode, picture, pixels, positions, tiny_vlm
@@ -235,7 +235,7 @@ def test_the_tower_has_the_same_features_in_parts_and_by_products(sizes, monkeyp
     with torch.no_grad():
         stock = tower(torch.cat(patches), grid_thw=torch.tensor(grids)).pooler_output
     for name, value in {"FEW": 0, "ROWS": 48, "LONG": 1, "USE_MATMUL_ATTENTION": True}.items():
-        monkeypatch.setattr(qwen2_5_vl_vision, name, value)
+        monkeypatch.setattr(qwen_vision, name, value)
     hook = tower.blocks[0].mlp.up_proj.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
     parts = encode(vlm, patches, grids)
     hook.remove()

@@ -188,10 +188,9 @@ class Scorer(torch.nn.Module):
         self.banned, self.temperature, self.penalty = list(banned), temperature, penalty
 
     def forward(self, packed: Packed, features: Tensor | None) -> tuple[Tensor, Tensor]:
-        """features: of the packed pictures (V, D) -> log-probability (N,) of each scored token, and the entropy (N,) of its distribution
+        """features: of the packed pictures, ``joined`` -> log-probability (N,) of each scored token, and the entropy (N,) of its distribution
         without gradient."""
-        embeds = self.host.embed(packed.ids, features)
-        hidden = self.host.hidden_states(embeds, packed.positions, packed.mask)
+        hidden = self.host.hidden_states(packed.ids, features, packed.positions, packed.mask)
         logits = self.host.model.get_output_embeddings()(hidden[packed.score_at[:, 0], packed.score_at[:, 1]]).float()
         if self.penalty != 1:
             assert packed.before is not None  # packed with what is followed

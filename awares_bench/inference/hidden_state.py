@@ -33,10 +33,11 @@ def last_hidden(host: HostModel, request: Request, prepared: Prepared) -> Reply:
     run = layers_of(request.turn.hidden_state_depth, host.layers)
     hidden = chunk.embeds[None]
     rope = host.rope(hidden, chunk.positions[:, None])
+    deepstack = None if chunk.deepstack is None else chunk.deepstack[:, None]
     everything = torch.ones(hidden.shape[:2], dtype=torch.bool, device=host.device)
     mask = attention_mask(host.attention, everything, hidden, gaps=False)
     for layer in range(run):
-        hidden = host.layer(layer, hidden, rope, attention_mask=mask)
+        hidden = host.layer(layer, hidden, rope, deepstack, attention_mask=mask)
     values = tuple(hidden[0, -1].float().tolist())  # waits for the device
     marks.append(time.perf_counter())
     request.session.events += prepared.events  # after all that may fail

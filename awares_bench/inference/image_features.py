@@ -30,7 +30,12 @@ class FeatureStore:
         if key in self._kept:
             return
         # clones: not views that keep a whole batch alive
-        self._kept[key] = [VisualTokens(run.features.clone(), run.grid, run.places) for run in runs]
+        self._kept[key] = [
+            VisualTokens(
+                run.features.clone(), run.grid, run.places, deepstack=None if run.deepstack is None else run.deepstack.clone()
+            )
+            for run in runs
+        ]
         self.used += _bytes(runs)
         while self.used > self.capacity:
             self.used -= _bytes(self._kept.popitem(last=False)[1])
@@ -43,4 +48,4 @@ class FeatureStore:
 
 
 def _bytes(runs: list[VisualTokens]) -> int:
-    return sum(run.features.nbytes for run in runs)
+    return sum(run.features.nbytes + (0 if run.deepstack is None else run.deepstack.nbytes) for run in runs)

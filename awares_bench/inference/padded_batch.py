@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from awares_bench.models.base import CACHE
-from awares_bench.models.prompt_chunk import PromptChunk
+from awares_bench.models.prompt_chunk import PromptChunk, joined_deepstack
 
 from .batch import Batch
 from .reply_decoder import ReplyDecoder
@@ -19,7 +19,7 @@ class PaddedBatch(Batch):
 
     def layout(self, sessions: list[Session], chunks: list[PromptChunk]) -> None:
         past, new = max(s.length for s in sessions), max(len(c.embeds) for c in chunks)
-        self.embeds, self.positions = self.padded(chunks)
+        self.embeds, self.positions, self.deepstack = self.padded(chunks)
         self.mask = torch.zeros((len(chunks), past + new), dtype=torch.bool, device=self.host.device)
         """(B, L): where a row has a token."""
         for b, (session, chunk) in enumerate(zip(sessions, chunks, strict=True)):
@@ -34,26 +34,32 @@ class PaddedBatch(Batch):
             pairs = [(s.keys[layer], s.values[layer]) if s.keys else None for s in sessions]
             self.cache.update(_stacked([p and p[0] for p in pairs]), _stacked([p and p[1] for p in pairs]), layer)
 
-    def padded(self, chunks: list[PromptChunk]) -> tuple[Tensor, Tensor]:
-        """-> embeddings (B, L, D) and positions (axes, B, L), padded on the left."""
+    def padded(self, chunks: list[PromptChunk]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """-> embeddings (B, L, D), positions (axes, B, L) and what is added after the first N layers (N, B, L, D), padded on the left."""
         length, embeds = max(len(c.embeds) for c in chunks), chunks[0].embeds
         hidden = embeds.new_zeros((len(chunks), length, embeds.shape[1]))
         positions = torch.zeros((self.host.position_axes, len(chunks), length), dtype=torch.long, device=self.host.device)
         for b, c in enumerate(chunks):
             hidden[b, length - len(c.embeds) :] = c.embeds
             positions[:, b, length - len(c.embeds) :] = c.positions
-        return hidden, positions
+        added = joined_deepstack(chunks)
+        if added is None:
+            return hidden, positions, None
+        deepstack = embeds.new_zeros((len(added[0]), *hidden.shape))
+        for b, rows in enumerate(added):
+            deepstack[:, b, length - rows.shape[1] :] = rows
+        return hidden, positions, deepstack
 
-    def run_layers(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """All layers on the last columns: (B, n, D) at positions (axes, B, n) -> (B, n, D)."""
+    def run_layers(self, hidden: Tensor, positions: Tensor, deepstack: Tensor | None = None) -> Tensor:
+        """All layers on the last columns: (B, n, D) at positions (axes, B, n) -> (B, n, D). deepstack: (N, B, n, D)."""
         rope = self.host.rope(hidden, positions)
         mask = attention_mask(self.host.attention, self.mask, hidden, self.gaps)
         for layer in range(self.host.layers):
-            hidden = self.host.layer(layer, hidden, rope, attention_mask=mask, use_cache=True, **{CACHE: self.cache})
+            hidden = self.host.layer(layer, hidden, rope, deepstack, attention_mask=mask, use_cache=True, **{CACHE: self.cache})
         return hidden
 
     def prefill(self) -> Tensor:
-        return self.host.logits(self.run_layers(self.embeds, self.positions)[:, -1:])
+        return self.host.logits(self.run_layers(self.embeds, self.positions, self.deepstack)[:, -1:])
 
     def step(self, inputs: list[list[int]]) -> Tensor:
         width, device, pad = max(map(len, inputs)), self.host.device, self.host.tokenizer.pad_token_id

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from awares_bench.models.prompt_chunk import PromptChunk
+from awares_bench.models.prompt_chunk import PromptChunk, joined_deepstack
 
 from .attention import own_attention
 from .batch import Batch
@@ -68,7 +68,8 @@ class RaggedBatch(Batch):
     def prefill(self) -> Tensor:
         lengths = [len(c.embeds) for c in self.chunks]
         embeds, positions = torch.cat([c.embeds for c in self.chunks]), torch.cat([c.positions for c in self.chunks], 1)
-        hidden = self.run_layers(embeds, positions, lengths)
+        deepstack = joined_deepstack(self.chunks)
+        hidden = self.run_layers(embeds, positions, lengths, None if deepstack is None else torch.cat(deepstack, 1)[:, None])
         return self.host.logits(hidden[torch.tensor(lengths).cumsum(0) - 1])[:, None]
 
     def step(self, inputs: list[list[int]]) -> Tensor:
@@ -85,15 +86,15 @@ class RaggedBatch(Batch):
             row[len(row) - len(part) :] = part
         return out
 
-    def run_layers(self, embeds: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
-        """Feed the rows ``lengths`` tokens each: (T, D) at positions (axes, T) -> (T, D) after the last layer."""
+    def run_layers(self, embeds: Tensor, positions: Tensor, lengths: list[int], deepstack: Tensor | None = None) -> Tensor:
+        """Feed the rows ``lengths`` tokens each: (T, D) at positions (axes, T) -> (T, D) after the last layer. deepstack: (N, 1, T, D)."""
         hidden = embeds[None]
         caches = [self.caches[b] for b in self.rows]
         self.segments = [(c, n, _causal_mask(c.length, n)) for c, n in zip(caches, lengths, strict=True)]
         rope = self.host.rope(hidden, positions[:, None])
         with own_attention(self.host.decoder.config):
             for layer in range(self.host.layers):
-                hidden = self.host.layer(layer, hidden, rope, rows=self)
+                hidden = self.host.layer(layer, hidden, rope, deepstack, rows=self)
         for cache, n, _ in self.segments:
             cache.length += n
         return hidden[0]

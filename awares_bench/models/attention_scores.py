@@ -5,6 +5,7 @@ The q and k are those of the forward pass, so the scores are the same whichever 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,9 +23,11 @@ BLOCK = 2**19
 def window_order(rows: int, columns: int, window: int = 4, device: torch.device | str = "cpu") -> Tensor:
     """Raster places (V,) of an image's merged tokens in the order in which Qwen2.5-VL's vision blocks hold them.
 
-    Windows in raster order, raster order within each; 4 tokens are the 112 pixels of the released models.
+    Windows in raster order, raster order within each; 4 tokens are the 112 pixels of the released models. window 0: a tower without windows.
     """
     places = torch.arange(rows * columns)
+    if not window:
+        return places.to(device)
     row, column = places // columns, places % columns
     return (row // window * -(-columns // window) + column // window).argsort(stable=True).to(device)
 
@@ -63,6 +66,7 @@ class AttentionRows:
     rows: (R,) place of each query among the K keys: it sees itself and what is before. columns: the V places of the image's
     tokens, all before the queries.
     phases: cosines and sines (L, d) of the rotary embedding at the last L keys, which the image and the queries are among.
+    final_norm: the decoder's norm after its last layer.
     """
 
     q: Tensor
@@ -70,6 +74,7 @@ class AttentionRows:
     rows: Tensor
     columns: slice
     phases: tuple[Tensor, Tensor]
+    final_norm: Callable[[Tensor], Tensor] = lambda states: states
 
     def per_head(self, divisor: Tensor | None = None, block: int = BLOCK) -> Tensor:
         """Mean over the R queries of the attention, divided by ``divisor`` (R, V) if given: (H, V)."""

@@ -12,7 +12,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
 from itertools import chain
@@ -27,13 +27,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from awares_bench.methods.conversation import Event, Turn, chat_messages
 from awares_bench.methods.pruner import VisualTokens
 
+from .limits import RELEASED, Limits
 from .prompt_chunk import ImageSpan, PromptChunk
 
 CACHE = "cache" if "cache" in signature(Qwen2Model.forward).parameters else "past_key_values"
 """What decoders and their layers call the argument for their cache: transformers renamed it, and 5.40 drops the old name."""
-
-MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
-"""Default limits of a picture: those of the released Qwen2.5-VL processors, 4 to 16,384 visual tokens of 28 x 28 pixels."""
 
 _HOLE = "\ufdd0reply\ufdd0"  # two noncharacters around a word, lengthened where a question does contain it
 
@@ -85,7 +83,10 @@ class HostModel(ABC):
     """The class of transformers that loads them."""
 
     provides: ClassVar[frozenset[str]]
-    """What pruners may ask for: of {"attention", "vision_keys", "decoder_attention", "seed"}."""
+    """What pruners may ask for: of ``methods.pruner.NEEDS``, and ``decoder_attention``. The question comes with every family."""
+
+    default_limits: ClassVar[tuple[int, int]] = RELEASED
+    """Fewest and most pixels of a picture in the family's released processors."""
 
     position_axes: ClassVar[int] = 1
     """Axes of a position: 3 for M-RoPE, 1 for RoPE."""
@@ -99,16 +100,26 @@ class HostModel(ABC):
     decoder_layer: ClassVar[str]
     """Class name of a decoder layer: what FSDP wraps."""
 
+    tiles: ClassVar[bool] = False
+    """A picture costs tiles of a fixed size, however many pixels it has; the share of the original that it stands for (``Turn.shares``)
+    decides how many. At native resolution its pixels do, and the share is not read."""
+
     stock_packages: ClassVar[tuple[str, ...]] = ()
     """Modules that lmms-eval's own model of this family needs and does not install."""
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        limits: str | None = None,
     ) -> None:
-        if not 0 < min_pixels <= max_pixels:
-            raise ValueError(f"need 0 < min_pixels <= max_pixels; got {min_pixels} and {max_pixels}")
+        """limits: a set of limits by name (``limits.NAMED``), None for ``default_limits``; min_pixels, max_pixels: in its place."""
+        asked = Limits(limits, min_pixels, max_pixels)
+        (least, most), self.limits_name = asked.resolve(model.config.model_type, self.default_limits)
         self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
-        self.limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        self.limits = {"shortest_edge": least, "longest_edge": most}
         self.image_token: int = model.config.image_token_id
         stop = model.generation_config.eos_token_id
         self.stop = set(stop if isinstance(stop, list) else [stop]) | {self.tokenizer.eos_token_id}
@@ -126,8 +137,8 @@ class HostModel(ABC):
 
     @classmethod
     @abstractmethod
-    def count_tokens(cls, processor: Any, limits: dict[str, int], image: Image.Image) -> int:
-        """Visual tokens of a picture under a processor's limits, without encoding it: equal to ``image_input(image).tokens``."""
+    def count_tokens(cls, processor: Any, limits: dict[str, int], image: Image.Image, share: float = 1.0) -> int:
+        """Visual tokens of a picture under a processor's limits, without encoding it: equal to ``image_input(image, share=share).tokens``."""
 
     @classmethod
     def processor_sizes(cls, config: Any, image_processor: Any) -> dict[str, tuple[int | None, int]]:
@@ -135,8 +146,11 @@ class HostModel(ABC):
         return {}
 
     @abstractmethod
-    def image_input(self, image: Image.Image, key: str = "") -> ImageInput:
-        """An RGB picture -> what the encoder takes. Runs in any thread, without the device."""
+    def image_input(self, image: Image.Image, key: str = "", share: float = 1.0) -> ImageInput:
+        """An RGB picture -> what the encoder takes. Runs in any thread, without the device.
+
+        share: of the original that the picture stands for (``Turn.shares``), read by tiling families.
+        """
 
     @abstractmethod
     def encode(self, images: list[ImageInput], needs: Iterable[str] = (), block: int = -1) -> list[VisualTokens]:
@@ -198,8 +212,7 @@ class HostModel(ABC):
     def _end_text(self) -> str:
         """What the chat template writes after a reply."""
         turns = [Turn((), "a"), Turn((), "b")]
-        text = self.processor.apply_chat_template(chat_messages(turns, [_HOLE]), tokenize=False, add_generation_prompt=True)
-        return text.split(_HOLE)[-1]
+        return rendered(self.processor, chat_messages(turns, [_HOLE])).split(_HOLE)[-1]
 
     @cached_property
     def end_of_turn(self) -> int:
@@ -208,13 +221,13 @@ class HostModel(ABC):
 
     # ------------------------------------------------------------------ shared: pictures and text to tokens
 
-    def visual_tokens(self, image: Image.Image) -> int:
-        """Visual tokens that ``image`` costs under this processor's limits, without encoding it."""
-        return self.count_tokens(self.processor, self.limits, image)
+    def visual_tokens(self, image: Image.Image, share: float = 1.0) -> int:
+        """Visual tokens that ``image`` costs under this processor's limits, without encoding it. share: see ``Turn.shares``."""
+        return self.count_tokens(self.processor, self.limits, image, share)
 
-    def image_key(self, image: Image.Image) -> str:
-        """Names what the encoder would be given for a picture: equal for equal pixels, size and limits."""
-        settings = repr((image.size, image.mode, self.limits)).encode()[:64]
+    def image_key(self, image: Image.Image, share: float = 1.0) -> str:
+        """Names what the encoder would be given for a picture: equal for equal pixels, size and limits, and share where that is read."""
+        settings = repr((*((share,) if self.tiles else ()), image.size, image.mode, self.limits)).encode()[:64]
         return hashlib.blake2b(image.tobytes(), digest_size=16, key=settings).hexdigest()
 
     def check_text(self, text: str, what: str = "the question") -> None:
@@ -230,7 +243,7 @@ class HostModel(ABC):
         while any(hole in text for t in turns for text in (t.text, t.system or "", *t.image_prefixes)):
             hole += "\ufdd0"
         history = chat_messages(turns, [hole] * len(replies))
-        text = self.processor.apply_chat_template(history, tokenize=False, add_generation_prompt=True).split(hole)[-1]
+        text = rendered(self.processor, history).split(hole)[-1]
         if turns[-1].omit_newline:  # the end of the model's reply, the line break to leave out, the new message
             end = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
             text = text.replace(f"{end}\n", end, 1)
@@ -257,29 +270,66 @@ class HostModel(ABC):
         places = (tokens == self.image_token).nonzero().squeeze(1).tolist()
         spans, at = [], 0
         for run in visual:
-            spans.append(ImageSpan(places[at], run, len(run.features)))
+            spans.append(ImageSpan(places[at], replace(run, deepstack=None), len(run.features)))
             at += len(run.features)
-        return PromptChunk(embeds, positions.to(self.device), after, tuple(spans))
+        deepstack = None
+        if visual and visual[0].deepstack is not None:
+            added = torch.cat([run.deepstack for run in visual], 1)  # (N, V, D)
+            deepstack = embeds.new_zeros((len(added), *embeds.shape))
+            deepstack[:, places] = added.to(embeds.dtype)
+        return PromptChunk(embeds, positions.to(self.device), after, tuple(spans), deepstack)
+
+    def question_of(self, ids: list[int]) -> slice:
+        """Of the tokens of a turn after its last image, those that the user wrote: up to the end of the message, without marks."""
+        text = ids[len(ids) - ids[::-1].index(self.image_token) :] if self.image_token in ids else ids
+        stop = text.index(self.end_of_turn) if self.end_of_turn in text else len(text)
+        marks = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        start = next((i for i in range(stop) if text[i] not in marks), stop)
+        return slice(start, stop)
 
     def rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, L, d) at positions (axes, B, L), in the precision of ``hidden``."""
         return self.decoder.rotary_emb(hidden, positions if self.position_axes > 1 else positions[0])
 
-    def layer(self, index: int, hidden: Tensor, rope: tuple[Tensor, Tensor], **attention: Any) -> Tensor:
-        """One decoder layer: (B, L, D) -> (B, L, D). attention: mask, cache, and what registered attention functions take."""
-        return self.decoder.layers[index](hidden, position_embeddings=rope, **attention)
+    def layer(
+        self, index: int, hidden: Tensor, rope: tuple[Tensor, Tensor], deepstack: Tensor | None = None, **attention: Any
+    ) -> Tensor:
+        """One decoder layer: (B, L, D) -> (B, L, D). attention: mask, cache, and what registered attention functions take.
+
+        deepstack: (N, B, L, D), what is added after the first N layers.
+        """
+        hidden = self.decoder.layers[index](hidden, position_embeddings=rope, **attention)
+        return hidden if deepstack is None or index >= len(deepstack) else hidden + deepstack[index]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states after the last layer (..., D) -> scores (..., vocabulary), in float32."""
         return self.model.get_output_embeddings()(self.decoder.norm(hidden)).float()
 
-    def hidden_states(self, embeds: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """All layers and the final norm, without a cache, for training: (B, L, D) -> (B, L, D).
+    def hidden_states(self, ids: Tensor, features: Tensor | None, positions: Tensor, mask: Tensor) -> Tensor:
+        """All layers and the final norm, without a cache, for training: token ids (B, L) -> (B, L, D).
 
-        positions: (axes, B, L). mask: (B, L) of tokens, or (B, 1, L, L) of who sees whom.
+        features: of the image tokens, ``joined`` (V, D or more). positions: (axes, B, L). mask: (B, L) of tokens, or (B, 1, L, L) of who
+        sees whom.
         """
+        width = self.decoder.config.hidden_size
+        first, *added = features.split(width, 1) if features is not None else (None,)
         positions = positions if self.position_axes > 1 else positions[0]
-        return self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        extra = {"visual_pos_masks": ids == self.image_token, "deepstack_visual_embeds": added} if added else {}
+        embeds = self.embed(ids, first)
+        out = self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **extra)
+        return out.last_hidden_state
+
+
+def rendered(processor: Any, messages: list[dict], asks: bool = True) -> str:
+    """Messages through a checkpoint's chat template, thinking off where the template asks (``enable_thinking``). asks: up to the reply."""
+    thinking = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **thinking)
+
+
+def joined(visual: list[VisualTokens]) -> Tensor:
+    """Features of several runs as one tensor: (V, D), or (V, (1 + N) D) with what DeepStack adds after N layers beside them."""
+    rows = [run.features if run.deepstack is None else torch.cat([run.features, *run.deepstack], 1) for run in visual]
+    return torch.cat(rows)
 
 
 def check_text(text: str, marks: tuple[str, ...], what: str = "the question") -> None:

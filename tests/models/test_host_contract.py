@@ -1,5 +1,8 @@
 """Every family of ``models``: the contract of ``HostModel`` on a tiny random model; and a family that is made here, in one class."""
 
+import re
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,8 @@ from awares_bench.awares import AwaRes
 from awares_bench.baselines.divprune import DivPrune
 from awares_bench.baselines.fastv import FastV
 from awares_bench.baselines.full import Full
+from awares_bench.baselines.holov import HoloV
+from awares_bench.baselines.sparsevlm import SparseVLM
 from awares_bench.baselines.visionzip import VisionZip
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
@@ -16,15 +21,19 @@ from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Sample, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
-from awares_bench.methods.pruner import VisualTokens
-from awares_bench.models.base import HostModel, ImageInput
+from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.models.base import HostModel, ImageInput, joined
 from awares_bench.models.families import families
+from awares_bench.models.smolvlm import Idefics3
 from awares_bench.training.packing import Scorer, pack
 from awares_bench.training.rollouts import banned_tokens, rollouts
 
 from ..tiny import picture, tiny_vlm
+from ..tiny_tiles import internvl, smolvlm
+from . import tiny_families
 
 TOLERANCE = 1e-4
+SPARSE = SparseVLM(0.5)
 SIZES = [(224, 168), (56, 56), (28, 84), (200, 97), (20, 2000)]
 TURN = Turn((picture(112, 84),), "Which way?")
 
@@ -39,10 +48,10 @@ class Strips(HostModel):
     decoder_layer = "LlamaDecoderLayer"
 
     @classmethod
-    def count_tokens(cls, processor, limits, image):
+    def count_tokens(cls, processor, limits, image, share=1.0):
         return 4
 
-    def image_input(self, image, key=""):
+    def image_input(self, image, key="", share=1.0):
         strips = torch.from_numpy(np.asarray(image.resize((1, 4)), dtype=np.float32)[:, 0] / 255)
         return ImageInput({"strips": strips}, ((4, 1),), self.placeholder * 4, key=key)
 
@@ -81,13 +90,28 @@ def strips() -> HostModel:
     return Strips(model, processor)
 
 
-TINY = {"qwen2_5_vl": lambda: tiny_vlm().host, "strips": strips}
+TINY = {
+    "qwen2_5_vl": lambda: tiny_vlm().host,
+    "qwen2_vl": tiny_families.qwen2_vl,
+    "qwen3_vl": tiny_families.qwen3_vl,
+    "qwen3_vl_moe": tiny_families.qwen3_vl_moe,
+    "internvl": internvl,
+    "idefics3": lambda: smolvlm("idefics3"),
+    "smolvlm": smolvlm,
+    "strips": strips,
+}
 """A tiny random model of every family, and of the one made here."""
 
 
 @pytest.fixture(params=TINY)
 def vlm(request) -> LocalModel:
+    if request.param == "smolvlm":
+        pytest.importorskip("num2words", reason="SmolVLM's processor needs it")
     return LocalModel(TINY[request.param](), constrained=False)
+
+
+def name_of(pruner) -> str:
+    return type(pruner).__name__ if pruner else "plain"
 
 
 def scores(vlm: LocalModel, requests: list[Request], pruner=None) -> torch.Tensor:
@@ -109,11 +133,12 @@ def test_scores_are_those_of_generate(vlm):
     ids = torch.tensor([host.render([TURN], [], images)])
     features = torch.cat([run.features for run in host.encode(images)])
     how = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    if host.position_axes == 1:
+    if isinstance(host, Strips):
         out = host.model.generate(inputs_embeds=host.embed(ids, features), **how)
     else:
         text = host.processor.apply_chat_template(chat_messages([TURN], []), tokenize=False, add_generation_prompt=True)
-        out = host.model.generate(**host.processor(text=[text], images=list(TURN.images), return_tensors="pt"), **how)
+        images = [list(TURN.images)] if isinstance(host, Idefics3) else list(TURN.images)
+        out = host.model.generate(**host.processor(text=[text], images=images, return_tensors="pt"), **how)
     theirs, ours = torch.stack(out.logits), scores(vlm, [Request(Session(), TURN, 5)])
     steps = min(len(theirs), len(ours))
     assert steps and (theirs[:steps] - ours[:steps]).abs().max() < TOLERANCE
@@ -127,19 +152,65 @@ def test_a_second_turn_is_a_fresh_prefill_of_everything(vlm):
     images = [[host.image_input(i) for i in turn.images] for turn in (one, two)]
     ids = [*host.render([one], [], images[0]), *reply.tokens, *host.render([one, two], ["x"], images[1])]
     every = [*images[0], *images[1]]
-    chunk = host.chunk(ids, every, host.encode(every), 0)
-    mask = torch.ones((1, len(ids)), dtype=torch.long)
-    hidden = host.hidden_states(chunk.embeds[None], chunk.positions[:, None], mask)
+    visual, tokens = host.encode(every), torch.tensor([ids])
+    chunk = host.chunk(ids, every, visual, 0)
+    hidden = host.hidden_states(tokens, joined(visual), chunk.positions[:, None], torch.ones_like(tokens))
     assert (host.model.get_output_embeddings()(hidden[0, -1]) - kept).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("pruner", [None, DivPrune(0.5), FastV(0.5)], ids=["plain", "divprune", "fastv"])
+@pytest.mark.parametrize("pruner", [None, DivPrune(0.5), FastV(0.5), VisionZip(0.5), HoloV(0.5), SPARSE], ids=name_of)
 def test_a_mixed_batch_is_each_row_alone(vlm, layout, pruner):
+    if pruner and set(pruner.needs) - vlm.host.provides:
+        pytest.skip("not provided")
     turns = [TURN, Turn((picture(224, 168), picture(56, 56)), "Same?"), Turn((), "No picture?")]
     together = scores(vlm, [Request(Session(), t, 4) for t in turns], pruner)
     for b, turn in enumerate(turns):
         alone = scores(vlm, [Request(Session(), turn, 4)], pruner)[:, 0]
         assert (together[: len(alone), b] - alone).abs().max() < TOLERANCE
+
+
+@dataclass(frozen=True)
+class Spread(Pruner):
+    """Keeps tokens that are spread evenly, before the decoder or after its layers."""
+
+    after: tuple[int, ...] = ()
+
+    def select(self, image, n):
+        return torch.linspace(0, len(image.features) - 1, n).long()
+
+    def cut_layers(self, layers):
+        return {layer: self.retention / (1 + i) for i, layer in enumerate(self.after)}
+
+
+@pytest.mark.parametrize("after", [(), (0,), (1,), (0, 1)], ids=str)
+def test_a_cut_is_the_same_tokens_hidden_from_every_layer_behind_it(vlm, after, layout):
+    """Against the family's own decoder in transformers, on all tokens, with a mask a layer."""
+    turn, host, pruner = Turn((picture(224, 168), picture(168, 224)), "Same?"), vlm.host, Spread(0.5, after)
+    cut = scores(vlm, [Request(Session(), turn, 1)], pruner)[0, 0]
+    images = [host.image_input(i) for i in turn.images]
+    ids, visual = host.render([turn], [], images), host.encode(images)
+    spans = host.chunk(ids, images, visual, 0).spans
+    visible = torch.ones(host.layers, len(ids), dtype=torch.bool)
+    for span in spans:
+        kept = torch.arange(span.start, span.stop)
+        for first, share in {layer + 1: share for layer, share in pruner.cut_layers(host.layers).items()}.items() or [(0, 0.5)]:
+            kept = kept[pruner.select(replace(span.visual, features=kept), max(1, int(share * span.full)))]
+            visible[first:, span.start : span.stop] = False
+            visible[first:, kept] = True
+    hooks = []
+    for layer, seen in zip(host.decoder.layers, visible, strict=True):
+        allowed = torch.eye(len(ids), dtype=torch.bool) | torch.ones(len(ids), len(ids), dtype=torch.bool).tril() & seen
+
+        def masked(module, args, kwargs, allowed=allowed):
+            return args, {**kwargs, "attention_mask": allowed[None, None]}
+
+        hooks.append(layer.register_forward_pre_hook(masked, with_kwargs=True))
+    tokens, (positions, _) = torch.tensor([ids]), host.positions(ids, images)
+    uncut = host.hidden_states(tokens, joined(visual), positions[:, None], torch.ones_like(tokens))
+    for hook in hooks:
+        hook.remove()
+    other = scores(vlm, [Request(Session(), turn, 1)])[0, 0]
+    assert (host.model.get_output_embeddings()(uncut[0, -1]) - cut).abs().max() < TOLERANCE < (other - cut).abs().max()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -174,6 +245,28 @@ def test_policies_pruners_scoring_and_rollouts_run_on_it(vlm):
         scored, _ = Scorer(vlm.host, banned_tokens(vlm.host))(packed, vlm.encode(packed.images))
     sampled = torch.tensor([x for g in groups for r in g for x in r.logprobs])
     assert (scored - sampled).abs().max() < TOLERANCE
+
+
+def test_one_row_of_many_continuations_scores_as_each_alone(vlm):
+    samples = [Sample((picture(224, 168),), "Which?", "0")]
+    (group,), _ = rollouts(vlm, Full(), samples, 3, 6)
+    talks = [r.conversation for r in group]
+    score, packed = Scorer(vlm.host, banned_tokens(vlm.host)), pack([talks], vlm.host)
+    with torch.no_grad():
+        together, _ = score(packed, vlm.encode(packed.images))
+        alone = [pack([[talk]], vlm.host) for talk in talks]
+        apart = torch.cat([score(p, vlm.encode(p.images))[0] for p in alone])
+    assert (together - apart).abs().max() < 1e-5
+
+
+def test_training_finds_the_layers_that_it_adapts_and_shares_out(vlm):
+    host = vlm.host
+    assert {type(layer).__name__ for layer in host.decoder.layers} == {host.decoder_layer}
+    linear = [
+        name for name, m in host.model.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(host.lora_targets, name)
+    ]
+    in_decoder = [name for name, m in host.decoder.layers.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linear) == len(in_decoder) >= 4 * host.layers
 
 
 def test_what_a_family_does_not_provide_is_refused_in_a_sentence():

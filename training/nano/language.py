@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from awares_bench.models.qwen2_5_vl_vision import windowed_attention
+from awares_bench.models.qwen_vision import windowed_attention
 from awares_bench.tasks.nano import world
 
 from .. import script
