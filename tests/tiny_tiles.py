@@ -68,19 +68,19 @@ def internvl_processor(tokens, side: int = 112, length: int = 16):
     return T.InternVLProcessor(ip, tokens, video, image_seq_length=length, chat_template=INTERNVL_TEMPLATE)
 
 
+INTERNVL_MARKS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+
+
 @cache
 def internvl(text: str = "qwen3") -> HostModel:
     """text: the decoder's family, ``qwen2`` or ``qwen3``; the vision tower of ``qwen2`` has query and key norms."""
-    names = {
-        "start_image_token": "<img>",
-        "end_image_token": "</img>",
-        "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
-    }
-    t = tokenizer(*names.values())
-    for name, mark in names.items():
-        setattr(t, name, mark)
-        setattr(t, f"{name}_id", t.convert_tokens_to_ids(mark))
+    t = tokenizer(*INTERNVL_MARKS.values())
+    t._set_model_specific_special_tokens(INTERNVL_MARKS)
     config = T.InternVLConfig(
         text_config={**TEXT, "model_type": text, "vocab_size": len(t), "tie_word_embeddings": True},
         image_token_id=t.context_image_token_id,

@@ -60,7 +60,7 @@ class Endpoint:
         self._takes_penalty = True
         self.tokenizer = self.processor.tokenizer
         asked, family = Limits(limits, min_pixels, max_pixels), self.family
-        (least, most), self.limits_name = asked.resolve(family.model_types[0], family.default_limits)
+        (least, most), self.limits_name = asked.resolve(family.model_types[0], family.own_limits(self.processor))
         self.limits = {"shortest_edge": least, "longest_edge": most}
         self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
 

@@ -115,9 +115,9 @@ class HostModel(ABC):
         max_pixels: int | None = None,
         limits: str | None = None,
     ) -> None:
-        """limits: a set of limits by name (``limits.NAMED``), None for ``default_limits``; min_pixels, max_pixels: in its place."""
+        """limits: a set of limits by name (``limits.NAMED``), None for ``own_limits``; min_pixels, max_pixels: in its place."""
         asked = Limits(limits, min_pixels, max_pixels)
-        (least, most), self.limits_name = asked.resolve(model.config.model_type, self.default_limits)
+        (least, most), self.limits_name = asked.resolve(model.config.model_type, self.own_limits(processor))
         self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
         self.limits = {"shortest_edge": least, "longest_edge": most}
         self.image_token: int = model.config.image_token_id
@@ -134,6 +134,11 @@ class HostModel(ABC):
     def accepted(cls, image: Image.Image) -> tuple[Image.Image, list[Event]]:
         """A picture as the family's processor accepts it, and an event where that is not the picture itself."""
         return image, []
+
+    @classmethod
+    def own_limits(cls, processor: Any) -> tuple[int, int]:
+        """Fewest and most pixels of a picture where nobody asks for others: ``default_limits``; of tiling families those of the checkpoint."""
+        return cls.default_limits
 
     @classmethod
     @abstractmethod

@@ -18,7 +18,7 @@ from .tiles import TilingHost
 
 class InternVL(TilingHost):
     """Tiles of a share: that share of ``max_patches``, rounded, at least one. A quarter of 12 is 3, which has room for few shapes: a page of
-    3 x 4 tiles becomes a single one. With ``max_patches`` 16 in the checkpoint's ``preprocessor_config.json`` it becomes 2 x 2.
+    3 x 4 tiles becomes a single one. Under ``max_pixels=3211264``, 16 tiles, it becomes 2 x 2.
     """
 
     model_types = ("internvl",)
@@ -47,6 +47,11 @@ class InternVL(TilingHost):
     def processor_sizes(cls, config, image_processor) -> dict[str, tuple[int | None, int]]:
         return {"size": (image_processor.size["height"], config.vision_config.image_size[0])}
 
+    @classmethod
+    def own_limits(cls, processor) -> tuple[int, int]:
+        tile = cls.tile_side(processor) ** 2
+        return tile, processor.image_processor.max_patches * tile
+
     @staticmethod
     def tile_side(processor) -> int:
         return processor.image_processor.size["height"]
@@ -57,10 +62,10 @@ class InternVL(TilingHost):
 
     @classmethod
     def budget(cls, processor, limits: dict[str, int], share: float) -> dict[str, Any]:
-        ip = processor.image_processor
-        most = min(ip.max_patches, limits["longest_edge"] // cls.tile_side(processor) ** 2)
+        most = limits["longest_edge"] // cls.tile_side(processor) ** 2
         tiles = max(1, round(most * share))
-        return {"crop_to_patches": True, "min_patches": min(ip.min_patches, tiles), "max_patches": tiles}
+        least = min(processor.image_processor.min_patches, tiles)
+        return {"crop_to_patches": True, "min_patches": least, "max_patches": tiles}
 
     @classmethod
     def count_tiles(cls, processor, size: tuple[int, int], budget: dict[str, Any]) -> int:
@@ -77,9 +82,9 @@ class InternVL(TilingHost):
     def features(self, pixels: Tensor) -> Tensor:
         return self.model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
 
-    def attention_module(self, block: int) -> nn.Module:
-        layers = self.tower.encoder.layer
-        return layers[self.block_number(block, len(layers))].attention
+    @property
+    def attention_modules(self) -> list[nn.Module]:
+        return [layer.attention for layer in self.tower.encoder.layer]
 
     def queries_and_keys(self, attention, hidden: Tensor) -> tuple[Tensor, Tensor]:
         return attention.q_norm(attention.q_proj(hidden)), attention.k_norm(attention.k_proj(hidden))

@@ -7,7 +7,7 @@ the prompt, so that its tokens are a run of their own: 81 of 384 pixels (2.2B), 
 
 from __future__ import annotations
 
-from math import isqrt
+from math import ceil, isqrt
 from typing import Any
 
 from PIL import Image
@@ -17,11 +17,14 @@ from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditional
 from .base import ImageInput
 from .tiles import TilingHost
 
+LARGEST = 4096
+"""Pixels of the longest edge that the processors do not go beyond."""
+
 
 class Idefics3(TilingHost):
     """Tiles of a share: the longest edge times the root of the share, in whole tiles, at least one. A quarter of 4 x 4 is 2 x 2.
 
-    ``max_pixels`` is the square of the longest edge, rounded down to whole tiles.
+    ``max_pixels`` is the square of the longest edge, which is rounded down to whole tiles where it is not the checkpoint's own.
     """
 
     model_types = ("idefics3",)
@@ -56,6 +59,11 @@ class Idefics3(TilingHost):
     def processor_sizes(cls, config, image_processor) -> dict[str, tuple[int | None, int]]:
         return {"max_image_size": (image_processor.max_image_size["longest_edge"], config.vision_config.image_size)}
 
+    @classmethod
+    def own_limits(cls, processor) -> tuple[int, int]:
+        edge, tile = processor.image_processor.size["longest_edge"], cls.tile_side(processor)
+        return tile**2, max(edge, tile) ** 2
+
     @staticmethod
     def tile_side(processor) -> int:
         return processor.image_processor.max_image_size["longest_edge"]
@@ -66,15 +74,19 @@ class Idefics3(TilingHost):
 
     @classmethod
     def budget(cls, processor, limits: dict[str, int], share: float) -> dict[str, Any]:
-        tile, own = cls.tile_side(processor), processor.image_processor.size["longest_edge"]
-        most = min(own, isqrt(limits["longest_edge"]) // tile * tile)
+        tile, most = cls.tile_side(processor), processor.image_processor.size["longest_edge"]
+        if limits["longest_edge"] != cls.own_limits(processor)[1]:
+            most = min(LARGEST, isqrt(limits["longest_edge"])) // tile * tile
         if share < 1:
             most = max(1, round(most / tile * share**0.5)) * tile
         return {"size": {"longest_edge": most}}
 
     @classmethod
     def count_tiles(cls, processor, size: tuple[int, int], budget: dict[str, Any]) -> int:
-        return max(1, processor.image_processor.get_number_of_image_patches(size[1], size[0], budget)[0])
+        if not processor.image_processor.do_image_splitting:
+            return 1
+        width, height = _whole_tiles(*size, budget["size"]["longest_edge"], cls.tile_side(processor))
+        return width * height + (width * height > 1)
 
     def image_input(self, image: Image.Image, key: str = "", share: float = 1.0) -> ImageInput:
         """inputs: pixel_values (T, 3, S, S), the tiles in raster order and the small copy of the whole."""
@@ -87,9 +99,9 @@ class Idefics3(TilingHost):
         # not get_image_features, which takes a tile of zeros for padding and drops it
         return self.model.model.connector(self.tower(pixel_values=pixels).last_hidden_state)
 
-    def attention_module(self, block: int) -> nn.Module:
-        layers = self.tower.encoder.layers
-        return layers[self.block_number(block, len(layers))].self_attn
+    @property
+    def attention_modules(self) -> list[nn.Module]:
+        return [layer.self_attn for layer in self.tower.encoder.layers]
 
     def queries_and_keys(self, attention, hidden: Tensor) -> tuple[Tensor, Tensor]:
         return attention.q_proj(hidden), attention.k_proj(hidden)
@@ -100,3 +112,23 @@ class SmolVLM(Idefics3):
 
     model_types = ("smolvlm",)
     model_class = SmolVLMForConditionalGeneration
+
+
+def _whole_tiles(width: int, height: int, edge: int, tile: int) -> tuple[int, int]:
+    """Columns and rows of tiles of a picture whose longest side becomes ``edge``: the processor's two resizings, with its rounding.
+
+    Its own ``get_number_of_image_patches`` leaves out the second, which counts where ``edge`` is not whole tiles.
+    """
+    ratio = width / height
+    if width >= height:
+        width, height = edge, int(edge / ratio)
+        height = max(1, height + height % 2)
+    else:
+        width, height = int(edge * ratio), edge
+        width = max(1, width + width % 2)
+    ratio = width / height
+    if width >= height:
+        columns = ceil(width / tile)
+        return columns, ceil(int(columns * tile / ratio) / tile)
+    rows = ceil(height / tile)
+    return ceil(int(rows * tile * ratio) / tile), rows

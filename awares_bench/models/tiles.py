@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from functools import partial
+from math import isqrt
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from awares_bench.errors import CheckpointError, RunError
-from awares_bench.methods.pruner import VisualTokens
+from awares_bench.methods.pruner import OF_THE_TOWER, VisualTokens
 
 from .attention_scores import column_attention
-from .base import MAX_PIXELS, MIN_PIXELS, HostModel, ImageInput
+from .base import HostModel, ImageInput
 from .cpu_kernels import onednn_linears
 
 TOGETHER = 32
@@ -31,22 +32,27 @@ TOGETHER = 32
 class TilingHost(HostModel):
     """A family whose pictures are tiles. A run of visual tokens is a tile, in raster order; pruners and pooling see one tile at a time.
 
-    Limits: ``max_pixels`` lowers the most tiles of a picture to what it has room for, never above the checkpoint's own setting, which
-    the default of ``max_pixels`` leaves as it is. ``min_pixels`` is met by the smallest picture, which has a tile.
+    Limits: the checkpoint's own are one tile and the most tiles that its processor is set to. ``max_pixels`` is the pixels of all tiles of
+    a picture but the small copy of the whole, rounded down to whole tiles. ``min_pixels`` may be the pixels of a tile at the most.
     """
 
-    provides = frozenset({"attention", "vision_keys", "decoder_attention", "seed"})
+    provides = frozenset({*OF_THE_TOWER, "decoder_attention", "seed"})
     tiles = True
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        limits: str | None = None,
     ) -> None:
-        super().__init__(model, processor, min_pixels, max_pixels)
-        side = self.tile_side(processor)
-        if not min_pixels <= side**2 <= max_pixels:
+        super().__init__(model, processor, min_pixels, max_pixels, limits)
+        tile, least, most = self.tile_side(processor) ** 2, self.limits["shortest_edge"], self.limits["longest_edge"]
+        if not least <= tile <= most:
             raise ValueError(
-                f"min_pixels is {min_pixels:,} and max_pixels {max_pixels:,}; a {self.model_types[0]} checkpoint shows pictures in tiles of "
-                f"{side} x {side} = {side**2:,} pixels, one at the least, which must lie between the two"
+                f"min_pixels is {least:,} and max_pixels {most:,}; this {self.model_types[0]} checkpoint shows every picture in tiles of "
+                f"{tile:,} pixels, one at the least, which must lie between the two"
             )
         if self.tile_tokens(processor) != self.side**2:
             raise CheckpointError(
@@ -55,6 +61,11 @@ class TilingHost(HostModel):
             )
 
     # ------------------------------------------------------------------ what a family writes
+
+    @classmethod
+    @abstractmethod
+    def own_limits(cls, processor: Any) -> tuple[int, int]:
+        """Pixels of a tile, and of the most tiles that the processor is set to."""
 
     @staticmethod
     @abstractmethod
@@ -80,13 +91,14 @@ class TilingHost(HostModel):
     def features(self, pixels: Tensor) -> Tensor:
         """Tiles (T, 3, S, S) -> their visual tokens (T, n, D) in raster order."""
 
+    @property
     @abstractmethod
-    def attention_module(self, block: int) -> nn.Module:
-        """The attention of a vision block."""
+    def attention_modules(self) -> list[nn.Module]:
+        """The attention of every vision block."""
 
     @abstractmethod
     def queries_and_keys(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What a vision block attends with, twice (T, N, heads x d), from its normed input (T, N, D)."""
+        """What a vision block attends with, twice (T, P, heads x d), from its normed input (T, P, D)."""
 
     @property
     @abstractmethod
@@ -104,89 +116,78 @@ class TilingHost(HostModel):
         """Rows and columns of the runs of so many tiles."""
         return ((self.side, self.side),) * tiles
 
-    @torch.no_grad()
-    def encode(self, images: list[ImageInput], needs: Iterable[str] = (), block: int = -1) -> list[VisualTokens]:
-        if not images:
-            return []
-        attention, keys = "attention" in needs, "vision_keys" in needs
-        tiles = [image.inputs["pixel_values"] for image in images]
-        pixels = torch.cat([t.to(self.device, non_blocking=True) for t in tiles]).to(self.dtype)
-        with self.fast_tower(), self._probed(block, attention, keys) if attention or keys else nullcontext() as probe:
-            features = torch.cat([self.features(part) for part in pixels.split(TOGETHER)])
-        # a run is a tile; the tiles of a picture have seeds of their own
-        n = self.side**2
-        places = torch.arange(n, device=features.device)
-        order = places if probe else None
-        seeds = [
-            i.seed + number if "seed" in needs else 0 for i, t in zip(images, tiles, strict=True) for number in range(len(t))
-        ]
-        received, mean_keys = (self._per_token(values) for values in (probe.attention, probe.keys)) if probe else (None, None)
-        return [
-            VisualTokens(
-                tile,
-                (self.side, self.side),
-                places,
-                None if received is None else received[at],
-                None if mean_keys is None else mean_keys[at],
-                seed=seed,
-                tower_order=order,
-            )
-            for at, (tile, seed) in enumerate(zip(features, seeds, strict=True))
-        ]
-
-    def fast_tower(self) -> AbstractContextManager:
-        return onednn_linears(*self.vision_parts)
-
     @property
     def vision_parts(self) -> tuple[nn.Module, ...]:
         """The vision encoder, and what stands between it and the decoder."""
         return (self.tower,)
 
-    def _per_token(self, parts: list[Tensor]) -> Tensor | None:
-        """Values of the patches of every tile (T, P) or (T, P, d), in float32 -> the mean over the patches of each token, (T, n) or (T, n, d).
+    def fast_tower(self) -> AbstractContextManager:
+        return onednn_linears(*self.vision_parts)
+
+    @torch.no_grad()
+    def encode(self, images: list[ImageInput], needs: Iterable[str] = (), block: int = -1) -> list[VisualTokens]:
+        if not images:
+            return []
+        needs = set(needs)
+        looks = any(need in OF_THE_TOWER for need in needs)
+        tiles = [image.inputs["pixel_values"] for image in images]
+        pixels = torch.cat([t.to(self.device, non_blocking=True) for t in tiles]).to(self.dtype)
+        with self.fast_tower(), self._probed(block, needs) if looks else nullcontext({}) as seen:
+            features = torch.cat([self.features(part) for part in pixels.split(TOGETHER)])
+        of_tokens = {name: self._per_token(torch.cat(parts)) for name, parts in seen.items()}
+        # a run is a tile; the tiles of a picture have seeds of their own
+        places = torch.arange(self.side**2, device=features.device)
+        seeds = [
+            i.seed + number if "seed" in needs else 0 for i, t in zip(images, tiles, strict=True) for number in range(len(t))
+        ]
+        out = []
+        for at, (tile, seed) in enumerate(zip(features, seeds, strict=True)):
+            fields = {name: values[at] for name, values in of_tokens.items()}
+            order = places if looks else None
+            out.append(VisualTokens(tile, (self.side, self.side), places, seed=seed, tower_order=order, **fields))
+        return out
+
+    def _per_token(self, values: Tensor) -> Tensor:
+        """Values of the patches of every tile (T, P) or (T, P, d) -> the mean over the patches of each token, (T, n) or (T, n, d).
 
         A token is a square of neighbouring patches, by the pixel shuffle of these families; what comes before the patches (CLS) is left out.
         """
-        if not parts:
-            return None
-        values = torch.cat(parts)
-        per = round((values.shape[1] // self.side**2) ** 0.5)  # patches along a side of a token
+        per = isqrt(values.shape[1] // self.side**2)  # patches along a side of a token
         patches = values[:, -((self.side * per) ** 2) :].unflatten(1, (self.side, per, self.side, per))
         return patches.mean((2, 4)).flatten(1, 2)
 
     @contextmanager
-    def _probed(self, block: int, attention: bool, keys: bool) -> Iterator[_Probe]:
-        """Within the block, vision block ``block`` (and no other) leaves what it attends with at every forward pass."""
-        module, probe = self.attention_module(block), _Probe()
+    def _probed(self, block: int, needs: set[str]) -> Iterator[dict[str, list[Tensor]]]:
+        """Within the block every forward pass of the tower adds to a list for each need: attention that each patch receives (T, P), mean over
+        heads and queries; its key (T, P, d), mean over heads; what enters the projector (T, P, d)."""
+        modules = self.attention_modules
+        seen: dict[str, list[Tensor]] = {need: [] for need in OF_THE_TOWER if need in needs}
+        if not -len(modules) <= block < len(modules):
+            raise RunError(f"vision block {block} is asked for, and this tower has {len(modules)}")
 
-        def observe(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        def observe(module: Any, args: tuple, kwargs: dict, attention: str, keys: str = "") -> None:
             q, k = self.queries_and_keys(module, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-            q, k = (t.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for t in (q, k))  # (T, heads, N, d)
-            if attention:
+            q, k = (t.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for t in (q, k))  # (T, heads, P, d)
+            if attention in seen:
                 scaling = q.shape[-1] ** -0.5
-                probe.attention.append(torch.stack([column_attention(*tile, scaling) for tile in zip(q, k, strict=True)]))
-            if keys:
-                probe.keys.append(k.mean(1, dtype=torch.float32))
+                seen[attention].append(torch.stack([column_attention(*tile, scaling) for tile in zip(q, k, strict=True)]))
+            if keys in seen:
+                seen[keys].append(k.mean(1, dtype=torch.float32))
 
-        hook = module.register_forward_pre_hook(observe, with_kwargs=True)
+        def keep(module: nn.Module, args: tuple, out: Any) -> None:
+            seen["unmerged"].append(out.last_hidden_state)
+
+        hooks = []
+        if "attention" in seen or "vision_keys" in seen:
+            watch = partial(observe, attention="attention", keys="vision_keys")
+            hooks.append(modules[block].register_forward_pre_hook(watch, with_kwargs=True))
+        if "middle_attention" in seen:
+            watch = partial(observe, attention="middle_attention")
+            hooks.append(modules[(len(modules) - 1) // 2].register_forward_pre_hook(watch, with_kwargs=True))
+        if "unmerged" in seen:
+            hooks.append(self.tower.register_forward_hook(keep))
         try:
-            yield probe
+            yield seen
         finally:
-            hook.remove()
-
-    def block_number(self, block: int, blocks: int) -> int:
-        """The number of a vision block, counted from the end where it is negative. Raises RunError for one that is not there."""
-        if not -blocks <= block < blocks:
-            raise RunError(f"vision block {block} is asked for, and this tower has {blocks}")
-        return block % blocks
-
-
-@dataclass
-class _Probe:
-    """What one vision block leaves behind, a tensor for each call."""
-
-    attention: list[Tensor] = field(default_factory=list)
-    """(T, N) attention that each patch receives, mean over heads and queries."""
-
-    keys: list[Tensor] = field(default_factory=list)
-    """(T, N, d) key of each patch, mean over heads."""
+            for hook in hooks:
+                hook.remove()
