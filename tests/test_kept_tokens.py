@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from awares_bench import api, card
+from awares_bench.bench.pruner_bench import weights_of
 from awares_bench.evaluation.records import Record
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.session import Request, Session
@@ -43,7 +44,7 @@ def observed(pruner, seen):
 @pytest.mark.parametrize("cls", registry.pruner_classes(), ids=lambda c: c.__name__)
 def test_the_told_tokens_are_the_pruners_own_indices_cut_by_cut(cls):
     seen = []
-    answer = reply(observed(cls(retention=0.4), seen), picture(170, 113), picture(84, 140, 1))
+    answer = reply(observed(cls(retention=0.4, **weights_of(cls, 64)), seen), picture(170, 113), picture(84, 140, 1))
     layers = sorted({cut.layer for cut in answer.kept}, key=lambda layer: -1 if layer is None else layer)
     by_call = sorted(answer.kept, key=lambda cut: (layers.index(cut.layer), cut.image))
     assert [(list(cut.kept), list(cut.merged)) for cut in by_call] == seen
