@@ -28,7 +28,6 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from packaging.version import Version
-from tqdm import tqdm
 
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.generation import Settings, settings
@@ -46,6 +45,7 @@ from awares_bench.openmp import SLOW_BESIDE_OTHERS, set_short_spin
 
 from . import content, run_options, summary
 from .lmms_manifest import COMPOSED
+from .progress import Progress
 from .provenance import fingerprint
 from .records import Record, RunFolder
 from .run_options import RunOptions
@@ -290,6 +290,7 @@ class MethodModel(lmms):
             key: arguments
             for key, arguments in documents.items()
             if not self.run.holds(key, generation[arguments.task].decisive, partial(self._content, arguments))
+            or (self.options.keep_masks and self.run.done[key].keep_masks is None)
         }
         if self._rank == 0 and len(todo) < len(documents):
             print(
@@ -299,7 +300,7 @@ class MethodModel(lmms):
         if other := sum(key in self.run.done for key in todo):
             print(
                 f"{self.label}: {other} answers in {self.run.folder} are to other pictures, texts or generation arguments, or were "
-                "recorded without them by an earlier release; they are given again",
+                "recorded without them by an earlier release, or without the masks that keep_masks asks for; they are given again",
                 file=sys.stderr,
             )
         return todo
@@ -314,11 +315,12 @@ class MethodModel(lmms):
             pruner=self.pruner,
             models=self.models,
             max_batch_tokens=self.options.max_batch_tokens,
+            keep_masks=self.options.keep_masks,
         )
         for vlm in (self.vlm, *self.models.values()) if todo else ():
             vlm.warm_up()
         order = list(todo.values())
-        with tqdm(total=len(order), desc=self.label, disable=self._rank != 0) as bar:
+        with Progress(len(order), self.label, shown=self._rank == 0) as bar:
             for i, outcome in engine.run(self._job(arguments) for arguments in order):
                 arguments = order[i]
                 place = arguments.task, arguments.doc_id, arguments.split, str(arguments.prompt)
@@ -326,10 +328,10 @@ class MethodModel(lmms):
                     failed[arguments.key] = outcome.error
                     record = Record(*place, None, error=outcome.error, batch_size=self.batch_size)
                 else:
-                    record = Record.of(outcome, *place, self.batch_size)
+                    record = Record.of(outcome, *place, self.batch_size, self.options.keep_masks)
                 decisive = generation[arguments.task].decisive
                 self.run.add(replace(record, content=self._content(arguments), generation=decisive))
-                bar.update()
+                bar.answered(outcome)
         return failed
 
     def _finish(self, generation: dict[str, Settings], keys: set[Key]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from .crop_grid import Box, CropGrid
+from .kept_tokens import KeptTokens
 from .usage import Usage
 
 
@@ -145,6 +146,9 @@ class Reply:
 
     logprob: float | None = None
     """Natural logarithm of the probability of the reply as it was chosen, its end included; None where nobody can say."""
+
+    kept: tuple[KeptTokens, ...] = ()
+    """Which visual tokens of the turn's pictures went on, cut by cut, where a pruner cut them and the request asks for it."""
 
 
 class EventKind(str, Enum):
