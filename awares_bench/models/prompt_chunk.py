@@ -90,4 +90,3 @@ def joined_deepstack(chunks: list[PromptChunk]) -> list[Tensor] | None:
     if some is None:
         return None
     return [some.new_zeros((len(some), *c.embeds.shape)) if c.deepstack is None else c.deepstack for c in chunks]
-
