@@ -16,7 +16,13 @@ from awares_bench import Policy, Sample, TurnGenerator
 
 @dataclass(frozen=True)
 class Full(Policy):
-    """Look at the whole image at its own size."""
+    """Look at the whole image at its own size.
+
+    system_prompt: a system message; None: what the chat template says by itself. lmms-eval's own ``qwen3_vl`` says
+        ``You are a helpful assistant.``, which Qwen3-VL's template does not.
+    """
+
+    system_prompt: str | None = None
 
     def turns(self, sample: Sample) -> TurnGenerator:
-        return (yield sample.ask(sample.images))
+        return (yield sample.ask(sample.images, system=self.system_prompt))

@@ -9,15 +9,12 @@ Differs  a call is read as JSON (the released pattern wants ``}}`` adjacent and 
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from PIL import Image
-
-from awares_bench import Event, EventKind, Policy, Reply, Sample, Turn, TurnGenerator
+from awares_bench import Event, EventKind, Policy, Sample, Turn, TurnGenerator
 from awares_bench.methods.crop_turns import note_half_view
-from awares_bench.methods.images import half
+from awares_bench.methods.images import HALF_SHARE, enlarged, half
+from awares_bench.methods.tool_calls import CallError, answered, json_values, tagged
 
 # Quoted from the authors' code (Apache-2.0): the released checkpoint expects these strings exactly.
 SYSTEM = """You are a helpful assistant.
@@ -55,13 +52,6 @@ AFTER_ERROR = (
     "process inside <think> and </think>."
 )
 
-SMALLEST = 28
-"""Views are enlarged to this many pixels a side at the least."""
-
-
-class CallError(ValueError):
-    """A tool call that does not ask for the original image; the message is what the model is told."""
-
 
 @dataclass(frozen=True)
 class VisionThink(Policy):
@@ -81,7 +71,15 @@ class VisionThink(Policy):
         how = {"min_reply_tokens": self.budget, "until": ()}
         views = tuple(enlarged(half(image)) for image in sample.images)
         question = f"\n{sample.question}" if views else BEFORE + sample.question
-        first = yield Turn(views, question, system=SYSTEM, image_prefixes=(BEFORE,), is_final=False, **how)
+        first = yield Turn(
+            views,
+            question,
+            shares=(HALF_SHARE,) * len(views),
+            system=SYSTEM,
+            image_prefixes=(BEFORE,),
+            is_final=False,
+            **how,
+        )
         yield from note_half_view(sample, first)
         try:
             called = tool_call(first.text)
@@ -90,25 +88,25 @@ class VisionThink(Policy):
             second = yield Turn((), f"{error}{AFTER_ERROR}", omit_newline=True, **how)
         else:
             if not called:
-                return _answer(first, first.text)
+                return answered(first, final_answer(first.text))
             if not sample.images:
                 yield Event(EventKind.NO_IMAGE, "a call for an image that the document does not have counts as the answer")
-                return _answer(first, first.text)
+                return answered(first, final_answer(first.text))
             originals = tuple(enlarged(image) for image in sample.images)
             before = (RESIZED, *["\n"] * (len(originals) - 1))
             second = yield Turn(originals, CONTINUE, image_prefixes=before, omit_newline=True, crops=("all",), **how)
         if "<tool_call>" in second.text:
             yield Event(EventKind.CALL_IN_ANSWER, "a second call is not answered")
-        return _answer(second, first.text + second.text)
+        return answered(second, final_answer(first.text + second.text))
 
 
 def tool_call(text: str) -> bool:
     """Whether a reply calls ``resize_image``. Raises CallError when it makes another call, or one that cannot be read."""
-    calls = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
+    calls = tagged(text, "tool_call")
     if not calls:
         return False
     try:
-        found = [_objects(call) for call in calls]
+        found = [json_values(call) for call in calls]
         actions = [call["arguments"]["action"] for some in found for call in some]
     except (ValueError, KeyError, TypeError) as error:
         raise CallError("The function call is not a JSON object with a name and arguments.") from error
@@ -121,29 +119,6 @@ def tool_call(text: str) -> bool:
     return True
 
 
-def _objects(text: str) -> list:
-    """The JSON values in ``text``, one after the other. Raises ValueError at anything else."""
-    decoder, out, at = json.JSONDecoder(), [], 0
-    while text[at:].strip():
-        at += len(text[at:]) - len(text[at:].lstrip())
-        value, at = decoder.raw_decode(text, at)
-        out.append(value)
-    return out
-
-
 def final_answer(text: str) -> str:
     """All the model wrote -> what it put between the answer tags: before the first that closes, after the last that opens."""
     return text.split("</answer>")[0].split("<answer>")[-1].strip()
-
-
-def enlarged(image: Image.Image) -> Image.Image:
-    """``image`` with at least 28 pixels a side, Lanczos, aspect kept."""
-    if min(image.size) >= SMALLEST:
-        return image
-    scale = max(SMALLEST / image.width, SMALLEST / image.height)
-    return image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.LANCZOS)
-
-
-def _answer(reply: Reply, written: str) -> Reply:
-    """The reply with the tagged answer as its text, and without the tokens, which the task's limit is not for."""
-    return replace(reply, text=final_answer(written), tokens=())

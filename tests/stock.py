@@ -14,7 +14,7 @@ from weakref import finalize
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
 from .qwen_tokenizer import qwen_tokenizer_json
 
@@ -35,6 +35,11 @@ CHAT_TEMPLATE = (
 )
 """Of the released processors (``chat_template.json``); the tokenizer has one for text alone."""
 
+QWEN3_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}",
+    "",
+)
+"""What that of Qwen3-VL's Instruct checkpoints renders for pictures and text: no system message of its own."""
 
 IM_END, BLANK_LINE = 151645, 271
 """Ids of ``<|im_end|>`` and of two line breaks."""
@@ -88,6 +93,97 @@ def write(folder: Path, tied: bool = True, penalty: float = 1.05, seed: int = 0)
     return folder
 
 
+@cache
+def stock_qwen3(tied: bool = True, penalty: float = 1.05) -> Path:
+    """The folder of ``write_qwen3`` in a temporary place, written once a process."""
+    holder = TemporaryDirectory(prefix="stock-")
+    finalize(stock_qwen3, holder.cleanup)
+    return write_qwen3(Path(holder.name) / "Qwen3-VL", tied, penalty)
+
+
+def write_qwen3(folder: Path, tied: bool = True, penalty: float = 1.05, seed: int = 0) -> Path:
+    """A checkpoint folder in the layout of Qwen3-VL-4B-Instruct (tied) or 8B (untied): nested config, template without a system message.
+
+    penalty: of ``generation_config.json``; the releases have none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(folder, QWEN3_TEMPLATE)
+    pictures = {
+        "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "Qwen3VLProcessor",
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    }
+    _write(folder / "preprocessor_config.json", pictures)
+    video = {
+        **pictures,
+        "size": {"longest_edge": 25165824, "shortest_edge": 4096},
+        "video_processor_type": "Qwen3VLVideoProcessor",
+    }
+    _write(folder / "video_preprocessor_config.json", {k: v for k, v in video.items() if k != "image_processor_type"})
+    ends = {"bos_token_id": 151643, "pad_token_id": 151643, "eos_token_id": [151645, 151643]}
+    sampling = {"do_sample": True, "top_k": 20, "top_p": 0.8, "temperature": 0.7, "repetition_penalty": penalty}
+    _write(folder / "generation_config.json", ends | sampling | {"transformers_version": "4.56.0"})
+    text = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "dtype": "bfloat16",
+        "eos_token_id": 151645,
+        "head_dim": 40,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_vl_text",
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [8, 6, 6], "rope_type": "default"},
+        "rope_theta": 5000000,
+        "tie_word_embeddings": tied,
+        "use_cache": True,
+        "vocab_size": 151936,
+        **SHAPE,
+    }
+    vision = {k: v for k, v in VISION.items() if k != "fullatt_block_indexes"} | {
+        "deepstack_visual_indexes": [0, 1, 2],
+        "hidden_act": "gelu_pytorch_tanh",
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "model_type": "qwen3_vl",
+        "num_position_embeddings": 2304,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    whole = {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "image_token_id": 151655,
+        "model_type": "qwen3_vl",
+        "text_config": text,
+        "tie_word_embeddings": tied,
+        "transformers_version": "4.57.0.dev0",
+        "video_token_id": 151656,
+        "vision_config": vision,
+        "vision_end_token_id": 151653,
+        "vision_start_token_id": 151652,
+    }
+    _write(folder / "config.json", whole)
+    torch.manual_seed(seed)
+    model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(folder)).float()
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.02 if "patch_embed" in name else 0.15)
+    _raise_scores(model, {IM_END: 13.0, BLANK_LINE: 8.0})
+    tensors = {
+        k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @torch.no_grad()
 def _raise_scores(model, more: dict[int, float]) -> None:
     """Give some tokens a bias, which the architecture does not have: the first of the hidden numbers is made the same everywhere."""
@@ -95,13 +191,16 @@ def _raise_scores(model, more: dict[int, float]) -> None:
     embeddings[:, 0] = head[:, 0] = 1.0
     for layer in model.model.language_model.layers:
         layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
-    last = model.model.visual.merger.mlp[2]
+    tower = model.model.visual
+    last = tower.merger.mlp[2] if hasattr(tower.merger, "mlp") else tower.merger.linear_fc2
     last.weight[0], last.bias[0] = 0.0, 1.0
+    for merger in getattr(tower, "deepstack_merger_list", ()):
+        merger.linear_fc2.weight[0], merger.linear_fc2.bias[0] = 0.0, 0.0
     for token, value in more.items():
         head[token, 0] += value
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path, template: str = CHAT_TEMPLATE) -> None:
     made = json.loads(qwen_tokenizer_json(folder).read_text(encoding="utf-8"))
     words, added = made["model"]["vocab"], made["added_tokens"]
     _write(folder / "vocab.json", words)
@@ -125,7 +224,7 @@ def _write_tokenizer(folder: Path) -> None:
         "unk_token": None,
     }
     _write(folder / "tokenizer_config.json", settings)
-    _write(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    _write(folder / "chat_template.json", {"chat_template": template})
 
 
 def _write_settings(folder: Path, tied: bool, penalty: float) -> None:

@@ -22,6 +22,7 @@ from awares_bench.models.cpu_kernels import ONEDNN
 from awares_bench.models.families import host_of
 from awares_bench.models.flops import decoder_flops, vision_flops
 
+from .models import tiny_families
 from .test_vlm import TOLERANCE, ours
 from .tiny import encode, picture, pixels
 
@@ -54,6 +55,24 @@ def test_operations_are_those_that_pytorch_counts(vlm, monkeypatch, size, matmul
         encode(vlm, [patches], [grid])
     config = vlm.host.model.config.vision_config.to_dict()
     assert vision_flops(grid[1] * grid[2] // 4, config) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_operations_of_other_families_are_those_that_pytorch_counts(family):
+    host = getattr(tiny_families, family)()
+    image = host.image_input(picture(416, 256))
+    with counted() as counter:
+        host.encode([image])
+    config = host.model.config.vision_config.to_dict()
+    assert vision_flops(image.tokens, config) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    text, new = host.model.config.text_config, 300
+    masked = text.num_hidden_layers * 2 * text.num_attention_heads * host.decoder.layers[0].self_attn.head_dim * new * (new - 1)
+    if family == "qwen3_vl_moe":
+        host.model.set_experts_implementation("eager")  # the counter does not know the grouped products
+    with torch.no_grad(), counted() as counter:
+        hidden = host.decoder(inputs_embeds=torch.randn(1, new, text.hidden_size), use_cache=False).last_hidden_state
+        host.model.lm_head(hidden[:, -1])
+    assert decoder_flops(new, text.to_dict()) + masked == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @contextmanager

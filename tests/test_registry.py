@@ -39,7 +39,7 @@ def given(tmp_path_factory):
     path = tmp_path_factory.mktemp("gate") / "gate.safetensors"
     rng = np.random.default_rng(3)
     Gate(rng.normal(size=(3, 64)), rng.normal(size=3), (56, 112, 224), 56, 0.5, "tiny").save(path)
-    return {"cares": {"gate": str(path)}, "visionthink": {"budget": 5}}
+    return {"cares": {"gate": str(path)}, **{name: {"budget": 5} for name in ("visionthink", "adaptvision", "ergo", "zoom_loop")}}
 
 
 class Watched:

@@ -14,7 +14,7 @@ from awares_bench.evaluation.lmms_run import task_index
 
 from . import official
 from .lmms_runs import records
-from .stock import stock
+from .stock import stock, stock_qwen3
 from .test_endpoint import free_port, serve
 
 pytestmark = [
@@ -87,6 +87,37 @@ def test_every_answer_and_score_of_the_six_tasks_is_lmms_evals(here, tmp_path):
     assert answers == expected and scores == their_scores
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["identity"]["repetition_penalty"] == 1.05
+
+
+QWEN3_SIZES = ((256, 256), (64, 448), (224, 96), (512, 384), (320, 320), (288, 128), (160, 544), (32, 160))
+QWEN3_LIMITS = {"min_pixels": 4 * 32 * 32, "max_pixels": 16384 * 32 * 32}
+SYSTEM = "You are a helpful assistant."
+
+
+@pytest.mark.parametrize(
+    ("tasks", "tokens", "tied", "penalty"),
+    [
+        ("ocrbench", 12, True, 1.05),
+        *(pytest.param(official.TASKS, 128, t, p, marks=pytest.mark.slow) for t in (True, False) for p in (1.05, 1.0)),
+    ],
+)
+def test_every_answer_of_qwen3_vl_is_that_of_lmms_evals_simple_model(tmp_path, monkeypatch, tasks, tokens, tied, penalty):
+    """Its simple model: the chat one never applies pixel limits to pictures. Both say a system message, which the template does not have."""
+    pytest.importorskip("qwen_vl_utils")
+    pytest.importorskip("decord", reason="lmms-eval's qwen3_vl imports it, for videos")
+    from lmms_eval.models.simple.qwen3_vl import Qwen3_VL
+
+    official.write(tmp_path / "data", sizes=QWEN3_SIZES)
+    monkeypatch.chdir(tmp_path / "data")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder, budget = stock_qwen3(tied, penalty), f"max_new_tokens={tokens}"
+    model = Qwen3_VL(str(folder), batch_size=1, device="cpu", device_map="cpu", attn_implementation="sdpa", **QWEN3_LIMITS)
+    model._model = model._model.float()
+    expected, their_scores = said(model, tasks, budget)
+    answers, scores = said(ours(folder, tmp_path / "run", system_prompt=SYSTEM, **QWEN3_LIMITS), tasks, budget)
+    assert len(expected) == (tasks.count(",") + 1) * len(QWEN3_SIZES) and len(set(expected.values())) > len(expected) / 2
+    assert answers == expected and scores == their_scores
 
 
 @pytest.mark.slow

@@ -145,7 +145,8 @@ class MethodModel(lmms):
             "pruner": method.parts[1],
             "fields": method.fields,
             "code": {name: _code(part) for name, part in zip(method.parts, (self.policy, self.pruner), strict=True) if part},
-            "files": {k: content.file(v) for k, v in method.fields.items() if isinstance(v, str) and Path(v).is_file()},
+            "files": {k: content.file(v) for k, v in method.fields.items() if isinstance(v, str) and Path(v).is_file()}
+            | (self.pruner.fingerprints if self.pruner else {}),
             "pretrained": options.pretrained,
             "weights": weights,
             "auxiliary": {role: digest for role, (_, digest) in loaded.items()},

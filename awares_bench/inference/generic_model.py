@@ -71,7 +71,8 @@ class GenericModel(LocalModel):
             f"which runs it as it is; use a checkpoint of {', '.join(sorted(families()))} without engine=generic, or leave the pruner out"
         )
 
-    def visual_tokens(self, image: Image.Image) -> int:
+    def visual_tokens(self, image: Image.Image, share: float = 1.0) -> int:
+        """share: not read, the processor is asked as it is."""
         with self._tokenizing:
             return self.host.visual_tokens(image)
 
@@ -82,6 +83,9 @@ class GenericModel(LocalModel):
         """
         start, session, turn = time.perf_counter(), request.session, request.turn
         events = [event for image in turn.images for event in self.host.accepted(image)[1]]
+        if self.host.tiles and any(share < 1 for _, share in turn.shown):
+            told = "engine=generic takes the processor as it is: views and crops take all the tiles of a whole picture"
+            events.append(Event(EventKind.SHARE_NOT_TOLD, told))
         with self._tokenizing:
             inputs = self.host.inputs([*session.turns, turn], session.replies)
         ids, context = inputs["input_ids"][0].tolist(), self.host.context

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn, chat_messages
 from awares_bench.methods.usage import Usage
-from awares_bench.models.base import HostModel, check_text
+from awares_bench.models.base import HostModel, check_text, rendered
 from awares_bench.models.checkpoint import family_of, open_processor
 from awares_bench.models.limits import Limits
 from awares_bench.models.packaged import resolve
@@ -60,12 +60,15 @@ class Endpoint:
         self._takes_penalty = True
         self.tokenizer = self.processor.tokenizer
         asked, family = Limits(limits, min_pixels, max_pixels), self.family
-        (least, most), self.limits_name = asked.resolve(family.model_types[0], family.default_limits)
+        (least, most), self.limits_name = asked.resolve(family.model_types[0], family.own_limits(self.processor))
         self.limits = {"shortest_edge": least, "longest_edge": most}
         self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
 
-    def visual_tokens(self, image) -> int:
-        """Merged visual tokens of ``image`` under this processor's limits; the server's limits should be the same."""
+    def visual_tokens(self, image, share: float = 1.0) -> int:
+        """Merged visual tokens of ``image`` under this processor's limits; the server's limits should be the same.
+
+        share: not read. A server cannot be told what a picture stands for: it shows every picture of a tiling family in all its tiles.
+        """
         return self.family.count_tokens(self.processor, self.limits, image)
 
     def check(self, question: str) -> None:
@@ -110,6 +113,11 @@ class Endpoint:
         history = [*session.turns, turn]
         visual, before = self._visual([turn]), self._visual(session.turns)
         text, earlier = self._text(history, session.replies), self._text(session.turns, session.replies)
+        if self.family.tiles and any(share < 1 for _, share in turn.shown):
+            told = (
+                "a server cannot be told a picture's share of the original: views and crops take all the tiles of a whole picture"
+            )
+            events.append(Event(EventKind.SHARE_NOT_TOLD, told))
         if turn.omit_newline:
             events.append(
                 Event(EventKind.TEMPLATE, "the line break before this message is the server's; the checkpoint had none")
@@ -208,7 +216,7 @@ class Endpoint:
         if not turns:
             return 0
         asks = len(turns) > len(replies)
-        text = self.processor.apply_chat_template(chat_messages(turns, replies), tokenize=False, add_generation_prompt=asks)
+        text = rendered(self.processor, chat_messages(turns, replies), asks)
         return len(self._ids(text)) - sum(len(turn.images) for turn in turns)
 
     def _ids(self, text: str) -> list[int]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -18,6 +19,12 @@ from .conversation import Event, EventKind
 
 SMALLEST_SIDE = 56
 """Below two merged tokens a side a region is no finer than the half-size view, so the whole image is sent instead."""
+
+TOKEN_SIDE = 28
+"""Sides of one merged visual token in pixels, as the checkpoints of tool-calling methods were trained."""
+
+LONGEST_RATIO = 200
+"""Pictures longer than so many times their width are left to the model, which pads them."""
 
 
 @contextmanager
@@ -215,9 +222,58 @@ def half_size(width: int, height: int) -> tuple[int, int]:
     return max(1, width // 2), max(1, height // 2)
 
 
+HALF_SHARE = 0.25
+"""What a half-size view stands for (``Turn.shares``)."""
+
+
+def share_of(view: Image.Image, image: Image.Image) -> float:
+    """The share of ``image`` that a crop or a smaller copy of it stands for (``Turn.shares``): its part of the pixels, at most 1."""
+    return min(1.0, view.width * view.height / (image.width * image.height))
+
+
 def within(image: Image.Image, longest: int) -> Image.Image:
     """``image`` with its longer side at most ``longest`` pixels, Lanczos, aspect kept; never enlarged."""
     scale = longest / max(image.size)
     if scale >= 1:
         return image
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
+
+
+def enlarged(image: Image.Image, least: int = TOKEN_SIDE) -> Image.Image:
+    """``image`` with at least ``least`` pixels a side, Lanczos, aspect kept."""
+    if min(image.size) >= least:
+        return image
+    scale = max(least / image.width, least / image.height)
+    return image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.LANCZOS)
+
+
+def rounded_size(
+    width: int, height: int, least: int, most: int, shrink: Callable[[float], float] = math.floor
+) -> tuple[int, int]:
+    """(width, height) as multiples of ``TOKEN_SIDE`` with ``least`` to ``most`` pixels, the aspect about kept.
+
+    The rule of Qwen2.5-VL's processor (``smart_resize`` of transformers). shrink: how sides above ``most`` are rounded; with ``round``
+    they may exceed it.
+    """
+    wide, high = (max(TOKEN_SIDE, round(side / TOKEN_SIDE) * TOKEN_SIDE) for side in (width, height))
+    if wide * high > most:
+        scale = math.sqrt(width * height / most)
+        wide, high = (max(TOKEN_SIDE, int(shrink(side / scale / TOKEN_SIDE)) * TOKEN_SIDE) for side in (width, height))
+    elif wide * high < least:
+        scale = math.sqrt(least / (width * height))
+        wide, high = (math.ceil(side * scale / TOKEN_SIDE) * TOKEN_SIDE for side in (width, height))
+    return wide, high
+
+
+def rounded(
+    image: Image.Image,
+    least: int,
+    most: int,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+    shrink: Callable[[float], float] = math.floor,
+) -> Image.Image:
+    """``image`` at its ``rounded_size``; as it is where it is longer than ``LONGEST_RATIO`` times its width."""
+    if max(image.size) > LONGEST_RATIO * min(image.size):
+        return image
+    size = rounded_size(*image.size, least, most, shrink)
+    return image if size == image.size else image.resize(size, resample)

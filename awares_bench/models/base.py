@@ -83,7 +83,7 @@ class HostModel(ABC):
     """The class of transformers that loads them."""
 
     provides: ClassVar[frozenset[str]]
-    """What pruners may ask for: of {"attention", "vision_keys", "decoder_attention", "seed"}."""
+    """What pruners may ask for: of ``methods.pruner.NEEDS``, and ``decoder_attention``. The question comes with every family."""
 
     default_limits: ClassVar[tuple[int, int]] = RELEASED
     """Fewest and most pixels of a picture in the family's released processors."""
@@ -100,6 +100,10 @@ class HostModel(ABC):
     decoder_layer: ClassVar[str]
     """Class name of a decoder layer: what FSDP wraps."""
 
+    tiles: ClassVar[bool] = False
+    """A picture costs tiles of a fixed size, however many pixels it has; the share of the original that it stands for (``Turn.shares``)
+    decides how many. At native resolution its pixels do, and the share is not read."""
+
     stock_packages: ClassVar[tuple[str, ...]] = ()
     """Modules that lmms-eval's own model of this family needs and does not install."""
 
@@ -111,9 +115,9 @@ class HostModel(ABC):
         max_pixels: int | None = None,
         limits: str | None = None,
     ) -> None:
-        """limits: a set of limits by name (``limits.NAMED``), None for ``default_limits``; min_pixels, max_pixels: in its place."""
+        """limits: a set of limits by name (``limits.NAMED``), None for ``own_limits``; min_pixels, max_pixels: in its place."""
         asked = Limits(limits, min_pixels, max_pixels)
-        (least, most), self.limits_name = asked.resolve(model.config.model_type, self.default_limits)
+        (least, most), self.limits_name = asked.resolve(model.config.model_type, self.own_limits(processor))
         self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
         self.limits = {"shortest_edge": least, "longest_edge": most}
         self.image_token: int = model.config.image_token_id
@@ -132,9 +136,14 @@ class HostModel(ABC):
         return image, []
 
     @classmethod
+    def own_limits(cls, processor: Any) -> tuple[int, int]:
+        """Fewest and most pixels of a picture where nobody asks for others: ``default_limits``; of tiling families those of the checkpoint."""
+        return cls.default_limits
+
+    @classmethod
     @abstractmethod
-    def count_tokens(cls, processor: Any, limits: dict[str, int], image: Image.Image) -> int:
-        """Visual tokens of a picture under a processor's limits, without encoding it: equal to ``image_input(image).tokens``."""
+    def count_tokens(cls, processor: Any, limits: dict[str, int], image: Image.Image, share: float = 1.0) -> int:
+        """Visual tokens of a picture under a processor's limits, without encoding it: equal to ``image_input(image, share=share).tokens``."""
 
     @classmethod
     def processor_sizes(cls, config: Any, image_processor: Any) -> dict[str, tuple[int | None, int]]:
@@ -142,8 +151,11 @@ class HostModel(ABC):
         return {}
 
     @abstractmethod
-    def image_input(self, image: Image.Image, key: str = "") -> ImageInput:
-        """An RGB picture -> what the encoder takes. Runs in any thread, without the device."""
+    def image_input(self, image: Image.Image, key: str = "", share: float = 1.0) -> ImageInput:
+        """An RGB picture -> what the encoder takes. Runs in any thread, without the device.
+
+        share: of the original that the picture stands for (``Turn.shares``), read by tiling families.
+        """
 
     @abstractmethod
     def encode(self, images: list[ImageInput], needs: Iterable[str] = (), block: int = -1) -> list[VisualTokens]:
@@ -205,8 +217,7 @@ class HostModel(ABC):
     def _end_text(self) -> str:
         """What the chat template writes after a reply."""
         turns = [Turn((), "a"), Turn((), "b")]
-        text = self.processor.apply_chat_template(chat_messages(turns, [_HOLE]), tokenize=False, add_generation_prompt=True)
-        return text.split(_HOLE)[-1]
+        return rendered(self.processor, chat_messages(turns, [_HOLE])).split(_HOLE)[-1]
 
     @cached_property
     def end_of_turn(self) -> int:
@@ -215,13 +226,13 @@ class HostModel(ABC):
 
     # ------------------------------------------------------------------ shared: pictures and text to tokens
 
-    def visual_tokens(self, image: Image.Image) -> int:
-        """Visual tokens that ``image`` costs under this processor's limits, without encoding it."""
-        return self.count_tokens(self.processor, self.limits, image)
+    def visual_tokens(self, image: Image.Image, share: float = 1.0) -> int:
+        """Visual tokens that ``image`` costs under this processor's limits, without encoding it. share: see ``Turn.shares``."""
+        return self.count_tokens(self.processor, self.limits, image, share)
 
-    def image_key(self, image: Image.Image) -> str:
-        """Names what the encoder would be given for a picture: equal for equal pixels, size and limits."""
-        settings = repr((image.size, image.mode, self.limits)).encode()[:64]
+    def image_key(self, image: Image.Image, share: float = 1.0) -> str:
+        """Names what the encoder would be given for a picture: equal for equal pixels, size and limits, and share where that is read."""
+        settings = repr((*((share,) if self.tiles else ()), image.size, image.mode, self.limits)).encode()[:64]
         return hashlib.blake2b(image.tobytes(), digest_size=16, key=settings).hexdigest()
 
     def check_text(self, text: str, what: str = "the question") -> None:
@@ -237,7 +248,7 @@ class HostModel(ABC):
         while any(hole in text for t in turns for text in (t.text, t.system or "", *t.image_prefixes)):
             hole += "\ufdd0"
         history = chat_messages(turns, [hole] * len(replies))
-        text = self.processor.apply_chat_template(history, tokenize=False, add_generation_prompt=True).split(hole)[-1]
+        text = rendered(self.processor, history).split(hole)[-1]
         if turns[-1].omit_newline:  # the end of the model's reply, the line break to leave out, the new message
             end = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
             text = text.replace(f"{end}\n", end, 1)
@@ -273,6 +284,14 @@ class HostModel(ABC):
             deepstack[:, places] = added.to(embeds.dtype)
         return PromptChunk(embeds, positions.to(self.device), after, tuple(spans), deepstack)
 
+    def question_of(self, ids: list[int]) -> slice:
+        """Of the tokens of a turn after its last image, those that the user wrote: up to the end of the message, without marks."""
+        text = ids[len(ids) - ids[::-1].index(self.image_token) :] if self.image_token in ids else ids
+        stop = text.index(self.end_of_turn) if self.end_of_turn in text else len(text)
+        marks = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        start = next((i for i in range(stop) if text[i] not in marks), stop)
+        return slice(start, stop)
+
     def rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, L, d) at positions (axes, B, L), in the precision of ``hidden``."""
         return self.decoder.rotary_emb(hidden, positions if self.position_axes > 1 else positions[0])
@@ -304,6 +323,12 @@ class HostModel(ABC):
         embeds = self.embed(ids, first)
         out = self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **extra)
         return out.last_hidden_state
+
+
+def rendered(processor: Any, messages: list[dict], asks: bool = True) -> str:
+    """Messages through a checkpoint's chat template, thinking off where the template asks (``enable_thinking``). asks: up to the reply."""
+    thinking = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **thinking)
 
 
 def joined(visual: list[VisualTokens]) -> Tensor:

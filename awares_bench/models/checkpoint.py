@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from awares_bench.errors import CheckpointError
 from awares_bench.methods.conversation import Turn, chat_messages
 
-from .base import HostModel
+from .base import HostModel, rendered
 from .families import families
 from .packaged import resolve
 
@@ -295,10 +295,15 @@ def _check_template(processor, shown: str, known: bool) -> None:
         return
     asked = chat_messages([Turn((Image.new("RGB", (56, 56)),), "question")], [])
     with saying(f"the chat template of {shown!r} cannot show a picture and a question; {copy}"):
-        text = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        text = rendered(processor, asked)
     if text.count(processor.image_token) != 1 or "question" not in text:
         raise CheckpointError(
             f"the chat template of {shown!r} writes {text.count(processor.image_token)} {processor.image_token} for one picture; {copy}"
+        )
+    if text.rstrip().endswith("<think>"):
+        raise CheckpointError(
+            f"{shown!r} is a thinking checkpoint: its chat template opens every reply with <think>. Replies with thoughts are not supported "
+            "(a call would not stand at the start, and answers would be scored with the thought); pass the Instruct checkpoint of this model"
         )
 
 

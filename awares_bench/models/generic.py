@@ -45,7 +45,11 @@ class GenericHost:
         self.name = model.name_or_path or self.model_type
         # 1) limits
         known, edges = families().get(self.model_type), _pixel_edges(processor.image_processor)
-        own = known.default_limits if known else edges and tuple(getattr(processor.image_processor.size, e) for e in edges)
+        self.tiles = known is not None and known.tiles
+        if known and not self.tiles:
+            own = known.own_limits(processor)
+        else:
+            own = edges and tuple(getattr(processor.image_processor.size, e) for e in edges)
         pixels, self.limits_name = Limits(limits, min_pixels, max_pixels).resolve(self.model_type, own)
         self.limits: dict[str, int | None] = dict(zip(("shortest_edge", "longest_edge"), pixels or (None, None), strict=True))
         self._images_kwargs = {"size": dict(zip(edges, pixels, strict=True))} if edges and pixels else {}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from huggingface_hub import try_to_load_from_cache
 
-from awares_bench.models.flops import OPTIONAL_SHAPES, TEXT_SHAPES, VISION_SHAPES, decoder_flops, vision_flops
+from awares_bench.models.flops import OPTIONAL_SHAPES, TEXT_SHAPES, VISION_SHAPES, decoder_flops, vision_family, vision_flops
 
 BUNDLED = ("nano", "nano-base")
 
@@ -26,9 +26,10 @@ def shapes(about: dict) -> dict[str, dict] | None:
     if config is None or "vision_config" not in config:
         return None
     parts = {"vision_config": config["vision_config"], "text_config": config.get("text_config") or config}
-    needed = {"vision_config": VISION_SHAPES, "text_config": TEXT_SHAPES}
-    if any(key not in parts[name] for name in parts for key in needed[name]):
+    family = vision_family(parts["vision_config"])
+    if family is None or any(key not in parts["text_config"] for key in TEXT_SHAPES):
         return None
+    needed = {"vision_config": VISION_SHAPES[family], "text_config": TEXT_SHAPES}
     return {name: {k: v for k, v in part.items() if k in (*needed[name], *OPTIONAL_SHAPES)} for name, part in parts.items()}
 
 
