@@ -140,8 +140,8 @@ class LocalModel:
         self.host.check_text(question, what)
 
     def text(self, tokens: list[int] | tuple[int, ...], until: tuple[str, ...] = ()) -> str:
-        """Token ids -> text without special tokens, cut before the first stop string."""
-        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        """Token ids of a reply -> text without special tokens and the template's ``opening``, cut before the first stop string."""
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True).removeprefix(self.host.opening)
         return text[: min((text.find(s) for s in until if s in text), default=len(text))]
 
     def image_input(self, image: Image.Image, known: dict[str, ImageInput] | None = None, share: float = 1.0) -> ImageInput:
@@ -279,7 +279,7 @@ class LocalModel:
         limited = [replace(r, max_reply_tokens=min(r.max_reply_tokens, p.room)) for r, p in zip(requests, prepared, strict=True)]
         grammars = [None if sampling else self._grammar(r) for r in requests]
         replies = [
-            ReplyDecoder(r, self.tokenizer, self.host.stop, grammar, self.trace is not None)
+            ReplyDecoder(r, self.tokenizer, self.host.stop, grammar, self.trace is not None, self.host.opening)
             for r, grammar in zip(limited, grammars, strict=True)
         ]
         penalty = [self.repetition_penalty if r.penalty is None else r.penalty for r in requests]
