@@ -36,7 +36,7 @@ class ReplyDecoder:
     """The reply so far, without the token that ended it."""
 
     values: list[float] = field(default_factory=list)
-    """What the chooser gave with each token and with the end: scores, or log-probabilities where tokens are sampled."""
+    """Log-probabilities of each token and of the end, as the chooser has them."""
 
     end: int | None = None
     """The token that ended it."""
@@ -69,6 +69,11 @@ class ReplyDecoder:
         return self.request.turn.forced_reply is not None
 
     @property
+    def logprob(self) -> float | None:
+        """Of the whole reply; None where nothing was decoded."""
+        return sum(self.values) if self.values else None
+
+    @property
     def events(self) -> list[Event]:
         """``call_overruled``, once, when the reply is not what the model alone would have written."""
         if not self.overruled:
@@ -89,7 +94,9 @@ class ReplyDecoder:
         for j in range(len(inputs)):
             if self.trace:
                 self.scores.append(scores[j].clone())
-            self._write(self._overrule(chosen[j], scores[j]), values[j])
+            token = self._overrule(chosen[j], scores[j])
+            overruled = token != chosen[j]
+            self._write(token, float(scores[j, token] - scores[j].float().logsumexp(-1)) if overruled else values[j])
             if not self.active or j + 1 == len(inputs) or self.tokens[-1] != inputs[j + 1]:
                 return j + 1
         raise ValueError("nothing was fed")

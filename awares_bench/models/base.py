@@ -204,6 +204,13 @@ class HostModel(ABC):
         return len(self.decoder.layers)
 
     @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, key heads and the width of a head of the decoder."""
+        config = self.decoder.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_attention_heads, config.num_key_value_heads, width
+
+    @property
     def context(self) -> int:
         """Positions that the checkpoint was trained for."""
         return self.decoder.config.max_position_embeddings
@@ -283,10 +290,10 @@ class HostModel(ABC):
 
     def chunk(self, ids: list[int], images: list[ImageInput], visual: list[VisualTokens], start: int) -> PromptChunk:
         """What a turn adds, ready for the decoder. visual: of every run of the images, in order; start: the first position."""
-        tokens = torch.tensor(ids, device=self.device)
-        embeds = self.embed(tokens, torch.cat([v.features for v in visual]) if visual else None)
+        tokens = torch.tensor(ids)
+        places = (tokens == self.image_token).nonzero().squeeze(1).tolist()  # here: a GPU would have to be waited for
+        embeds = self.embed(moved(tokens, self.device), torch.cat([v.features for v in visual]) if visual else None)
         positions, after = self.positions(ids, images, start)
-        places = (tokens == self.image_token).nonzero().squeeze(1).tolist()
         spans, at = [], 0
         for run in visual:
             spans.append(ImageSpan(places[at], replace(run, deepstack=None), len(run.features)))
@@ -296,7 +303,7 @@ class HostModel(ABC):
             added = torch.cat([run.deepstack for run in visual], 1)  # (N, V, D)
             deepstack = embeds.new_zeros((len(added), *embeds.shape))
             deepstack[:, places] = added.to(embeds.dtype)
-        return PromptChunk(embeds, positions.to(self.device), after, tuple(spans), deepstack)
+        return PromptChunk(embeds, moved(positions, self.device), after, tuple(spans), deepstack)
 
     def question_of(self, ids: list[int]) -> slice:
         """Of the tokens of a turn after its last image, those that the user wrote: up to the end of the message, without marks."""
@@ -377,6 +384,11 @@ def joined(visual: list[VisualTokens]) -> Tensor:
     """Features of several runs as one tensor: (V, D), or (V, (1 + N) D) with what DeepStack adds after N layers beside them."""
     rows = [run.features if run.deepstack is None else torch.cat([run.features, *run.deepstack], 1) for run in visual]
     return torch.cat(rows)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """From the CPU to a device, which a GPU does not wait for: its copy comes from page-locked memory."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def check_text(text: str, marks: tuple[str, ...], what: str = "the question") -> None:

@@ -15,6 +15,7 @@ from awares_bench.errors import CheckpointError, RunError
 from awares_bench.methods.conversation import Event, Turn, chat_messages
 
 from .base import check_text, opening_of
+from .checkpoint import saying
 from .families import families
 from .limits import Limits
 from .qwen2_5_vl import within_aspect
@@ -69,7 +70,8 @@ class GenericHost:
         self._counts: dict[tuple[int, int], int] = {}
         # 3) the chat template
         self._as_parts, self._shows_system = self._template_form()
-        made = self.inputs([Turn((Image.new("RGB", (PROBE, PROBE)),), "?")], [])["input_ids"][0]
+        with saying(self._refused("has a processor that cannot take a conversation with a picture")):
+            made = self.inputs([Turn((Image.new("RGB", (PROBE, PROBE)),), "?")], [])["input_ids"][0]
         if (found := int((made == self.image_token).sum())) < 2:
             raise CheckpointError(
                 self._refused(
