@@ -45,7 +45,9 @@ class GenericHost:
         self.name = model.name_or_path or self.model_type
         # 1) limits
         known, edges = families().get(self.model_type), _pixel_edges(processor.image_processor)
-        self.tiles = known is not None and known.tiles
+        self.tiles = (
+            known.tiles if known else edges is None
+        )  # the processor decides what a picture costs, however many pixels it has
         if known and not self.tiles:
             own = known.own_limits(processor)
         else:
@@ -163,8 +165,10 @@ class GenericHost:
         return dict(self.processor(text=[text], return_tensors="pt", text_kwargs={"add_special_tokens": plain}, **more))
 
     def render(self, turns: Sequence[Turn], replies: Sequence[str]) -> str:
-        """The conversation as the checkpoint's chat template writes it, replies verbatim, up to where the model writes.
+        """The conversation as the checkpoint's chat template writes it turn by turn, up to where the model writes.
 
+        A reply stands verbatim after the prompt that it continued, as on a kept cache: some templates write a space between the two when
+        they render a reply that is past.
         Raises RunError for a system message that the template cannot show.
         """
         if turns[0].system is not None and not self._shows_system:
@@ -172,7 +176,7 @@ class GenericHost:
                 f"this method begins with a system message, which the chat template of {self.name!r} ({self.model_type}) does not show; "
                 "use a method without one, such as full, low or cropvlm"
             )
-        parts = self._parts(turns, len(replies), self._as_parts)
+        parts = [self._parts(turns[: i + 1], i, self._as_parts)[-1] for i in range(len(turns))]
         for i, turn in enumerate(turns):
             if turn.omit_newline and i:  # the end of the model's reply, the line break to leave out, the new message
                 end = self.tokenizer.convert_ids_to_tokens(self.tokenizer(parts[i], add_special_tokens=False)["input_ids"][0])
