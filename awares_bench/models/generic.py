@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from awares_bench.errors import CheckpointError, RunError
 from awares_bench.methods.conversation import Event, Turn, chat_messages
 
-from .base import check_text
+from .base import check_text, opening_of
 from .checkpoint import saying
 from .families import families
 from .limits import Limits
@@ -85,6 +86,11 @@ class GenericHost:
         return f"{self.name!r} ({self.model_type}) {why}; known families: {known}; a family is one file, see docs/models.md"
 
     # ------------------------------------------------------------------ properties
+
+    @cached_property
+    def opening(self) -> str:
+        """What the template writes between its prompt for a reply and the reply; see ``opening_of``."""
+        return opening_of(self.render)
 
     @property
     def device(self) -> torch.device:
@@ -165,10 +171,8 @@ class GenericHost:
         return dict(self.processor(text=[text], return_tensors="pt", text_kwargs={"add_special_tokens": plain}, **more))
 
     def render(self, turns: Sequence[Turn], replies: Sequence[str]) -> str:
-        """The conversation as the checkpoint's chat template writes it turn by turn, up to where the model writes.
+        """The conversation as the checkpoint's chat template writes it, replies verbatim, up to where the model writes.
 
-        A reply stands verbatim after the prompt that it continued, as on a kept cache: some templates write a space between the two when
-        they render a reply that is past.
         Raises RunError for a system message that the template cannot show.
         """
         if turns[0].system is not None and not self._shows_system:
@@ -176,7 +180,7 @@ class GenericHost:
                 f"this method begins with a system message, which the chat template of {self.name!r} ({self.model_type}) does not show; "
                 "use a method without one, such as full, low or cropvlm"
             )
-        parts = [self._parts(turns[: i + 1], i, self._as_parts)[-1] for i in range(len(turns))]
+        parts = self._parts(turns, len(replies), self._as_parts)
         for i, turn in enumerate(turns):
             if turn.omit_newline and i:  # the end of the model's reply, the line break to leave out, the new message
                 end = self.tokenizer.convert_ids_to_tokens(self.tokenizer(parts[i], add_special_tokens=False)["input_ids"][0])
