@@ -88,7 +88,6 @@ def families_table() -> str:
         "pruners by",
         "second turn",
         "training",
-        "lmms-eval's own needs",
     ]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     hosts = [host for host in dict.fromkeys(families().values()) if host.__module__.startswith("awares_bench.")]
@@ -108,7 +107,6 @@ def families_table() -> str:
             ", ".join(name for name, has in by.items() if has),
             "kept cache",
             "adapters, FSDP" if hasattr(host, "lora_targets") and hasattr(host, "decoder_layer") else "no",
-            ", ".join(f"`{name}`" for name in host.stock_packages) or "nothing more",
         ]
         rows.append("| " + " | ".join(cells) + " |")
     cells = [
@@ -119,7 +117,7 @@ def families_table() -> str:
         "any",
         "none",
     ]
-    return "\n".join([*rows, "| " + " | ".join([*cells, "computed again", "no", "not compared"]) + " |"])
+    return "\n".join([*rows, "| " + " | ".join([*cells, "computed again", "no"]) + " |"])
 
 
 def limits_table() -> str:
