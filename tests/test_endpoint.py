@@ -511,8 +511,8 @@ def test_options_that_do_not_fit_the_engine_say_what_to_do():
 
     model, pruned = (getattr(lmms_model, name) for name in ("awares", "visionzip"))
     address = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
-    with pytest.raises(ValueError, match="allowed: transformers, openai"):
-        model(engine="vllm")
+    with pytest.raises(ValueError, match="allowed: transformers, generic, openai, vllm"):
+        model(engine="sglang")
     with pytest.raises(ValueError, match="needs base_url and model"):
         model(engine="openai", model="m")
     with pytest.raises(ValueError, match="is an option of engine=openai"):
