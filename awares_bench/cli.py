@@ -45,6 +45,13 @@ def _ask(parser: argparse.ArgumentParser) -> Main:
     return api.main
 
 
+def _app(parser: argparse.ArgumentParser) -> Main:
+    from . import app
+
+    app.add_arguments(parser)
+    return app.main
+
+
 def _run(parser: argparse.ArgumentParser) -> Main:
     from .evaluation import sweep
 
@@ -194,6 +201,7 @@ def _tasks(parser: argparse.ArgumentParser) -> Main:
 COMMANDS = {
     "demo": ("full, low and AwaRes on the nano suite through lmms-eval, then table, figure and gallery", _demo),
     "ask": ("one question about one picture: the answer, the crops, the tokens and the seconds", _ask),
+    "app": ("a page on which a picture is asked about, methods side by side; needs the extra app", _app),
     "run": ("a recipe of methods, options and tasks: one command, one folder, resumable", _run),
     "report": ("tables, figures and index.html of runs, with the paper's numbers beside ours; no model needed", _report),
     "show": ("an HTML gallery of a run's documents: what the model saw, asked for, said and cost", _show),

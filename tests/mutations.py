@@ -52,6 +52,10 @@ MUTATIONS = [
     ("a shared prefill given to the wrong row", "awares_bench/inference/local_model.py", "[places[history] for history in histories]", "[0 for history in histories]", "test_rollout"),
     ("a copied row cache shares its memory", "awares_bench/inference/ragged_batch.py", "self.caches[row].copy() if row in used else self.caches[row]", "self.caches[row]", "test_rollout"),
     ("rows of a line see each other's keys", "awares_bench/inference/ragged_batch.py", "mine = q[:, :, at : at + n]", "mine = q[:, :, :n]", "test_vlm"),
+    ("a padded step writes into a row", "awares_bench/inference/varlen_batch.py", "torch.where(place < 0, batch * self.room,", "torch.where(place < 0, 0,", "inference/test_varlen"),
+    ("a step sees one key too many", "awares_bench/inference/varlen_batch.py", "seen = (held[:, None] + place + 1)", "seen = (held[:, None] + place + 2)", "inference/test_varlen"),
+    ("a recording outlives its block", "awares_bench/inference/varlen_batch.py", "[self.lengths[s] for s in slots], room\n        self.forget_graph()", "[self.lengths[s] for s in slots], room", "inference/test_varlen"),
+    ("a kernel is believed unseen", "awares_bench/inference/varlen_attention.py", "if difference <= AGREES[dtype]:", "if True:", "inference/test_varlen"),
     ("cut tokens keep the wrong positions", "awares_bench/models/prompt_chunk.py", "self.positions[:, start:stop][:, chosen]", "self.positions[:, start:stop][:, : len(chosen)]", "test_pruners"),
     ("missing score counted as wrong", "reports/data/load.py", "if not isinstance(value, (int, float)) or value != value:", "if False:", "test_reports"),
 ]  # fmt: skip

@@ -21,9 +21,9 @@ import transformers
 from PIL import Image
 
 from awares_bench.evaluation.provenance import cpu_name, provenance
+from awares_bench.inference.batch import Batch
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
-from awares_bench.inference.padded_batch import PaddedBatch
 from awares_bench.methods.conversation import Failure, Sample
 from awares_bench.methods.registry import build
 from awares_bench.methods.usage import Usage
@@ -138,8 +138,8 @@ def run(settings: Settings) -> dict:
     return measure(settings, load(settings.pretrained, *size, settings.dtype, settings.device, 1 if tower_only else None))
 
 
-def measure(settings: Settings, vlm: LocalModel, layouts: bool = False) -> dict:
-    """The same on a model that is loaded already. layouts: also time our turns in the padded rectangle."""
+def measure(settings: Settings, vlm: LocalModel, layouts: dict[str, type[Batch]] | None = None) -> dict:
+    """The same on a model that is loaded already. layouts: name -> another layout, in which AwaRes' turns are timed too."""
     rates = matmul_rates(vlm, settings.tokens, settings.batch)
     about = _about(settings, vlm, rates)
     print("\n".join(f"{k:<16} {v}" for k, v in about.items()))
@@ -150,7 +150,7 @@ def measure(settings: Settings, vlm: LocalModel, layouts: bool = False) -> dict:
         _vision(vlm, settings.repeats, contestants, ratios)
     if "turns" in settings.parts:
         pages = Pages(vlm, settings.tokens, settings.batch, settings.call_rate, settings.answer)
-        _turns(pages, "stock" in settings.parts, settings.repeats, contestants, ratios, layouts)
+        _turns(pages, "stock" in settings.parts, settings.repeats, contestants, ratios, layouts or {})
     if "suite" in settings.parts and settings.pretrained:
         notes = _suite(vlm, settings.pretrained, settings.documents, settings.repeats, contestants, ratios)
     if "contention" in settings.parts:
@@ -235,19 +235,25 @@ def _exact(vlm: LocalModel, difference: float) -> tuple[str, bool | None]:
 
 
 def _turns(
-    pages: Pages, stock: bool, repeats: int, contestants: list[Contestant], ratios: list[Ratio], layouts: bool = False
+    pages: Pages,
+    stock: bool,
+    repeats: int,
+    contestants: list[Contestant],
+    ratios: list[Ratio],
+    layouts: dict[str, type[Batch]],
 ) -> None:
-    """One turn at full resolution and two of AwaRes: by the engine, and with ``stock`` by ``model.generate``; with ``layouts`` also by
-    the engine with its rows in a rectangle."""
+    """One turn at full resolution and two of AwaRes: by the engine, and with ``stock`` by ``model.generate``; the two of AwaRes also in
+    other layouts."""
     full = Contestant("full: ours", pages.full, pages.flops("full"))
     kept = Contestant("AwaRes: ours, one cache", pages.low_then_crop, pages.flops("kept"))
     again = Contestant("AwaRes: ours, everything again", pages.low_then_everything, pages.flops("again"))
     stock_full = Contestant("full: model.generate", pages.generate_full, pages.flops("full"))
     stock_twice = Contestant("AwaRes: model.generate twice", pages.generate_low_then_everything, pages.flops("again"))
-    padded = [
-        Contestant(f"{c.name}, rectangle", partial(pages.laid_out, PaddedBatch, c.run), c.flops) for c in (full, kept) if layouts
+    others = [
+        Contestant(f"{kept.name}, {name}", partial(pages.laid_out, layout, kept.run), kept.flops)
+        for name, layout in layouts.items()
     ]
-    runners = [full, kept, again, *padded, *([stock_full, stock_twice] if stock else [])]
+    runners = [full, kept, again, *others, *([stock_full, stock_twice] if stock else [])]
     alternate(runners, repeats, vlm=pages.vlm)
     contestants += runners
 
@@ -272,8 +278,8 @@ def _turns(
         ratio = passes[True] / passes[False]
         name = f"decode passes of the first turn, grammar ({passes[True]}) over none ({passes[False]})"
         ratios.append(Ratio(name, ratio, "<= 0.5", ratio <= 0.5))
-    for ours, other in zip((full, kept), padded, strict=False):
-        ratios.append(Ratio(f"{ours.name}, rectangle over the device's own layout, seconds", _ratio(other, ours), "", None))
+    for other in others:
+        ratios.append(Ratio(f"{other.name} over the device's own layout, seconds", _ratio(other, kept), "", None))
     if stock:
         ratios.append(Ratio("full resolution, model.generate over ours, seconds", _ratio(stock_full, full), "", None))
         ratios.append(Ratio("AwaRes, model.generate twice over ours, seconds", _ratio(stock_twice, kept), "", None))

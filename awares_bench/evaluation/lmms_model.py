@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial, reduce
@@ -28,7 +28,6 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from packaging.version import Version
-from tqdm import tqdm
 
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.generation import Settings, settings
@@ -46,6 +45,7 @@ from awares_bench.openmp import SLOW_BESIDE_OTHERS, set_short_spin
 
 from . import content, run_options, summary
 from .lmms_manifest import COMPOSED
+from .progress import Progress
 from .provenance import fingerprint
 from .records import Record, RunFolder
 from .run_options import RunOptions
@@ -149,7 +149,7 @@ class MethodModel(lmms):
             "policy": method.parts[0],
             "pruner": method.parts[1],
             "fields": method.fields,
-            "code": {name: _code(part) for name, part in zip(method.parts, (self.policy, self.pruner), strict=True) if part},
+            "code": {name: _code(part) for name, part in method.members.items()},
             "files": {k: content.file(v) for k, v in method.fields.items() if isinstance(v, str) and Path(v).is_file()}
             | (self.pruner.fingerprints if self.pruner else {}),
             "pretrained": options.pretrained,
@@ -290,6 +290,7 @@ class MethodModel(lmms):
             key: arguments
             for key, arguments in documents.items()
             if not self.run.holds(key, generation[arguments.task].decisive, partial(self._content, arguments))
+            or (self.options.keep_masks and self.run.done[key].keep_masks is None)
         }
         if self._rank == 0 and len(todo) < len(documents):
             print(
@@ -299,7 +300,7 @@ class MethodModel(lmms):
         if other := sum(key in self.run.done for key in todo):
             print(
                 f"{self.label}: {other} answers in {self.run.folder} are to other pictures, texts or generation arguments, or were "
-                "recorded without them by an earlier release; they are given again",
+                "recorded without them by an earlier release, or without the masks that keep_masks asks for; they are given again",
                 file=sys.stderr,
             )
         return todo
@@ -314,11 +315,12 @@ class MethodModel(lmms):
             pruner=self.pruner,
             models=self.models,
             max_batch_tokens=self.options.max_batch_tokens,
+            keep_masks=self.options.keep_masks,
         )
         for vlm in (self.vlm, *self.models.values()) if todo else ():
             vlm.warm_up()
         order = list(todo.values())
-        with tqdm(total=len(order), desc=self.label, disable=self._rank != 0) as bar:
+        with Progress(len(order), self.label, shown=self._rank == 0) as bar:
             for i, outcome in engine.run(self._job(arguments) for arguments in order):
                 arguments = order[i]
                 place = arguments.task, arguments.doc_id, arguments.split, str(arguments.prompt)
@@ -326,10 +328,10 @@ class MethodModel(lmms):
                     failed[arguments.key] = outcome.error
                     record = Record(*place, None, error=outcome.error, batch_size=self.batch_size)
                 else:
-                    record = Record.of(outcome, *place, self.batch_size)
+                    record = Record.of(outcome, *place, self.batch_size, self.options.keep_masks)
                 decisive = generation[arguments.task].decisive
                 self.run.add(replace(record, content=self._content(arguments), generation=decisive))
-                bar.update()
+                bar.answered(outcome)
         return failed
 
     def _finish(self, generation: dict[str, Settings], keys: set[Key]) -> None:
@@ -439,10 +441,24 @@ class MethodModel(lmms):
                 document = self.task_dict[arguments.task][arguments.split][arguments.doc_id]
                 messages = arguments.to_messages(document)
             job = job_of(messages, dict(arguments.gen_kwargs), f"{arguments.task}/{arguments.doc_id}")
-            marks = {"evidence": _evidence(document.get("evidence")), "low_is_enough": document.get("low_is_enough")}
+            marks = {
+                "evidence": _evidence(document.get("evidence")),
+                "low_is_enough": document.get("low_is_enough"),
+                "other_pictures": partial(self._other_pictures, arguments),
+            }
             return replace(job, sample=replace(job.sample, **marks))
         except Exception as error:  # foreign code and data: recorded here, raised again at the end of the run
             return Failure(f"{type(error).__name__}: {error}")
+
+    def _other_pictures(self, arguments: ChatArguments) -> Iterator[tuple]:
+        """The images of the task's other documents, from the one half the split away: neighbours often share a picture."""
+        documents = self.task_dict[arguments.task][arguments.split]
+        for step in range(len(documents) - 1):
+            index = (arguments.doc_id + max(1, len(documents) // 2) + step) % len(documents)
+            if index != arguments.doc_id:
+                with whole_images():
+                    messages = arguments.to_messages(documents[index])
+                yield job_of(messages, dict(arguments.gen_kwargs), f"{arguments.task}/{index}").sample.images
 
 
 def __getattr__(name: str) -> type[MethodModel]:
@@ -517,9 +533,15 @@ def _is_padding(request: Instance) -> bool:
 
 
 def _code(part: Policy | Pruner) -> str:
-    """A digest of the files that a method is written in, those it derives from too."""
-    own = [cls for cls in type(part).__mro__ if issubclass(cls, (Policy, Pruner)) and cls not in (Policy, Pruner)]
-    return "+".join(filter(None, map(content.source, own)))
+    """A digest of the files that a method is written in, those it derives from and what it shares with others too."""
+    own: list[Any] = [cls for cls in type(part).__mro__ if issubclass(cls, (Policy, Pruner)) and cls not in (Policy, Pruner)]
+    shared = {
+        f.__module__: f
+        for cls in own
+        for f in vars(sys.modules[cls.__module__]).values()
+        if ".baselines._" in (getattr(f, "__module__", "") or "")
+    }
+    return "+".join(filter(None, map(content.source, [*own, *shared.values()])))
 
 
 def _evidence(column: object) -> tuple[Box, ...] | None:

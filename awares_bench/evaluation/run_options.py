@@ -160,6 +160,10 @@ class RunOptions:
     seed: int = _option(0, _count(0))
     """seeds Python's and PyTorch's random generators; recorded with the run"""
 
+    keep_masks: bool = _option(False, parse_bool)
+    """keep in the record which visual tokens a pruner let through, as a bit mask for each picture and cut; `awares-bench show`
+    draws them. Answers that were recorded without them are given again"""
+
     on_error: str = _option("stop", _choice("stop", "skip"))
     """what happens to documents that cannot be answered, once all others are: `stop` ends the run, `skip` leaves them out of
     the scores ([odd documents](odd_documents.md))"""

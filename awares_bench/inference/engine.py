@@ -80,7 +80,8 @@ class Engine:
     vlm: the model under test. pruner: cuts what the conversation with it shows. models: the auxiliary ones by the names of
     ``Policy.models``; a turn to a name that is not among them goes to the model under test, at its own price.
     max_batch_tokens: rows times the longest, beside ``batch_size`` rows. workers: threads that prepare pictures and text
-    (None: half the processors; none for one row a batch, or for a model on the CPU).
+    (None: half the processors; none for one row a batch, or for a model on the CPU). keep_masks: replies say which visual
+    tokens the pruner let through (``Reply.kept``).
     """
 
     def __init__(
@@ -92,9 +93,10 @@ class Engine:
         models: dict | None = None,
         max_batch_tokens: int | None = None,
         workers: int | None = None,
+        keep_masks: bool = False,
     ):
         self.vlm, self.policy, self.batch_size = vlm, policy, batch_size
-        self.pruner, self.models = pruner, models or {}
+        self.pruner, self.models, self.keep_masks = pruner, models or {}, keep_masks
         if pruner is not None and hasattr(vlm, "cut_layers"):
             vlm.cut_layers(pruner)  # refuses now what would fail at every document
         self.limits = BatchLimits(batch_size, max_batch_tokens)
@@ -215,7 +217,7 @@ class Engine:
         ]
         for run in batch:
             waiting.remove(run)
-            run.request = run.make_request()
+            run.request = replace(run.make_request(), keep_masks=self.keep_masks and run.turn.model not in self.models)
             if threads and run.turn.hidden_state_depth is None:
                 run.prepared = threads.submit(self.models.get(run.turn.model, self.vlm).prepare, run.request)
         return batch
@@ -320,7 +322,7 @@ class Engine:
                 )
             text = self.vlm.text(answer.tokens[:cap], run.job.until)
             events.append(Event(EventKind.ANSWER_CUT, f"the answer had {answer.usage.output} tokens, the task allows {cap}"))
-        return Trajectory(tuple(run.turns), tuple(run.replies), text, tuple(events), run.full_tokens)
+        return Trajectory(tuple(run.turns), tuple(run.replies), text, tuple(events), run.full_tokens, answer.logprob)
 
 
 def _failure(error: Exception) -> Failure:

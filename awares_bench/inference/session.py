@@ -111,5 +111,8 @@ class Request:
     penalty: float | None = None
     """Repetition penalty of this reply; None: the model's."""
 
+    keep_masks: bool = False
+    """Say in the reply which visual tokens a pruner let through."""
+
     conversation: int = 0
     """Number of the conversation among those of an engine's run, which names it where replies are sampled."""
