@@ -147,20 +147,30 @@ def load(
     dtype: str = RunOptions.dtype,
     device: str | None = RunOptions.device,
     attn_implementation: str = RunOptions.attn_implementation,
-    min_pixels: int = RunOptions.min_pixels,
-    max_pixels: int = RunOptions.max_pixels,
+    min_pixels: int | None = RunOptions.min_pixels,
+    max_pixels: int | None = RunOptions.max_pixels,
     constrained: bool = RunOptions.constrained,
     repetition_penalty: float | None = RunOptions.repetition_penalty,
+    limits: str | None = RunOptions.limits,
+    engine: str = RunOptions.engine,
 ) -> Model:
     """A checkpoint, ready to be asked.
 
     pretrained: a folder, a folder of LoRA adapters, a hub name, or a name of this package (``nano``, ``nano-sft``, ``nano-base``).
-    dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. device: None for a GPU where there is one. min_pixels, max_pixels:
-    limits of the processor. constrained: hold calls for crops to their grammar. repetition_penalty: None for the checkpoint's.
+    dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. device: None for a GPU where there is one. limits: of the
+    processor by name (None: those of the family's released checkpoints); min_pixels, max_pixels: in their place. constrained: hold
+    calls for crops to their grammar. repetition_penalty: None for the checkpoint's. engine: ``generic`` answers a checkpoint of any
+    family by ``model.generate``, as it does in any case where the family is not known here.
     Raises ValueError (a CheckpointError where the checkpoint is at fault) or OSError, with what to do.
     """
     options: dict[str, Any] = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
-    options |= {"min_pixels": min_pixels, "max_pixels": max_pixels, "constrained": constrained}
+    options |= {"min_pixels": min_pixels, "max_pixels": max_pixels, "constrained": constrained, "limits": limits}
+    if engine not in ("transformers", "generic"):
+        raise OptionError(
+            f"engine is {engine!r}; allowed here: transformers, generic. A server is asked through lmms-eval (docs/servers.md)"
+        )
+    options["engine"] = engine
+    RunOptions.parse({k: v for k, v in options.items() if v is not None})
     loaded: dict[tuple, LocalModel] = {}
     vlm, _ = load_vlm(pretrained, options, loaded, repetition_penalty)
     vlm.warm_up()

@@ -17,7 +17,7 @@ from PIL import Image
 from awares_bench.methods.conversation import Event, EventKind, Failure, Sample, Turn
 from awares_bench.methods.crop_grid import PAPER_GRID, CropRequestError
 from awares_bench.methods.crop_turns import note_crops, note_half_view, without_crops
-from awares_bench.methods.images import half
+from awares_bench.methods.images import HALF_SHARE, half, share_of
 from awares_bench.methods.policy import Policy, TurnGenerator
 
 CALL_BUDGET = 32
@@ -57,7 +57,12 @@ class AwaRes(Policy):
         (image,) = sample.images
         system = PAPER_GRID.prompt_as(self.prompt)
         reply = yield sample.ask(
-            (half(image),), system=system, is_final=False, min_reply_tokens=self.call_budget, crop_grammar=PAPER_GRID
+            (half(image),),
+            shares=(HALF_SHARE,),
+            system=system,
+            is_final=False,
+            min_reply_tokens=self.call_budget,
+            crop_grammar=PAPER_GRID,
         )
         yield from note_half_view(sample, reply)
         try:
@@ -75,7 +80,8 @@ class AwaRes(Policy):
             names = request.names
 
         names = yield from note_crops(image, self.choose(sample, names))
-        reply = yield Turn(tuple(self.cut(image, names)), crops=names)
+        crops = tuple(self.cut(image, names))
+        reply = yield Turn(crops, shares=tuple(share_of(crop, image) for crop in crops), crops=names)
         if _is_call(reply.text):
             yield Event(EventKind.CALL_IN_ANSWER, f"a second call counts as the answer text: {reply.text!r}")
         return reply

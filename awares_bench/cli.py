@@ -93,6 +93,13 @@ def _bench_grpo(parser: argparse.ArgumentParser) -> Main:
     return grpo_bench.main
 
 
+def _bench_gpu_day(parser: argparse.ArgumentParser) -> Main:
+    from .bench import gpu_day
+
+    gpu_day.add_arguments(parser)
+    return gpu_day.main
+
+
 def _train_sft(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.training import sft
 
@@ -196,6 +203,7 @@ COMMANDS = {
             "engine": ("the engine beside model.generate and lmms-eval's own model", _bench_engine),
             "pruners": ("time and memory of every pruner's own work", _bench_pruners),
             "grpo": ("a training step beside TRL's", _bench_grpo),
+            "gpu-day": ("all that only a GPU can tell, in one resumable command without a network", _bench_gpu_day),
         },
     ),
     "train": (

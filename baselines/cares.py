@@ -4,7 +4,7 @@ Paper    Kimhi et al., ACL 2026, https://arxiv.org/abs/2510.19496
 Code     https://github.com/mkimhi/CARES at ee9763e (training of the gate; no weights of it)
 Needs    a gate trained for the proxy (``awares-bench train gate``); no training of the model under test
 Cost     the chosen size's tokens; the proxy's own in the aux columns
-Differs  the paper's last token where the code pools over the text; the proxy is of the Qwen2.5-VL family; each of several images gets its own size
+Differs  the paper's last token where the code pools over the text; a proxy that cuts pictures into tiles takes the thumbnail's share of them (the code: all); each of several images gets its own size
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 
 from awares_bench import Event, EventKind, Policy, Sample, Turn, TurnGenerator
 from awares_bench.errors import RunError
-from awares_bench.methods.images import within
+from awares_bench.methods.images import share_of, within
 from awares_bench.methods.policy import UNDER_TEST
 from awares_bench.methods.resolution_gate import Gate, gate_path
 
@@ -56,11 +56,19 @@ class Cares(Policy):
     def turns(self, sample: Sample) -> TurnGenerator:
         gate, views = self.loaded_gate, []
         for image in sample.images:
-            probe = Turn((within(image, gate.view),), sample.question, model="proxy", hidden_state_depth=gate.depth)
+            thumbnail = within(image, gate.view)
+            probe = Turn(
+                (thumbnail,),
+                sample.question,
+                shares=(share_of(thumbnail, image),),
+                model="proxy",
+                hidden_state_depth=gate.depth,
+            )
             size = choose(gate.probabilities((yield probe).hidden), gate.sizes, self.mode)
             yield Event(EventKind.RESOLUTION, f"longer side at most {size} of {max(image.size)} pixels")
             views.append(within(image, size))
-        return (yield sample.ask(tuple(views)))
+        shares = tuple(share_of(view, image) for view, image in zip(views, sample.images, strict=True))
+        return (yield sample.ask(tuple(views), shares=shares))
 
 
 def choose(probabilities: tuple[float, ...], sizes: tuple[int, ...], mode: str) -> int:

@@ -2,9 +2,9 @@
 
 Paper    Carvalho and Martins, CVPRW 2026, https://arxiv.org/abs/2511.19820
 Code     https://github.com/miguelscarv/cropvlm at 7618d0e, ``generate_bboxes.py`` and ``generate_final_answers.py``
-Needs    a cropper trained for it, of the Qwen2.5-VL family; the model under test stays as it is
+Needs    a cropper trained for it; the model under test stays as it is
 Cost     every visual token plus the crop (view=low: a quarter plus the crop); the cropper's own in the aux columns
-Differs  the authors' cropper is a SmolVLM; a box that cannot be read means no crop and an event, not the pixels 0 to 99
+Differs  a box that cannot be read means no crop and an event, not the pixels 0 to 99; a model under test that cuts pictures into tiles shows the crop in its share of them, not in all
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from PIL import Image
 from awares_bench import Event, EventKind, Policy, Sample, Turn, TurnGenerator
 from awares_bench.methods.crop_grid import Box
 from awares_bench.methods.crop_turns import note_half_view, without_crops
-from awares_bench.methods.images import half, within
+from awares_bench.methods.images import HALF_SHARE, half, share_of, within
 from awares_bench.methods.policy import UNDER_TEST
 
 ASK = "{question}\nOutline the region in the image that would help answer this question."
 NOT_NEEDED = "not needed"
 BOX_BUDGET = 32
 """Tokens a box may take (the authors' GRPO setting)."""
+
+LONGEST = 2048
+"""Longest edge of the authors' cropper, a SmolVLM of 256M, as it is released."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,15 @@ class CropVLM(Policy):
 
     cropper: checkpoint that proposes the box; ``pretrained``: the model under test does, and its tokens count as its own
     view:    what stands beside the crop: the ``full`` image (the paper) or the ``low`` half-size view
-    longest: longer side in pixels of what the cropper sees (the authors train at 2,048)
+    longest: longer side in pixels of what the cropper sees (the authors train at 2,048); a cropper that cuts pictures into tiles takes the
+        share of its tiles that this is of 2,048, squared: 1,024 is 2 x 2 tiles for the authors' SmolVLM, as their ``--longest_edge 1024``
     crop_longest: longer side in pixels of the crop that the model sees, larger ones are shrunk; 0: all its own pixels. The authors' target
         shows every picture at the same size (512), so that a larger box is no free look at the whole; this is that limit
     """
 
     cropper: str = UNDER_TEST
     view: Literal["full", "low"] = "full"
-    longest: int = 2048
+    longest: int = LONGEST
     crop_longest: int = 0
 
     def __post_init__(self):
@@ -59,19 +63,23 @@ class CropVLM(Policy):
             return (yield from without_crops(sample))
         (image,) = sample.images
         ask = ASK.format(question=sample.question.capitalize())
-        said = yield Turn((within(image, self.longest),), ask, model="cropper", min_reply_tokens=BOX_BUDGET, until=())
-        views: tuple[Image.Image, ...] = (half(image) if self.view == "low" else image,)
+        seen, tiles = within(image, self.longest), min(1.0, (self.longest / LONGEST) ** 2)
+        said = yield Turn((seen,), ask, shares=(tiles,), model="cropper", min_reply_tokens=BOX_BUDGET, until=())
+        low = self.view == "low"
+        views: tuple[Image.Image, ...] = (half(image) if low else image,)
+        shares: tuple[float, ...] = (HALF_SHARE if low else 1.0,)
         boxes: tuple[Box, ...] = ()
         if said.text.strip(" .").lower() != NOT_NEEDED:
             try:
                 box = parse_box(said.text, *image.size)
             except ValueError as error:
                 yield Event(EventKind.MALFORMED_BOX, f"{error}; the image is shown in full, without a crop")
-                views = (image,)
+                views, shares = (image,), (1.0,)
             else:
                 crop, boxes = image.crop(box), (box,)
-                views = (*views, within(crop, self.crop_longest) if self.crop_longest else crop)
-        reply = yield sample.ask(views, boxes=boxes)
+                crop = within(crop, self.crop_longest) if self.crop_longest else crop
+                views, shares = (*views, crop), (*shares, share_of(crop, image))
+        reply = yield sample.ask(views, shares=shares, boxes=boxes)
         if len(views) == 1 and views[0] is not image:
             yield from note_half_view(sample, reply)
         return reply

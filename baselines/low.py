@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from awares_bench import Policy, Sample, TurnGenerator
 from awares_bench.methods.crop_turns import note_half_view
-from awares_bench.methods.images import half
+from awares_bench.methods.images import HALF_SHARE, half
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Low(Policy):
     """Look at the half-size view only."""
 
     def turns(self, sample: Sample) -> TurnGenerator:
-        reply = yield sample.ask(tuple(half(i) for i in sample.images))
+        views = tuple(half(image) for image in sample.images)
+        reply = yield sample.ask(views, shares=(HALF_SHARE,) * len(views))
         yield from note_half_view(sample, reply)
         return reply

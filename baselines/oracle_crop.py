@@ -15,7 +15,7 @@ from typing import Literal
 from awares_bench import Event, EventKind, Policy, Sample, TurnGenerator
 from awares_bench.methods.crop_grid import PAPER_GRID, Box
 from awares_bench.methods.crop_turns import note_half_view, show_crops_unasked, without_crops
-from awares_bench.methods.images import SMALLEST_SIDE, half
+from awares_bench.methods.images import HALF_SHARE, SMALLEST_SIDE, half
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class OracleCrop(Policy):
             return (yield from without_crops(sample))
         (image,) = sample.images
         if self.when == "needed" and sample.low_is_enough:
-            reply = yield sample.ask((half(image),))
+            reply = yield sample.ask((half(image),), shares=(HALF_SHARE,))
             yield from note_half_view(sample, reply)
             return reply
         if not sample.evidence:

@@ -18,6 +18,8 @@ from torch import Tensor
 from awares_bench import Pruner, VisualTokens
 from awares_bench.methods.pruner import ReleasedQuirks
 
+from ._schedule import fraction
+
 LAYERS = (2, 6, 15)
 """Decoder layers after which the released code cuts; of the depth of Qwen2.5-VL-7B where the decoder is shallower."""
 DEPTH = 28
@@ -48,14 +50,8 @@ class SparseVLM(Pruner):
     def cut_layers(self, layers: int) -> dict[int, float]:
         """Three cuts, fewer in a decoder too shallow for them."""
         after = sorted({min(layer, layer * layers // DEPTH) for layer in LAYERS} - {layers - 1})
-        runs = [b - a for a, b in zip([-1, *after], [*after, layers - 1], strict=True)]  # layers between cuts
-        low, high = 0.0, 1.0
-        for _ in range(50):  # bisection: the mean grows with the fraction
-            x = (low + high) / 2
-            mean = sum(run * x**i for i, run in enumerate(runs)) / layers
-            low, high = (low, x) if mean > self.retention else (x, high)
-        fraction = max(low, self.retention / 2)
-        return {layer: fraction ** (i + 1) for i, layer in enumerate(after)}
+        kept = max(fraction(after, layers, self.retention), self.retention / 2)
+        return {layer: kept ** (i + 1) for i, layer in enumerate(after)}
 
     def raters(self, visual: Tensor, text: Tensor) -> Tensor:
         """Words to which the visual tokens are, on average, more than averagely similar; the last one where there are none."""

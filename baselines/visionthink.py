@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from awares_bench import Event, EventKind, Policy, Sample, Turn, TurnGenerator
 from awares_bench.methods.crop_turns import note_half_view
-from awares_bench.methods.images import enlarged, half
+from awares_bench.methods.images import HALF_SHARE, enlarged, half
 from awares_bench.methods.tool_calls import CallError, answered, json_values, tagged
 
 # Quoted from the authors' code (Apache-2.0): the released checkpoint expects these strings exactly.
@@ -71,7 +71,15 @@ class VisionThink(Policy):
         how = {"min_reply_tokens": self.budget, "until": ()}
         views = tuple(enlarged(half(image)) for image in sample.images)
         question = f"\n{sample.question}" if views else BEFORE + sample.question
-        first = yield Turn(views, question, system=SYSTEM, image_prefixes=(BEFORE,), is_final=False, **how)
+        first = yield Turn(
+            views,
+            question,
+            shares=(HALF_SHARE,) * len(views),
+            system=SYSTEM,
+            image_prefixes=(BEFORE,),
+            is_final=False,
+            **how,
+        )
         yield from note_half_view(sample, first)
         try:
             called = tool_call(first.text)

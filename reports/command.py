@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 from . import report
+from .data import gpu_day
 from .data.load import ReportError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "runs", nargs="*", help="folders of demo or run, run folders, lmms-eval outputs, compact records; NAME=PATH renames one"
+        "runs",
+        nargs="*",
+        help="folders of demo or run, run folders, lmms-eval outputs, compact records; NAME=PATH renames one; or one folder of bench gpu-day",
     )
     parser.add_argument("--out", type=Path, default=Path("awares-report"), help="output folder")
     parser.add_argument(
@@ -48,6 +51,15 @@ def main(args: argparse.Namespace) -> int:
     if not args.runs:
         report.curves(args.logs, args.out, formats)
         return 0
+    devices = [Path(run) for run in args.runs if gpu_day.holds(Path(run))]
+    if devices:
+        if len(args.runs) > 1:
+            raise ReportError(
+                f"{devices[0]} holds records of bench gpu-day, which are reported alone; give each folder its own --out"
+            )
+        warnings = report.device(devices[0], args.out, formats)
+        _told(args.out, warnings)
+        return 0
     _, _, warnings = report.write(
         args.runs,
         args.out,
@@ -61,10 +73,14 @@ def main(args: argparse.Namespace) -> int:
         paper=args.paper,
     )
     print((args.out / "table.md").read_text(encoding="utf-8"))
-    for sentence in warnings:
-        print(f"note: {sentence}", file=sys.stderr)
-    print(args.out / "index.html")
+    _told(args.out, warnings)
     return 0
+
+
+def _told(out: Path, notes: list[str]) -> None:
+    for sentence in notes:
+        print(f"note: {sentence}", file=sys.stderr)
+    print(out / "index.html")
 
 
 def _metric(text: str) -> tuple[str, str]:

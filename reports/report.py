@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from . import page
-from .data import comparability, discover, names, published, stats, summary
+from .data import comparability, discover, gpu_day, names, published, stats, summary
 from .data.compact import write as write_compact
 from .data.load import ReportError, Run
 from .plots import (
@@ -26,7 +26,9 @@ from .plots import (
     rtr_distribution,
     style,
 )
+from .plots import gpu_day as gpu_figures
 from .tables import details, main, measures, render
+from .tables import gpu_day as gpu_tables
 
 
 def write(
@@ -150,3 +152,27 @@ def curves(logs: list[Path], out: Path, formats: tuple[str, ...] = style.FORMATS
         raise ReportError(f"{logs[0]} holds no line with a loss or an evaluation")
     out.mkdir(parents=True, exist_ok=True)
     _save("learning_curves", data, learning_curves.draw(data, "training runs"), out, formats)
+
+
+def device(path: Path, out: Path, formats: tuple[str, ...] = style.FORMATS) -> list[str]:
+    """The records of ``bench gpu-day`` -> tables, figures and ``index.html`` in ``out``, with the device's name in each -> their notes."""
+    day = gpu_day.read(path)
+    tables = gpu_tables.tables(day)
+    if not tables:
+        raise ReportError(f"{path} holds no measurement yet: {' '.join(day.notes)}")
+    out.mkdir(parents=True, exist_ok=True)
+    for table in tables:
+        render.write(table, out, [])
+    figures, skipped = [], []
+    draw: dict[str, tuple[pd.DataFrame, Callable[..., Figure]]] = {
+        "gpu_engine_seconds": (gpu_day.engine(day), gpu_figures.draw_engine),
+        "gpu_pruners_share": (gpu_day.pruners(day), gpu_figures.draw_pruners),
+    }
+    for name, (data, figure) in draw.items():
+        if data.empty:
+            skipped.append(name)
+            continue
+        _save(name, data, figure(data, day.device, tuple(day.notes)), out, formats)
+        figures.append(name)
+    page.write(out, tables, figures, skipped, day.notes)
+    return day.notes

@@ -8,12 +8,20 @@ from torch.nn.functional import normalize
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 from transformers.vision_utils import get_vision_window_index
 
+from awares_bench.baselines.apet import ApET
+from awares_bench.baselines.cdpruner import CDPruner
+from awares_bench.baselines.dart import Dart
 from awares_bench.baselines.divprune import DivPrune
 from awares_bench.baselines.fastv import FastV
+from awares_bench.baselines.hiprune import HiPrune
 from awares_bench.baselines.holov import HoloV
+from awares_bench.baselines.mmtok import MMTok
 from awares_bench.baselines.pooling import Pooling
+from awares_bench.baselines.pyramiddrop import PyramidDrop
 from awares_bench.baselines.sparsevlm import SparseVLM
+from awares_bench.baselines.visionselector import VisionSelector
 from awares_bench.baselines.visionzip import VisionZip
+from awares_bench.baselines.vispruner import VisPruner
 from awares_bench.bench import pruner_bench
 from awares_bench.bench.meter import Meter
 from awares_bench.inference.local_model import LocalModel
@@ -33,7 +41,27 @@ TOLERANCE = 1e-4
 
 
 EVERY = pytest.mark.parametrize("cls", pruner_classes(), ids=lambda c: c.__name__)
-VARIANTS = [SparseVLM(0.4, "plus"), SparseVLM(0.4, "1.5", "official"), HoloV(0.4, "official"), VisionZip(0.4, compat="official")]
+
+
+def made(cls: type[Pruner], retention: float, width: int = 64, **options) -> Pruner:
+    """A pruner for a model of this width, with a random scorer where it needs one."""
+    return cls(retention, **pruner_bench.weights_of(cls, width), **options)
+
+
+VARIANTS = [
+    SparseVLM(0.4, "plus"),
+    SparseVLM(0.4, "1.5", "official"),
+    HoloV(0.4, "official"),
+    VisionZip(0.4, compat="official"),
+    PyramidDrop(0.4, "official"),
+    PyramidDrop(0.4, "vscan"),
+    Dart(0.4, compat="official"),
+    HiPrune(0.4, compat="official"),
+    MMTok(0.4, compat="official"),
+    CDPruner(0.4, "official"),
+    VisPruner(0.4, compat="angelslim"),
+    made(VisionSelector, 0.4, mmr=0.5),
+]
 
 
 def pruned(vlm, requests, pruner):
@@ -58,6 +86,9 @@ def image(v: int = 45, grid: tuple[int, int] = (5, 9), seed: int = 0) -> VisualT
         torch.randn(v, 6, generator=g),
         rows,
         seed,
+        middle_attention=torch.rand(v, generator=g),
+        unmerged=torch.randn(v, 7, generator=g),
+        text=torch.randn(5, 12, generator=g),
     )
 
 
@@ -68,15 +99,15 @@ def image(v: int = 45, grid: tuple[int, int] = (5, 9), seed: int = 0) -> VisualT
 def test_retention_1_has_the_bits_of_no_pruner_and_keeps_every_token_by_itself(cls):
     vlm = tiny_vlm()
     _, plain = ours(vlm, [first(t) for t in TURNS])
-    _, logits = pruned(vlm, [first(t) for t in TURNS], cls(1.0))
+    _, logits = pruned(vlm, [first(t) for t in TURNS], made(cls, 1.0))
     assert torch.equal(plain.nan_to_num(), logits.nan_to_num())
-    features, indices = cls(1.0).reduce(image(), 45)
+    features, indices = made(cls, 1.0, 12).reduce(image(), 45)
     assert torch.equal(indices, torch.arange(45)) and torch.equal(features, image().features)
 
 
 @EVERY
 def test_a_mixed_batch_with_second_turns_has_the_logits_of_each_row_alone(cls):
-    check_batch(cls(0.4))
+    check_batch(made(cls, 0.4))
 
 
 @pytest.mark.parametrize("pruner", VARIANTS, ids=repr)
@@ -93,22 +124,24 @@ def check_batch(pruner):
         vlm.reply([Request(session, one, 4)], pruner)
         return Request(session, Turn((picture(112, 168, 8),)), 6)
 
-    requests = [lambda t=t: first(t) for t in TURNS] + [second_turn]
-    alone = [pruned(vlm, [r()], pruner) for r in requests]
-    replies, logits = pruned(vlm, [r() for r in requests], pruner)
-    for b, ((reply,), single) in enumerate(alone):
-        assert replies[b].usage.prefill == pytest.approx(reply.usage.prefill)
-        assert replies[b].usage.encoded == reply.usage.encoded
-        steps = len(reply.tokens)
-        assert (logits[:steps, b] - single[:steps, 0]).abs().max() < TOLERANCE
+    kinds = [lambda t=t: first(t) for t in TURNS] + [second_turn]
+    alone = [pruned(vlm, [kind()], pruner) for kind in kinds]
+    for rows in ([0, 1, 2, 3, 4, 2, 1, 0], [4, 2, 1]):  # a batch of eight, and of three
+        replies, logits = pruned(vlm, [kinds[row]() for row in rows], pruner)
+        for b, row in enumerate(rows):
+            (reply,), single = alone[row]
+            assert replies[b].usage.prefill == pytest.approx(reply.usage.prefill)
+            assert replies[b].usage.encoded == reply.usage.encoded
+            steps = len(reply.tokens)
+            assert (logits[:steps, b] - single[:steps, 0]).abs().max() < TOLERANCE
 
 
 @EVERY
 def test_a_second_turn_on_the_cut_cache_is_what_a_mask_over_the_whole_conversation_gives(cls):
     """The oracle never drops a token: a 4-D mask per layer hides what was cut, and nothing is cached."""
-    if cls in (Pooling, SparseVLM, VisionZip):
+    if cls in (ApET, Pooling, SparseVLM, VisionZip):
         pytest.skip("merging changes features; the batch test covers its second turns")
-    vlm, pruner = tiny_vlm(), cls(0.4)
+    vlm, pruner = tiny_vlm(), made(cls, 0.4)
     one, two = Turn((picture(140, 196, 5),), "What is it?", is_final=False), Turn((picture(84, 112, 6),))
     session = Session()
     (reply,), _ = pruned(vlm, [Request(session, one, 4)], pruner)
@@ -126,9 +159,10 @@ def masked(vlm: LocalModel, pruner: Pruner, one: Turn, reply: list[int], two: Tu
         views = [pixels(vlm, i) for i in turn.images]
         grids = [g for _, g, _ in views]
         ids = chunk_ids(vlm, session, turn) if not session.turns else reply + chunk_ids(vlm, session, turn)
-        chunk = embedded(vlm, ids, grids, see(vlm, [p for p, _, _ in views], grids, pruner), at)
-        chunks.append(chunk)
-        at = chunk.next_position
+        seen = see(vlm, [p for p, _, _ in views], grids, pruner)
+        seen = [replace(v, seed=vlm.host.image_input(i).seed) for v, i in zip(seen, turn.images, strict=True)]
+        chunks.append(replace(embedded(vlm, ids, grids, seen, at), question=vlm.host.question_of(ids)))
+        at = chunks[-1].next_position
     embeds = torch.cat([c.embeds for c in chunks])
     rope = vlm.host.decoder.rotary_emb(embeds[None], torch.cat([c.positions for c in chunks], 1)[:, None])
     hidden, alive, offset = embeds[None], torch.ones(len(embeds), dtype=torch.bool), [0, len(chunks[0].embeds)]
@@ -136,40 +170,62 @@ def masked(vlm: LocalModel, pruner: Pruner, one: Turn, reply: list[int], two: Tu
         alive = torch.cat([survivors(c, pruner, pruner.retention) for c in chunks])
     for layer in range(layers):
         visible.append(int(alive[: offset[1]].sum()))
-        mask = torch.ones(len(embeds), len(embeds), dtype=torch.bool).tril() & (
-            alive[None] | torch.eye(len(embeds), dtype=torch.bool)
-        )
+        see_before = torch.ones(len(embeds), len(embeds), dtype=torch.bool).tril()
+        mask = see_before & (alive[None] | torch.eye(len(embeds), dtype=torch.bool))
         before = hidden
         hidden = vlm.host.decoder.layers[layer](hidden, attention_mask=mask[None, None], position_embeddings=rope)
-        if layer in stages:  # FastV: attention of each chunk's last token, from the definition
-            module = vlm.host.decoder.layers[layer].self_attn
-            h = vlm.host.decoder.layers[layer].input_layernorm(before)
-            q, k = (p(h).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for p in (module.q_proj, module.k_proj))
-            q, k = apply_rotary_pos_emb(q, k, *rope)
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-            weights = (q @ k.transpose(2, 3) * module.scaling).masked_fill(~mask, -torch.inf).softmax(-1)[0].mean(0)  # (L, L)
-            for c, start in zip(chunks, offset, strict=True):
-                for span in c.spans:
-                    columns = slice(start + span.start, start + span.stop)
-                    n = pruner.tokens_to_keep(span.full, stages[layer])
-                    best = weights[start + len(c.embeds) - 1, columns].argsort(descending=True, stable=True)[n:]
-                    alive[start + span.start + best] = False
+        if layer not in stages:
+            continue
+        # queries and keys from the definition: of the layer that has run, or of the next on what came out of it
+        rated = vlm.host.decoder.layers[layer + pruner.looks_ahead]
+        h, module = rated.input_layernorm(hidden if pruner.looks_ahead else before), rated.self_attn
+        q, k = (p(h).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for p in (module.q_proj, module.k_proj))
+        q, k = apply_rotary_pos_emb(q, k, *rope)
+        shared = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        weights = (q @ shared.transpose(2, 3) * module.scaling).masked_fill(~mask, -torch.inf).softmax(-1)[0]  # (H, L, L)
+        cut = []
+        for c, start in zip(chunks, offset, strict=True):
+            last = start + len(c.embeds) - 1
+            text = slice(start + c.spans[-1].stop, last + 1)
+            for span in c.spans:
+                there = torch.arange(start + span.start, start + span.stop)[alive[start + span.start : start + span.stop]]
+                rows = Defined(weights[:, last, there], torch.cat([k[0, :, there], k[0, :, text]], 1), slice(0, len(there)))
+                rows.final_norm = vlm.host.decoder.norm
+                places = there - start - span.start
+                tokens = VisualTokens(hidden[0, there], span.visual.grid, places, seed=span.visual.seed, decoder_attention=rows)
+                tokens = replace(tokens, text=hidden[0, text])
+                _, chosen = pruner.reduce(tokens, pruner.tokens_to_keep(span.full, stages[layer]))
+                cut.append(there[~torch.isin(torch.arange(len(there)), chosen)])
+        alive[torch.cat(cut)] = False
     assert [n + len(reply) - (cached[0] - visible[0] != len(reply)) for n in visible] == cached
     return vlm.host.model.lm_head(vlm.host.decoder.norm(hidden[0, -1]))
+
+
+@dataclass
+class Defined:
+    """What a pruner may ask about a layer: the last token's attention (H, V), keys (G, V + T, d)."""
+
+    attention: torch.Tensor
+    keys: torch.Tensor
+    columns: slice
+
+    def per_head(self, divisor=None):
+        return self.attention
 
 
 def survivors(chunk, pruner, share) -> torch.Tensor:
     alive = torch.ones(len(chunk.embeds), dtype=torch.bool)
     for span in chunk.spans:
         alive[span.start : span.stop] = False
-        _, chosen = pruner.reduce(span.visual, pruner.tokens_to_keep(span.full, share))
+        seen = replace(span.visual, text=chunk.embeds[chunk.spans[-1].stop :], question=chunk.question)
+        _, chosen = pruner.reduce(seen, pruner.tokens_to_keep(span.full, share))
         alive[span.start + chosen] = True
     return alive
 
 
 @EVERY
 def test_tokens_keep_positions_raster_order_and_text(cls):
-    vlm, pruner = tiny_vlm(), cls(0.4)
+    vlm, pruner = tiny_vlm(), made(cls, 0.4)
     turn = TURNS[2]
     views = [pixels(vlm, i) for i in turn.images]
     grids = [g for _, g, _ in views]
@@ -191,7 +247,7 @@ def test_tokens_keep_positions_raster_order_and_text(cls):
 @EVERY
 def test_usage_is_the_mean_over_the_layers(cls):
     vlm = tiny_vlm()
-    pruner, layers = cls(0.4), len(vlm.host.decoder.layers)
+    pruner, layers = made(cls, 0.4), len(vlm.host.decoder.layers)
     (reply,), _ = pruned(vlm, [first(TURNS[0])], pruner)
     assert reply.usage.encoded == 64
     stages, v = pruner.cut_layers(layers), 64
@@ -207,12 +263,12 @@ def test_usage_is_the_mean_over_the_layers(cls):
 
 @EVERY
 def test_the_answer_is_the_same_each_time_and_the_model_is_left_as_it_was(cls):
-    vlm, pruner = tiny_vlm(), cls(0.3)
+    vlm, pruner = tiny_vlm(), made(cls, 0.3)
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in vlm.host.model.modules()]
     _, before = ours(vlm, [first(TURNS[0])])
     runs = [pruned(vlm, [first(t) for t in TURNS], pruner)[1].nan_to_num() for _ in range(2)]
     assert torch.equal(*runs)
-    broken = type("Broken", (cls,), {"reduce": lambda self, image, n: 1 / 0})(0.3)
+    broken = made(type("Broken", (cls,), {"reduce": lambda self, image, n: 1 / 0}), 0.3)
     with pytest.raises(ZeroDivisionError):
         vlm.reply([first(TURNS[0])], broken)
     with pytest.raises(RuntimeError):
@@ -225,7 +281,7 @@ def test_the_answer_is_the_same_each_time_and_the_model_is_left_as_it_was(cls):
 
 @EVERY
 def test_tiny_images_keep_at_least_one_token_and_text_needs_none(cls):
-    vlm, pruner = tiny_vlm(), cls(0.01)
+    vlm, pruner = tiny_vlm(), made(cls, 0.01)
     turn = Turn((picture(28, 28), picture(56, 28), picture(28, 280)), "Which?")
     (reply, text), logits = pruned(vlm, [first(turn), first(TURNS[3])], pruner)
     assert logits[0].isfinite().all()
@@ -237,7 +293,7 @@ def test_tiny_images_keep_at_least_one_token_and_text_needs_none(cls):
 def test_an_image_with_fewer_tokens_than_the_budget_keeps_them_all(cls):
     """The logits are then those of no pruner, at every stage; the processor makes four tokens of the smallest image."""
     vlm, turn = tiny_vlm(), Turn((picture(28, 28), picture(84, 56, 4)), "Which?")
-    greedy = type("Greedy", (cls,), {"tokens_to_keep": lambda self, visual, share: 1000})(0.5)
+    greedy = made(type("Greedy", (cls,), {"tokens_to_keep": lambda self, visual, share: 1000}), 0.5)
     _, plain = ours(vlm, [first(turn)])
     (reply,), logits = pruned(vlm, [first(turn)], greedy)
     assert reply.usage.prefill == reply.usage.encoded == 4 + 6
@@ -254,7 +310,7 @@ def test_a_bad_retention_says_what_is_allowed(cls, bad):
 @EVERY
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_kernels_keep_the_same_tokens(cls, attention):
-    vlm, pruner = tiny_vlm(), cls(0.4)
+    vlm, pruner = tiny_vlm(), made(cls, 0.4)
     _, right = pruned(vlm, [first(t) for t in TURNS], pruner)
     before = vlm.host.model.config._attn_implementation
     vlm.host.model.set_attn_implementation(attention)
@@ -401,15 +457,21 @@ def test_deciding_takes_at_most_100_MiB_at_4096_tokens_of_7B():
     features, g = torch.randn(v, 3584), torch.Generator().manual_seed(0)
     with torch.inference_mode():
         q, k = torch.randn(1, 16, 4 * v, 80), torch.randn(1, 16, 4 * v, 80)
-        probe = VisionProbe(True, True)
-        meter(probe, q, k, 80**-0.5, torch.tensor([0, 4 * v]))
+        probe = VisionProbe(True, True, middle=VisionProbe(True, False))
+        probe.unmerged = torch.randn(4 * v, 1280)
+        for each in (probe, probe.middle):
+            meter(each, q, k, 80**-0.5, torch.tensor([0, 4 * v]))
         rows = AttentionRows(
             torch.randn(28, text, 128, generator=g), torch.randn(4, v + text, 128), torch.arange(v, v + text), slice(0, v),
             torch.rand(2, v + text, 128).unbind(),
         )  # fmt: skip
         (seen,) = meter(runs_of, features, [image_input(meter.vlm, torch.zeros(1, 1176), (1, 128, 128))], probe, (), 4)
-        for pruner in [c(r) for c in pruner_classes() for r in (0.1, 0.7)] + [SparseVLM(0.5, "plus")]:
+        for pruner in [made(c, r, 3584) for c in pruner_classes() for r in (0.1, 0.7)] + [SparseVLM(0.5, "plus")]:
             meter(pruner.raters, features, torch.randn(text, 3584))
-            meter(pruner.reduce, replace(seen, decoder_attention=rows), pruner.tokens_to_keep(v, pruner.retention))
+            meter(
+                pruner.reduce,
+                replace(seen, decoder_attention=rows, text=torch.randn(text, 3584)),
+                pruner.tokens_to_keep(v, pruner.retention),
+            )
             assert meter.peak <= 100 * 2**20, f"{pruner}: {meter.peak / 2**20:.0f} MiB"
     print(f"{meter.peak / 2**20:.0f} MiB at most, {sum(meter.seconds):.0f} s")

@@ -54,17 +54,17 @@ class Recipe:
     out: str = option()
     """Folder of the run. The same command on the same folder continues where it stopped."""
     seed: int = option(0, low=0)
-    min_pixels: int = option(4 * 28 * 28, low=28 * 28)
-    """Lower limit of the processor; by default that of the released checkpoints."""
-    max_pixels: int = option(16384 * 28 * 28, low=28 * 28)
-    """Upper limit of the processor; by default that of the released checkpoints."""
+    min_pixels: int | None = option(None, low=28 * 28)
+    """Lower limit of the processor; null: that of the released checkpoints of the start's family."""
+    max_pixels: int | None = option(None, low=28 * 28)
+    """Upper limit of the processor; null: likewise."""
     largest_side: int = option(2000, low=56)
     """Images are first shrunk until no side is longer than this, in pixels (paper supplement 1.2: 2000)."""
     device: str = option("auto", one_of=("auto", "cpu", "cuda"))
     """``auto`` is the GPU of this process where there is one."""
 
     def __post_init__(self):
-        if self.min_pixels > self.max_pixels:
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise RecipeError(f"min_pixels ({self.min_pixels}) is above max_pixels ({self.max_pixels})")
 
 

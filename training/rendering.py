@@ -67,7 +67,7 @@ def render(
     shown: list[Turn] = []
     said: list[str] = []
     for turn, reply, weight in play(policy.turns(sample), replies, call_weight):
-        images = [host.image_input(image, host.image_key(image)) for image in turn.images]
+        images = [host.image_input(image, host.image_key(image, share), share) for image, share in turn.shown]
         ids = host.render([*shown, turn], said, images)
         out.add_context(ids[1:] if said else ids, images)  # the end of the reply before is written already
         out.add_reply([*vlm.tokenizer(reply, add_special_tokens=False)["input_ids"], host.end_of_turn], weight)

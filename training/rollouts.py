@@ -51,8 +51,8 @@ class SamplingModel:
     def device(self):
         return self.model.device
 
-    def visual_tokens(self, image) -> int:
-        return self.model.visual_tokens(image)
+    def visual_tokens(self, image, share: float = 1.0) -> int:
+        return self.model.visual_tokens(image, share)
 
     def check(self, question: str) -> None:
         self.model.check(question)

@@ -69,13 +69,13 @@ def open_vlm(recipe, dtype: str = "auto") -> LocalModel:
     )
 
 
-def prepare(recipe: TrainingRecipe, dropout: float = 0.0) -> tuple[Scorer, LocalModel]:
+def prepare(recipe: TrainingRecipe, dropout: float = 0.0, vlm: LocalModel | None = None) -> tuple[Scorer, LocalModel]:
     """Load the start, freeze the tower, and add adapters or unfreeze the decoder.
 
-    -> (what is trained, what answers); both hold the same weights.
+    vlm: the start, where it is loaded already. -> (what is trained, what answers); both hold the same weights.
     """
     dtype = "float32" if recipe.tuning == "full" else recipe.dtype
-    vlm = open_vlm(recipe, dtype)
+    vlm = vlm or open_vlm(recipe, dtype)
     model = vlm.host.model.requires_grad_(False)
     if recipe.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -319,6 +319,7 @@ def _shard_decoder_only(plugin, vlm: LocalModel) -> None:
             "FSDP is supported with fsdp_version 2, fsdp_reshard_after_forward true, fsdp_state_dict_type SHARDED_STATE_DICT "
             "and fsdp_cpu_ram_efficient_loading false: see training/launch/fsdp2.yaml"
         )
+    plugin.transformer_cls_names_to_wrap = [vlm.host.decoder_layer]
     plugin.ignored_modules = [vlm.host.tower]  # frozen, and called outside of the model's forward pass
     plugin.mixed_precision_policy = None  # autocast, as with DDP: gradients are summed in float32
 

@@ -19,11 +19,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from awares_bench.awares import CALL_BUDGET
 from awares_bench.errors import RunError
+from awares_bench.inference.batch import Batch
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Prepared, Request, Session
 from awares_bench.methods.conversation import Failure, Reply, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
-from awares_bench.methods.images import half
+from awares_bench.methods.images import HALF_SHARE, half, share_of
 from awares_bench.methods.usage import Usage
 from awares_bench.models.cpu_kernels import linear_onednn
 from awares_bench.models.families import host_of
@@ -47,6 +48,8 @@ class Contestant:
     """Operations of one repeat: encode, prefill, decode."""
     turns: list[list[Usage]] = field(default_factory=list)
     """Per repeat, per turn, the usage summed over the documents."""
+    peak_bytes: int | None = None
+    """Most memory in use during a repeat (see ``memory``); None where nobody looked."""
 
     def seconds(self, turn: int | None = None, phases: tuple[str, ...] = PHASES) -> list[float]:
         """Of each repeat, in these phases, of one turn or of all."""
@@ -68,6 +71,7 @@ class Contestant:
             "quartiles": [float(np.quantile(self.seconds(), q)) for q in (0.25, 0.75)],
             "phases": [{p: median(self.seconds(t, (p,))) for p in PHASES} for t in range(len(self.turns[0]))],
             "floor_seconds": floor,
+            "peak_memory_bytes": self.peak_bytes,
         }
 
 
@@ -95,9 +99,18 @@ class Pages:
         digits = tokenizer("7", add_special_tokens=False)["input_ids"]
         self.answer = tuple(digits * self.answer_length)[: self.answer_length]
         self.full_turns = [Turn((image,), "What is the total of the second column?") for image in self.images]
-        shown = [replace(t, images=(half(i),)) for t, i in zip(self.full_turns, self.images, strict=True)]
+        shown = [replace(t, images=(half(i),), shares=(HALF_SHARE,)) for t, i in zip(self.full_turns, self.images, strict=True)]
         self.first = [replace(t, system=PAPER_GRID.prompt, is_final=False, crop_grammar=PAPER_GRID) for t in shown]
-        self.second = [Turn(tuple(PAPER_GRID.cut(image, (CROP,)))) for image in self.images]
+        crops = [PAPER_GRID.cut(image, (CROP,))[0] for image in self.images]
+        self.second = [Turn((c,), shares=(share_of(c, image),)) for c, image in zip(crops, self.images, strict=True)]
+
+    def laid_out(self, layout: type[Batch], work: Callable[[], list[list[Usage]]]) -> list[list[Usage]]:
+        """The same work with rows laid out in another way."""
+        before, self.vlm.layout = self.vlm.layout, layout
+        try:
+            return work()
+        finally:
+            self.vlm.layout = before
 
     def full(self) -> list[list[Usage]]:
         """One turn, the whole page."""
@@ -299,12 +312,18 @@ def load(
     return LocalModel(host_of(*random_model(geometry(size or "nano", layers, decoder), getattr(torch, dtype), device)))
 
 
-def alternate(contestants: list[Contestant], repeats: int, warm_up: int = 1) -> None:
-    """Run every contestant ``repeats`` times, forwards and backwards in turn, after untimed rounds."""
+def alternate(contestants: list[Contestant], repeats: int, warm_up: int = 1, vlm: LocalModel | None = None) -> None:
+    """Run every contestant ``repeats`` times, forwards and backwards in turn, after untimed rounds.
+
+    vlm: the model that all of them use, where their peak memory is wanted too.
+    """
     for n in range(-warm_up, repeats):
         for contestant in contestants if n % 2 == 0 else contestants[::-1]:
+            counted = vlm is not None and vlm.restart_peak()
             start = time.perf_counter()
             turns = [sum(turn, Usage()) for turn in contestant.run()]
+            if vlm is not None and counted:
+                contestant.peak_bytes = max(contestant.peak_bytes or 0, vlm.peak_since_restart())
             stage = f"round {n + 1} of {repeats}" if n >= 0 else "warm-up"
             print(f"{stage}: {contestant.name}, {time.perf_counter() - start:.2f} s", file=sys.stderr, flush=True)
             if n >= 0:

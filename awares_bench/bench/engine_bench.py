@@ -22,6 +22,7 @@ from PIL import Image
 from awares_bench.evaluation.provenance import cpu_name, provenance
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
+from awares_bench.inference.padded_batch import PaddedBatch
 from awares_bench.methods.conversation import Sample
 from awares_bench.methods.registry import build
 from awares_bench.methods.usage import Usage
@@ -115,7 +116,11 @@ def run(settings: Settings) -> dict:
     """One run of the bench -> what it prints, as a dictionary."""
     tower_only = set(settings.parts) == {"vision"} and not settings.pretrained
     size = settings.geometry, settings.layers
-    vlm = load(settings.pretrained, *size, settings.dtype, settings.device, 1 if tower_only else None)
+    return measure(settings, load(settings.pretrained, *size, settings.dtype, settings.device, 1 if tower_only else None))
+
+
+def measure(settings: Settings, vlm: LocalModel, layouts: bool = False) -> dict:
+    """The same on a model that is loaded already. layouts: also time our turns in the padded rectangle."""
     rates = matmul_rates(vlm, settings.tokens, settings.batch)
     about = _about(settings, vlm, rates)
     print("\n".join(f"{k:<16} {v}" for k, v in about.items()))
@@ -126,7 +131,7 @@ def run(settings: Settings) -> dict:
         _vision(vlm, settings.repeats, contestants, ratios)
     if "turns" in settings.parts:
         pages = Pages(vlm, settings.tokens, settings.batch, settings.call_rate, settings.answer)
-        _turns(pages, "stock" in settings.parts, settings.repeats, contestants, ratios)
+        _turns(pages, "stock" in settings.parts, settings.repeats, contestants, ratios, layouts)
     if "suite" in settings.parts and settings.pretrained:
         notes = _suite(vlm, settings.pretrained, settings.documents, settings.repeats, contestants, ratios)
     result = {
@@ -158,6 +163,7 @@ def _about(settings: Settings, vlm: LocalModel, rates: tuple[float, float]) -> d
         "device": device,
         "torch": f"{torch.__version__}, transformers {transformers.__version__}",
         "threads": torch.get_num_threads(),
+        "layout": (vlm.layout or vlm.own_layout()).__name__,
         "matmul_gflops": {"prompt": rates[0] / 1e9, "one_token_each": rates[1] / 1e9},
         "tokens": settings.tokens,
         "batch": settings.batch,
@@ -205,15 +211,21 @@ def _exact(vlm: LocalModel, difference: float) -> tuple[str, bool | None]:
     return ("<= 1e-4", difference <= 1e-4) if vlm.host.dtype == torch.float32 else ("1e-4 holds in float32", None)
 
 
-def _turns(pages: Pages, stock: bool, repeats: int, contestants: list[Contestant], ratios: list[Ratio]) -> None:
-    """One turn at full resolution and two of AwaRes: by the engine, and with ``stock`` by ``model.generate``."""
+def _turns(
+    pages: Pages, stock: bool, repeats: int, contestants: list[Contestant], ratios: list[Ratio], layouts: bool = False
+) -> None:
+    """One turn at full resolution and two of AwaRes: by the engine, and with ``stock`` by ``model.generate``; with ``layouts`` also by
+    the engine with its rows in a rectangle."""
     full = Contestant("full: ours", pages.full, pages.flops("full"))
     kept = Contestant("AwaRes: ours, one cache", pages.low_then_crop, pages.flops("kept"))
     again = Contestant("AwaRes: ours, everything again", pages.low_then_everything, pages.flops("again"))
     stock_full = Contestant("full: model.generate", pages.generate_full, pages.flops("full"))
     stock_twice = Contestant("AwaRes: model.generate twice", pages.generate_low_then_everything, pages.flops("again"))
-    runners = [full, kept, again, *([stock_full, stock_twice] if stock else [])]
-    alternate(runners, repeats)
+    padded = [
+        Contestant(f"{c.name}, rectangle", partial(pages.laid_out, PaddedBatch, c.run), c.flops) for c in (full, kept) if layouts
+    ]
+    runners = [full, kept, again, *padded, *([stock_full, stock_twice] if stock else [])]
+    alternate(runners, repeats, vlm=pages.vlm)
     contestants += runners
 
     # is the clock proportional to the tokens?
@@ -237,6 +249,8 @@ def _turns(pages: Pages, stock: bool, repeats: int, contestants: list[Contestant
         ratio = passes[True] / passes[False]
         name = f"decode passes of the first turn, grammar ({passes[True]}) over none ({passes[False]})"
         ratios.append(Ratio(name, ratio, "<= 0.5", ratio <= 0.5))
+    for ours, other in zip((full, kept), padded, strict=False):
+        ratios.append(Ratio(f"{ours.name}, rectangle over the device's own layout, seconds", _ratio(other, ours), "", None))
     if stock:
         ratios.append(Ratio("full resolution, model.generate over ours, seconds", _ratio(stock_full, full), "", None))
         ratios.append(Ratio("AwaRes, model.generate twice over ours, seconds", _ratio(stock_twice, kept), "", None))

@@ -202,7 +202,7 @@ def _job(trainer: grpo.GRPOTrainer, recipe: grpo.GRPO, folder: Path) -> dict:
         "seed": recipe.seed,
         "device": str(trainer.vlm.device.type),
         "threads": torch.get_num_threads(),
-        "size": {"shortest_edge": recipe.min_pixels, "longest_edge": recipe.max_pixels},
+        "size": trainer.vlm.host.limits,
     }
 
 

@@ -102,7 +102,13 @@ class MeteredBatch(LayerwiseBatch):
         return self.meter(super().choose_raters, *args)
 
     def observe(self, *args) -> None:
-        self.meter(super().observe, *args)
+        if self.pruner.looks_ahead:  # within what is metered
+            super().observe(*args)
+        else:
+            self.meter(super().observe, *args)
+
+    def look_ahead(self, *args) -> tuple[Tensor, Tensor]:
+        return self.meter(super().look_ahead, *args)
 
     def cut(self, *args) -> PromptChunk:
         return self.meter.cutting(super().cut, *args)

@@ -27,7 +27,8 @@ from awares_bench.evaluation.provenance import provenance
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.padded_batch import PaddedBatch
 from awares_bench.inference.session import Session
-from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.methods.options import options
+from awares_bench.methods.pruner import OF_THE_TOWER, Pruner, VisualTokens
 from awares_bench.methods.registry import pruner_classes
 from awares_bench.models.base import HostModel, ImageInput
 from awares_bench.models.cpu_kernels import onednn_linears
@@ -37,7 +38,7 @@ from awares_bench.models.qwen2_5_vl import Qwen2_5_VL, runs_of
 from awares_bench.models.qwen_vision import probed, windowed_attention
 
 from .meter import Meter, MeteredBatch, clock, metered
-from .synthetic_models import NAMES, geometry, random_model
+from .synthetic_models import NAMES, geometry, random_model, random_scorer
 
 TEXT = 64
 """Text tokens after the image: a question and the template."""
@@ -68,12 +69,12 @@ class Cost:
 
 
 def small(size: str):
-    """The config of a geometry with two vision blocks (one within windows, one over the whole image) and four decoder layers."""
+    """The config of a geometry with three vision blocks (one within windows, two over the whole image) and four decoder layers."""
     config = geometry(size)
     tower, text = config.vision_config, config.text_config
-    tower.depth = 2
+    tower.depth = 3
     if hasattr(tower, "fullatt_block_indexes"):
-        tower.fullatt_block_indexes = [1]
+        tower.fullatt_block_indexes = [1, 2]
     if hasattr(tower, "deepstack_visual_indexes"):
         tower.deepstack_visual_indexes = [0, 1]
     text.num_hidden_layers, text.layer_types = 4, ["full_attention"] * 4
@@ -87,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=1200, help="visual tokens of a picture")
     parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
     parser.add_argument("--retention", type=float, default=0.5, help="of the pruners")
+    parser.add_argument("--pruners", default="", help="names, separated by commas (default: all)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="auto")
@@ -94,22 +96,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    run(args.geometry, args.tokens, args.batch, args.retention, args.repeats, args.device, args.dtype, args.json)
+    run(args.geometry, args.tokens, args.batch, args.retention, args.repeats, args.device, args.dtype, args.json, args.pruners)
     return 0
 
 
 @torch.inference_mode()
 def run(
     size: str = NANO, tokens: int = 1200, batch: int = 1, retention: float = 0.5, repeats: int = 5, device: str = "auto",
-    dtype: str = "auto", json_file: Path | None = None,
+    dtype: str = "auto", json_file: Path | None = None, only: str = "",
 ) -> dict:  # fmt: skip
     """Measure every pruner on ``batch`` pictures of about ``tokens`` visual tokens -> what is printed, as a dictionary."""
     if min(tokens, batch, repeats) < 1:
         raise ValueError(f"tokens is {tokens}, batch is {batch} and repeats is {repeats}; each must be at least 1")
-    contestants = [cls(retention) for cls in pruner_classes()]
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     kind = getattr(torch, ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype)
     vlm, config = LocalModel(host_of(*random_model(small(size), kind, device))), geometry(size)
+    width = config.text_config.hidden_size
+    contestants = [cls(retention, **weights_of(cls, width)) for cls in pruner_classes() if wanted(cls, only)]
+    if not contestants:
+        raise ValueError(f"pruners is {only!r}; known: {', '.join(map(_name, pruner_classes()))}")
 
     # one conversation a picture: a system message, the picture, a question
     side = max(1, math.isqrt(tokens))
@@ -122,7 +127,7 @@ def run(
     ids = [20] * 16 + [marks[0]] + [vlm.host.image_token] * visual + [marks[1]] + [*range(20, 20 + TEXT)]
 
     # every round: a prefill without a pruner, then the work of each pruner
-    layers, costs = _Layers(vlm), [Cost(type(p).__module__.rsplit(".", 1)[-1]) for p in contestants]
+    layers, costs = _Layers(vlm), [Cost(_name(type(p))) for p in contestants]
     with onednn_linears(vlm.host.decoder):  # as where it answers
         for round_ in range(repeats + 1):  # the first warms up, and looks at memory instead of the clock; the others alternate
             chunks = [vlm.host.chunk(ids, pictures[:1], [image], 0) for image in vlm.see(pictures)]
@@ -163,6 +168,20 @@ def run(
     if json_file:
         Path(json_file).write_text(json.dumps(result | {"provenance": provenance()}, indent=1))
     return result
+
+
+def _name(cls: type[Pruner]) -> str:
+    return cls.__module__.rsplit(".", 1)[-1]
+
+
+def wanted(cls: type[Pruner], only: str) -> bool:
+    """Whether a pruner is among the names, or none are named."""
+    return not only or _name(cls) in only.replace(" ", "").split(",")
+
+
+def weights_of(cls: type[Pruner], width: int) -> dict[str, str]:
+    """Options that a pruner cannot run without: a scorer with random weights where it needs one."""
+    return {"scorer": str(random_scorer(width))} if "scorer" in options(cls) else {}
 
 
 class _Layers:
@@ -221,18 +240,18 @@ def _decide(meter: Meter, pruner: Pruner, whole, pictures: list[ImageInput], ids
 def _see(host: HostModel, pruner: Pruner, pictures: list[ImageInput], meter: Meter) -> list[VisualTokens]:
     """As the host encodes, with what the pruner asks of the tower metered."""
     assert isinstance(host, Qwen2_5_VL)  # the family of the published sizes
-    attention, keys = "attention" in pruner.needs, "vision_keys" in pruner.needs
-    with windowed_attention(host.tower), probed(host.tower, -1, attention, keys) as probe:
-        module = host.tower.blocks[-1].attn
-        if attention or keys:
-            module.probe = lambda *args: meter(probe, *args)
+    looks = [need for need in pruner.needs if need in OF_THE_TOWER]
+    with windowed_attention(host.tower), probed(host.tower, -1, looks) as probe:
+        for module in (block.attn for block in host.tower.blocks):
+            if looks and (observe := getattr(module, "probe", None)):
+                module.probe = lambda *args, observe=observe: meter(observe, *args)
         patches = torch.cat([p.inputs["pixel_values"] for p in pictures]).to(host.device, host.dtype)
         features = host.tower(
             patches, grid_thw=torch.cat([p.inputs["image_grid_thw"] for p in pictures]).to(host.device)
         ).pooler_output
-    if not (attention or keys or "seed" in pruner.needs):
+    if not (looks or "seed" in pruner.needs):
         return runs_of(features, pictures, None, (), host.window)
-    return meter(runs_of, features, pictures, probe if attention or keys else None, pruner.needs, host.window)
+    return meter(runs_of, features, pictures, probe if looks else None, pruner.needs, host.window)
 
 
 def _print(result: dict) -> None:

@@ -6,8 +6,15 @@ Sizes: config.json of Qwen/Qwen2.5-VL-3B-Instruct, Qwen/Qwen2.5-VL-7B-Instruct a
 
 from __future__ import annotations
 
+import atexit
+from functools import cache
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import save_file
 from transformers import (
     AutoProcessor,
     PreTrainedConfig,
@@ -20,6 +27,7 @@ from transformers import (
 
 from awares_bench.models.families import families
 from awares_bench.models.packaged import NANO, resolve
+from awares_bench.models.scorer import PARTS
 
 _DECODERS = {
     "3b": {
@@ -197,3 +205,15 @@ def _processor(config: PreTrainedConfig):
         video_processor=Qwen3VLVideoProcessor(),
         chat_template=nano.chat_template,
     )
+
+
+@cache
+def random_scorer(width: int, seed: int = 0) -> Path:
+    """A file with a scorer of random weights for tokens of ``width`` numbers, half as wide inside; it goes when the process ends."""
+    folder = Path(mkdtemp(prefix="awares-scorer-"))
+    atexit.register(rmtree, folder, True)
+    generator, hidden = torch.Generator().manual_seed(seed), max(1, width // 2)
+    shapes = {part: (hidden, width) if part.endswith("weight") else (hidden,) for part in PARTS}
+    tensors = {part: torch.randn(shape, generator=generator) / width**0.5 for part, shape in shapes.items()}
+    save_file(tensors, folder / "scorer.safetensors")
+    return folder / "scorer.safetensors"

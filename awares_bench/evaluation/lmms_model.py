@@ -129,6 +129,8 @@ class MethodModel(lmms):
         served = self._served()
         self.vlm: Any  # a LocalModel, or an Endpoint where a server answers
         self.vlm, weights = (served, None) if served else self._load(options.pretrained, options.repetition_penalty)
+        if self.vlm.engine == "generic" and (options.engine != "generic" or not options.label):
+            self.label += " engine=generic"  # where nobody asked for it, in the user's own label too
         if self.vlm.repetition_penalty != self.vlm.own_penalty and not options.label:
             self.label += f" repetition_penalty={self.vlm.repetition_penalty:g}"
         loaded = {role: self._load(checkpoint) for role, checkpoint in auxiliary.items()}
@@ -136,23 +138,25 @@ class MethodModel(lmms):
         self._device = torch.device("cpu") if served else self.vlm.device
 
         # 3) the run folder, which refuses answers of another run
-        limits = (served or self.vlm.host).limits
+        limited = served or self.vlm.host
         identity = {
             "method": name,
             "policy": method.parts[0],
             "pruner": method.parts[1],
             "fields": method.fields,
             "code": {name: _code(part) for name, part in zip(method.parts, (self.policy, self.pruner), strict=True) if part},
-            "files": {k: content.file(v) for k, v in method.fields.items() if isinstance(v, str) and Path(v).is_file()},
+            "files": {k: content.file(v) for k, v in method.fields.items() if isinstance(v, str) and Path(v).is_file()}
+            | (self.pruner.fingerprints if self.pruner else {}),
             "pretrained": options.pretrained,
             "weights": weights,
             "auxiliary": {role: digest for role, (_, digest) in loaded.items()},
-            "engine": options.engine,
+            "engine": self.vlm.engine,
             "served": options.model,
             "dtype": None if served else str(self.vlm.host.model.dtype).removeprefix("torch."),
             "attn_implementation": options.attn_implementation,
-            "min_pixels": limits["shortest_edge"],
-            "max_pixels": limits["longest_edge"],
+            "limits": limited.limits_name,
+            "min_pixels": limited.limits["shortest_edge"],
+            "max_pixels": limited.limits["longest_edge"],
             "constrained": None if served else self.vlm.constrained,
             "repetition_penalty": self.vlm.repetition_penalty,
             "seed": options.seed,
@@ -185,6 +189,7 @@ class MethodModel(lmms):
             options.min_pixels,
             options.max_pixels,
             repetition_penalty=options.repetition_penalty,
+            limits=options.limits,
         )
 
     def _load(self, pretrained: str, penalty: float | None = None) -> tuple[LocalModel, str | None]:
@@ -196,6 +201,10 @@ class MethodModel(lmms):
         if self._world_size > 1 and torch.cuda.is_available() and not device.startswith("cpu"):
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
         vlm, folder = load_vlm(pretrained, asdict(replace(self.options, device=device)), self._vlms, penalty)
+        if self.options.reuse_features and vlm.engine == "generic":
+            raise ValueError(
+                "reuse_features keeps features outside of the model, which engine=generic does not see; leave it out"
+            )
         if self.options.reuse_features and vlm.features is None:
             vlm.features = FeatureStore(self.options.reuse_features * 2**30)
         # a name of the hub: the commit that its files are of, where it is known

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 from awares_bench.methods.options import parse_bool, parse_int
+from awares_bench.models.limits import NAMES as LIMITS
 from awares_bench.models.packaged import NANO
 
 
@@ -53,10 +54,14 @@ class RunOptions:
     attn_implementation: str = _option("sdpa", decides_weights=True, of_checkpoint=True)
     """transformers' attention kernel"""
 
-    min_pixels: int = _option(4 * 28 * 28, _count(1), decides_weights=True, of_checkpoint=True)
-    """the processor's lower limit per image, the same for every method and for the denominator of RTR"""
+    limits: str | None = _option(None, _choice(*LIMITS), decides_weights=True, of_checkpoint=True)
+    """a set of the processor's limits per image by name ([limits by name](#limits-by-name)), the same for every method and for
+    the denominator of RTR. None: `hf`, those of the family's released checkpoints"""
 
-    max_pixels: int = _option(16384 * 28 * 28, _count(1), decides_weights=True, of_checkpoint=True)
+    min_pixels: int | None = _option(None, _count(1), decides_weights=True, of_checkpoint=True)
+    """the processor's lower limit per image, in place of that of `limits`"""
+
+    max_pixels: int | None = _option(None, _count(1), decides_weights=True, of_checkpoint=True)
     """the processor's upper limit per image, likewise"""
 
     constrained: bool = _option(True, parse_bool, decides_weights=True, of_checkpoint=True)
@@ -71,8 +76,10 @@ class RunOptions:
     reuse_features: int = _option(0, _count(0), decides_weights=True)
     """GiB of vision features that are kept for pictures which another method of the same process sees again"""
 
-    engine: str = _option("transformers", _choice("transformers", "openai"), decides_weights=True)
-    """`openai`: ask a server instead of loading the model ([servers](servers.md))"""
+    engine: str = _option("transformers", _choice("transformers", "generic", "openai"), decides_weights=True, of_checkpoint=True)
+    """`generic`: answer by `model.generate`, for any image-text checkpoint, without pruners; what a checkpoint whose family is
+    not known here gets anyway ([model families](models.md)). `openai`: ask a server instead of loading the model
+    ([servers](servers.md))"""
 
     base_url: str | None = _option(None, decides_weights=True, for_engine="openai")
     """the server's address, for `engine=openai`"""

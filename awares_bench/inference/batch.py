@@ -103,16 +103,11 @@ class Batch(ABC):
             if not tokens:
                 accepted.append(0)
             elif wrong is not None:
-                replies[b].fail(self._not_finite(wrong, replies[b]))
+                replies[b].fail_not_finite(wrong, self.host.dtype)
                 accepted.append(len(tokens))
             else:
                 accepted.append(replies[b].accept(tokens, chosen[first:], values[first:], scores[row, first:]))
         return accepted
-
-    def _not_finite(self, value: float, reply: ReplyDecoder) -> str:
-        kind = str(self.host.dtype).removeprefix("torch.")
-        advice = "overflow; pass dtype=bfloat16 or dtype=float32" if kind == "float16" else "the weights may be broken"
-        return f"the model's scores are {value} in {kind} after {len(reply.tokens)} tokens of its reply: {advice}"
 
     def save_session(self, request: int, session: Session, tokens: list[int]) -> None:
         """Move a request's row into its session. Tokens of the reply that were never fed open its next chunk."""

@@ -243,7 +243,7 @@ class Engine:
                 return Failure(f"{type(self.policy).__name__} yielded {step!r}, which is neither a Turn nor an Event")
             run.turn = step
             text = len(step.text) + len(step.system or "") + sum(map(len, step.image_prefixes))
-            visual = sum(self.vlm.visual_tokens(image) for image in step.images)
+            visual = sum(self.vlm.visual_tokens(image, share) for image, share in step.shown)
             run.cost = run.session.length + visual + text // 4 + max(run.job.max_new_tokens, step.min_reply_tokens or 0)
             return None
         except Exception as error:  # the policy is anyone's code
@@ -283,7 +283,7 @@ class Scripted:
     def __init__(self, script: dict[str, list[str]], hidden: tuple[float, ...] = ()):
         self.script, self.hidden = script, hidden
 
-    def visual_tokens(self, image) -> int:
+    def visual_tokens(self, image, share: float = 1.0) -> int:
         return max(4, round(image.height / 28) * round(image.width / 28))
 
     def check(self, question: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +18,10 @@ from awares_bench.models.prompt_chunk import ImageSpan, PromptChunk
 from .attention import own_attention
 from .padded_batch import PaddedBatch, attention_mask
 from .session import Session
+
+
+class _SeenError(Exception):
+    """Queries and keys are known, and the rest of the layer need not run."""
 
 
 class LayerwiseBatch(PaddedBatch):
@@ -60,10 +66,14 @@ class LayerwiseBatch(PaddedBatch):
             if layer not in self.cuts:
                 hidden = self._layer(layer, hidden, rope, deepstack)
                 continue
-            # a layer after which tokens are cut: the raters' queries are kept as its attention sees them
-            observed: dict[str, Any] = {"observer": self.observe, "implementation": self.host.attention}
-            with own_attention(self.host.decoder.config):
-                hidden = self._layer(layer, hidden, rope, deepstack, **observed)
+            # a layer after which tokens are cut: the raters' queries are kept as its attention sees them, or as the next one's would
+            if self.pruner.looks_ahead:
+                hidden = self._layer(layer, hidden, rope, deepstack)
+                rope = self.look_ahead(layer + 1, hidden, positions)
+            else:
+                observed: dict[str, Any] = {"observer": self.observe, "implementation": self.host.attention}
+                with own_attention(self.host.decoder.config):
+                    hidden = self._layer(layer, hidden, rope, deepstack, **observed)
             self.chunks = [self.cut(layer, b, hidden[b], positions[:, b], rope) for b in self.rows]
             hidden, positions, deepstack = self.padded(self.chunks)
             if self.renumber:
@@ -76,7 +86,7 @@ class LayerwiseBatch(PaddedBatch):
         chunk = self.chunks[b]
         new = len(chunk.embeds)
         rows = partial(self.attention_rows, layer, b, new, (rope[0][b], rope[1][b]))
-        uncut = PromptChunk(hidden[-new:], positions[:, -new:], chunk.next_position, chunk.spans, chunk.deepstack)
+        uncut = replace(chunk, embeds=hidden[-new:], positions=positions[:, -new:])
         return uncut.cut(self.pruner, self.cuts[layer], rows)
 
     def run_layers(self, hidden: Tensor, positions: Tensor, deepstack: Tensor | None = None) -> Tensor:
@@ -118,13 +128,36 @@ class LayerwiseBatch(PaddedBatch):
         """Keep the raters' queries (R, H, d) of every row, of all queries (B, H, n, d)."""
         self.queries = [query[b][:, places].transpose(0, 1) for b, places in enumerate(self.raters)]
 
+    def look_ahead(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of ``layer`` on tokens that it has not run on yet, up to where it attends -> its cosines and sines."""
+
+        def observe(query: Tensor, key: Tensor) -> None:
+            self.observe(query, key)
+            self.keys_ahead = key
+            raise _SeenError
+
+        shift = self.shifts_before[layer] - self.shifts_before[layer - 1] * self._renumbered(layer - 1)
+        cos, sin = self.host.rope(hidden, positions + shift[None, :, None])
+        if quirks_of(self.pruner).unrotated:
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        with own_attention(self.host.decoder.config), suppress(_SeenError):
+            self.host.layer(layer, hidden, (cos, sin), attention_mask=None, observer=observe)
+        return cos, sin
+
     def attention_rows(self, layer: int, b: int, new: int, rope: tuple[Tensor, Tensor], span: ImageSpan) -> AttentionRows:
-        """The raters' attention on an image in ``layer``, among the ``new`` tokens of row ``b``; rope: cosines and sines there."""
-        past, left = self.past[layer][b], max(self.past[layer])
-        keys = self.cache.layers[layer].keys[b]  # (G, padding and K, d)
-        keys = keys[:, -new:] if not past else torch.cat([keys[:, left - past : left], keys[:, -new:]], 1)
+        """The raters' attention on an image in ``layer``, or in the next where the pruner looks ahead, among the ``new`` tokens of row
+        ``b``; rope: cosines and sines there."""
+        ahead, quirks = self.pruner.looks_ahead, quirks_of(self.pruner)
+        past, left = self.past[layer + ahead][b], max(self.past[layer + ahead])
+        if quirks.unrotated:  # what an earlier turn left in the cache is rotated
+            past = 0
+        cached = self.cache.layers[layer + ahead].keys  # (B, G, padding and K, d)
+        keys = self.keys_ahead[b][:, -new:] if ahead else cached[b][:, -new:]
+        if past:
+            keys = torch.cat([cached[b][:, left - past : left], keys], 1)
         columns = slice(past + span.start, past + span.stop)
-        return AttentionRows(self.queries[b].transpose(0, 1), keys, past + new + self.raters[b], columns, rope)
+        places = past + new + self.raters[b]
+        return AttentionRows(self.queries[b].transpose(0, 1), keys, places, columns, rope, self.host.decoder.norm)
 
     def _renumbered(self, layer: int) -> bool:
         return self.renumber and layer > min(self.cuts)

@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from threading import Lock
@@ -22,9 +23,9 @@ from torch import Tensor
 from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn
 from awares_bench.methods.crop_grid import CropGrid
-from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.methods.pruner import OF_THE_TOWER, Pruner, VisualTokens
 from awares_bench.methods.usage import Usage
-from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, HostModel, ImageInput, joined
+from awares_bench.models.base import HostModel, ImageInput, joined
 from awares_bench.models.checkpoint import CheckpointError, first_line
 from awares_bench.models.cpu_kernels import onednn_linears
 from awares_bench.models.loading import load_host
@@ -68,9 +69,12 @@ class SampledReply(Reply):
 class LocalModel:
     """A host model that answers. Greedy decoding, unless told to sample; every public method is deterministic.
 
+    engine: what records call this way of answering.
     constrained: hold replies that begin as a call to its grammar (``CallGrammar``); False is plain greedy decoding.
     repetition_penalty: 1 for none; None: the one of the checkpoint's ``generation_config.json``, as transformers' ``generate`` applies it.
     """
+
+    engine = "transformers"
 
     def __init__(self, host: HostModel, constrained: bool = True, repetition_penalty: float | None = None):
         self.host = host
@@ -86,6 +90,8 @@ class LocalModel:
         """Set to keep vision features of pictures that may be seen again."""
         self.trace: list[Tensor] | None = None
         """Set to a list to collect the (B, vocabulary) scores of every choice, NaN where a row has ended; for tests."""
+        self.layout: type[Batch] | None = None
+        """How rows lie in memory; None for what suits the device."""
         self._grammars: dict[CropGrid, CallGrammar] = {}
         self._most = 0  # bytes at the peaks of replies that were counted one by one
         self._tokenizing = Lock()  # a fast tokenizer must not be configured while another thread uses it
@@ -97,16 +103,18 @@ class LocalModel:
         dtype: str = "auto",
         device: str = "auto",
         attn_implementation: str = "sdpa",
-        min_pixels: int = MIN_PIXELS,
-        max_pixels: int = MAX_PIXELS,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         constrained: bool = True,
         repetition_penalty: float | None = None,
+        limits: str | None = None,
     ) -> LocalModel:
         """Load a checkpoint folder or hub name, or a folder of LoRA adapters, which are merged into the base that they name.
 
-        dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. Raises CheckpointError.
+        dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. limits, min_pixels, max_pixels: of a picture (``HostModel``).
+        Raises CheckpointError.
         """
-        host = load_host(pretrained, dtype, device, attn_implementation, min_pixels, max_pixels)
+        host = load_host(pretrained, dtype, device, attn_implementation, min_pixels, max_pixels, limits)
         return cls(host, constrained, repetition_penalty)
 
     @property
@@ -119,9 +127,9 @@ class LocalModel:
 
     # ------------------------------------------------------------------ pictures and text to tokens
 
-    def visual_tokens(self, image: Image.Image) -> int:
-        """Visual tokens that ``image`` costs under the processor's limits, without encoding it."""
-        return self.host.visual_tokens(image)
+    def visual_tokens(self, image: Image.Image, share: float = 1.0) -> int:
+        """Visual tokens that ``image`` costs under the processor's limits, without encoding it. share: see ``Turn.shares``."""
+        return self.host.visual_tokens(image, share)
 
     def check(self, question: str, what: str = "the question") -> None:
         """Raise ValueError when a text cannot be asked (``HostModel.check_text``)."""
@@ -132,15 +140,16 @@ class LocalModel:
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text[: min((text.find(s) for s in until if s in text), default=len(text))]
 
-    def image_input(self, image: Image.Image, known: dict[str, ImageInput] | None = None) -> ImageInput:
-        """A picture as the encoder takes it. known: inputs made before, by key, which a picture is looked up in and added to."""
+    def image_input(self, image: Image.Image, known: dict[str, ImageInput] | None = None, share: float = 1.0) -> ImageInput:
+        """A picture as the encoder takes it. known: inputs made before, by key, which a picture is looked up in and added to.
+        share: of the original, see ``Turn.shares``."""
         if known is None and self.features is None:
-            return self.host.image_input(image)
-        key = self.host.image_key(image)
+            return self.host.image_input(image, share=share)
+        key = self.host.image_key(image, share)
         if known is None:
-            return self.host.image_input(image, key)
+            return self.host.image_input(image, key, share)
         if key not in known:
-            known[key] = self.host.image_input(image, key)
+            known[key] = self.host.image_input(image, key, share)
         return known[key]
 
     def prepare(self, request: Request, known: dict[str, ImageInput] | None = None) -> Prepared:
@@ -149,7 +158,7 @@ class LocalModel:
         Raises ValueError when the conversation does not fit into the checkpoint's context.
         """
         start, session = time.perf_counter(), request.session
-        images = [self.image_input(image, known) for image in request.turn.images]
+        images = [self.image_input(image, known, share) for image, share in request.turn.shown]
         events = [e for image in images for e in image.events]
         if self.device.type == "cuda":
             images = [image.pinned() for image in images]
@@ -171,7 +180,7 @@ class LocalModel:
         into the tower.
         """
         needs = set(pruner.needs) if pruner else set()
-        if needs & {"attention", "vision_keys"} or not all(image.key for image in images):
+        if needs & {*OF_THE_TOWER} or not all(image.key for image in images):
             return self.host.encode(images, needs, pruner.vision_block if pruner else -1)
         store = self.features
         kept = {i.key: store.get(i.key) for i in images} if store else {}
@@ -183,7 +192,8 @@ class LocalModel:
             if store:
                 store.put(image.key, runs[image.key])
         seeds = [image.seed if "seed" in needs else 0 for image in images]
-        return [replace(run, seed=seed) for image, seed in zip(images, seeds, strict=True) for run in runs[image.key]]
+        shown = [(image, seed) for image, seed in zip(images, seeds, strict=True)]
+        return [replace(run, seed=seed + number) for image, seed in shown for number, run in enumerate(runs[image.key])]
 
     def encode(self, images: list[ImageInput]) -> Tensor | None:
         """Pictures -> their features in order, as ``joined``: (V, D), or wider; None for no pictures."""
@@ -209,7 +219,7 @@ class LocalModel:
         try:
             # features and caches of rollouts meet gradients later, which those of inference mode must not
             mode = torch.no_grad() if sampling else torch.inference_mode()
-            with mode, onednn_linears(self.host.decoder, self.host.model.get_output_embeddings()):
+            with mode, self.kernels():
                 replies = self._reply(requests, pruner, sampling, names)
             most = peak(self.device) if counted else None
             return [r if isinstance(r, Failure) else replace(r, peak_memory_bytes=most) for r in replies]
@@ -230,6 +240,7 @@ class LocalModel:
         if pruner is not None and pruner.retention == 1:
             pruner = None
         cuts = self.cut_layers(pruner)
+        before, inside = pruner.before_and_inside(self.host.layers) if pruner else (None, None)
         prepared = [r.prepared or self.prepare(r) for r in requests]
         clock, marks = time.perf_counter, [time.perf_counter()]
         # 1. rows: one a request, or one for all requests that hold the same and are shown the same
@@ -246,8 +257,10 @@ class LocalModel:
             ids, images = prepared[row].ids, prepared[row].images
             shown = [next(runs) for image in images for _ in image.runs]
             chunk = self.host.chunk(ids, images, shown, session.next_position)
-            chunks.append(chunk.cut(pruner, pruner.retention) if pruner and not cuts else chunk)
-        batch = LayerwiseBatch(self.host, sessions, chunks, pruner, cuts) if pruner and cuts else self._batch(sessions, chunks)
+            if pruner and "question" in pruner.needs:
+                chunk = replace(chunk, question=self.host.question_of(ids))
+            chunks.append(chunk.cut(before, before.retention) if before else chunk)
+        batch = LayerwiseBatch(self.host, sessions, chunks, inside, cuts) if inside else self._batch(sessions, chunks)
         scores = batch.prefill()
         if sampling:
             batch.share(copies)
@@ -275,14 +288,13 @@ class LocalModel:
         self.synchronise()
         marks.append(clock())
         if self.trace is not None:
-            kept = [torch.stack(r.scores or [scores.new_full(scores.shape[-1:], float("nan"))]) for r in replies]
-            self.trace += torch.nn.utils.rnn.pad_sequence(kept, padding_value=float("nan"))
+            self.trace += traced(replies, scores)
 
         # 5. replies, and what the sessions keep
         visual = [sum(image.tokens for image in p.images) for p in prepared]
         text = [len(p.ids) - n for p, n in zip(prepared, visual, strict=True)]
         output = [0 if r.forced else len(r.tokens) for r in replies]
-        seconds = _shares(marks, visual, [len(p.ids) for p in prepared], output)
+        seconds = shares(marks, visual, [len(p.ids) for p in prepared], output)
         out: list[Reply | Failure] = []
         for b, (r, decoder) in enumerate(zip(requests, replies, strict=True)):
             if decoder.fault:
@@ -338,17 +350,24 @@ class LocalModel:
         return out
 
     def _batch(self, sessions: list[Session], chunks: list) -> Batch:
+        return (self.layout or self.own_layout())(self.host, sessions, chunks)
+
+    def own_layout(self) -> type[Batch]:
         """Rows without padding on a CPU; a rectangle of them elsewhere, or where another attention was asked for."""
-        ragged = self.device.type == "cpu" and self.host.attention == "sdpa"
-        return (RaggedBatch if ragged else PaddedBatch)(self.host, sessions, chunks)
+        return RaggedBatch if self.device.type == "cpu" and self.host.attention == "sdpa" else PaddedBatch
+
+    def kernels(self) -> AbstractContextManager:
+        """Within the block the model's layers run on this package's kernels, where there are any."""
+        return onednn_linears(self.host.decoder, self.host.model.get_output_embeddings())
 
     def cut_layers(self, pruner: Pruner | None) -> dict[int, float]:
         """The decoder layers of this model after which the pruner cuts. Raises ValueError for a pruner that this host cannot run."""
         if pruner is None:
             return {}
+        pruner.check(self.host.decoder.config.hidden_size)
         layers = self.host.layers
         cuts = pruner.cut_layers(layers)
-        wanted = {*pruner.needs, *(["decoder_attention"] if cuts else [])}
+        wanted = {*pruner.needs, *(["decoder_attention"] if cuts else [])} - {"question"}
         if missing := sorted(wanted - self.host.provides):
             raise ValueError(
                 f"{type(pruner).__name__} needs {', '.join(missing)}, which a {self.host.model_types[0]} host does not provide"
@@ -376,8 +395,16 @@ class LocalModel:
         """Answer once for nothing, so that no document pays for the first use of kernels and allocators."""
         picture = Image.new("RGB", (224, 224))
         self.reply([Request(Session(), Turn((picture,), "?"), 2)])
-        start_peak(self.device)
+        self.restart_peak()
+
+    def restart_peak(self) -> bool:
+        """Count peak memory from here on -> whether that is possible."""
         self._most = 0
+        return start_peak(self.device)
+
+    def peak_since_restart(self) -> int:
+        """Most bytes in use since ``restart_peak`` returned true."""
+        return max(self._most, peak(self.device))
 
     def peak_memory(self) -> int:
         """Most bytes in use so far: on the GPU by tensors, on a CPU by the whole process."""
@@ -390,6 +417,12 @@ class LocalModel:
         """Wait until the device has done what it was given, so that a clock may be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def traced(replies: Sequence[ReplyDecoder], scores: Tensor) -> Tensor:
+    """The scores that replies chose by, (steps, B, vocabulary), NaN where a row has ended. scores: (..., vocabulary), for its shape."""
+    kept = [torch.stack(r.scores or [scores.new_full(scores.shape[-1:], float("nan"))]) for r in replies]
+    return torch.nn.utils.rnn.pad_sequence(kept, padding_value=float("nan"))
 
 
 def _shown(request: Request, prepared: Prepared) -> tuple:
@@ -421,7 +454,7 @@ def _sampled(reply: Reply, decoder: ReplyDecoder, prepared: Prepared, carried: i
     )
 
 
-def _shares(marks: list[float], visual: list[int], prompt: list[int], output: list[int]) -> list[dict[str, Any]]:
+def shares(marks: list[float], visual: list[int], prompt: list[int], output: list[int]) -> list[dict[str, Any]]:
     """Seconds of encode, prefill and decode for each row: the batch's phases shared out by tokens."""
     phases = ("encode_seconds", "prefill_seconds", "decode_seconds")
     out: list[dict[str, Any]] = [{} for _ in prompt]

@@ -18,8 +18,9 @@ from transformers import GenerationConfig
 from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn, chat_messages
 from awares_bench.methods.usage import Usage
-from awares_bench.models.base import MAX_PIXELS, MIN_PIXELS, HostModel, check_text, rendered
+from awares_bench.models.base import HostModel, check_text, rendered
 from awares_bench.models.checkpoint import family_of, open_processor
+from awares_bench.models.limits import Limits
 from awares_bench.models.packaged import resolve
 
 from .decoding import own_penalty, penalty_of
@@ -36,17 +37,20 @@ class Endpoint:
     that refuses the field is trusted to apply the checkpoint's own, which is then an event.
     """
 
+    engine = "openai"
+
     def __init__(
         self,
         base_url: str,
         model: str,
         pretrained: str,
         concurrency: int = 8,
-        min_pixels: int = MIN_PIXELS,
-        max_pixels: int = MAX_PIXELS,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         retries: int = RETRIES,
         timeout: float = 600.0,
         repetition_penalty: float | None = None,
+        limits: str | None = None,
     ):
         self.client = open_client(base_url, retries, timeout)
         self.processor = open_processor(resolve(pretrained))
@@ -55,11 +59,16 @@ class Endpoint:
         self.repetition_penalty = self.own_penalty if repetition_penalty is None else penalty_of(repetition_penalty)
         self._takes_penalty = True
         self.tokenizer = self.processor.tokenizer
-        self.limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        asked, family = Limits(limits, min_pixels, max_pixels), self.family
+        (least, most), self.limits_name = asked.resolve(family.model_types[0], family.own_limits(self.processor))
+        self.limits = {"shortest_edge": least, "longest_edge": most}
         self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
 
-    def visual_tokens(self, image) -> int:
-        """Merged visual tokens of ``image`` under this processor's limits; the server's limits should be the same."""
+    def visual_tokens(self, image, share: float = 1.0) -> int:
+        """Merged visual tokens of ``image`` under this processor's limits; the server's limits should be the same.
+
+        share: not read. A server cannot be told what a picture stands for: it shows every picture of a tiling family in all its tiles.
+        """
         return self.family.count_tokens(self.processor, self.limits, image)
 
     def check(self, question: str) -> None:
@@ -104,6 +113,11 @@ class Endpoint:
         history = [*session.turns, turn]
         visual, before = self._visual([turn]), self._visual(session.turns)
         text, earlier = self._text(history, session.replies), self._text(session.turns, session.replies)
+        if self.family.tiles and any(share < 1 for _, share in turn.shown):
+            told = (
+                "a server cannot be told a picture's share of the original: views and crops take all the tiles of a whole picture"
+            )
+            events.append(Event(EventKind.SHARE_NOT_TOLD, told))
         if turn.omit_newline:
             events.append(
                 Event(EventKind.TEMPLATE, "the line break before this message is the server's; the checkpoint had none")

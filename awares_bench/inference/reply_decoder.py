@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -99,6 +100,12 @@ class ReplyDecoder:
     def fail(self, fault: str) -> None:
         """End the reply, which is none."""
         self.active, self.fault = False, fault
+
+    def fail_not_finite(self, value: float, dtype: torch.dtype) -> None:
+        """End the reply, the choice of whose next token has the score ``value``, in a model of this precision."""
+        kind = str(dtype).removeprefix("torch.")
+        advice = "overflow; pass dtype=bfloat16 or dtype=float32" if kind == "float16" else "the weights may be broken"
+        self.fail(f"the model's scores are {value} in {kind} after {len(self.tokens)} tokens of its reply: {advice}")
 
     def _overrule(self, token: int, scores: Tensor) -> int:
         """The chosen token, or the one that is forced, or the most probable one that the grammar allows."""

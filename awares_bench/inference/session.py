@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from awares_bench.methods.conversation import Event, Turn
 
@@ -44,6 +44,9 @@ class Session:
 
     events: list[Event] = field(default_factory=list)
 
+    recomputed: int = 0
+    """Tokens shown and written so far that the next turn feeds again, where no cache is kept."""
+
     def snapshot(self) -> dict:
         """All fields, for ``restore`` when a turn fails halfway."""
         return {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
@@ -53,8 +56,8 @@ class Session:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
-        return self.keys[0].shape[1] if self.keys else 0
+        """Tokens in the cache, or those that are fed again in its place."""
+        return self.keys[0].shape[1] if self.keys else self.recomputed
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class Prepared:
 
     seconds: float = 0.0
     """What making it took."""
+
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """What ``model.generate`` takes for the whole conversation, where that is how it is answered."""
 
 
 @dataclass(frozen=True)

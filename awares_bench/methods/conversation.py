@@ -102,8 +102,23 @@ class Turn:
     boxes: tuple[Box, ...] = ()
     """Boxes of the image that the turn shows so, in its pixels, where a method has boxes."""
 
+    shares: tuple[float, ...] = ()
+    """The share of the original that each picture stands for, in (0, 1]: 0.25 for a half-size view, a crop's part of the area for a crop;
+    empty: every picture is an original. Tiling families turn it into a number of tiles; at native resolution the pixels say it already."""
+
     crop_grammar: CropGrid | None = None
     """The grid whose regions the reply may call for; a model that can hold a call to the grammar does so (see ``CallGrammar``)."""
+
+    def __post_init__(self) -> None:
+        if self.shares and len(self.shares) != len(self.images):
+            raise ValueError(f"a turn of {len(self.images)} images has {len(self.shares)} shares; give one each, or none")
+        if wrong := [share for share in self.shares if not 0 < share <= 1]:
+            raise ValueError(f"the share of an image is {wrong[0]!r}; it is a part of the original, above 0 and at most 1")
+
+    @property
+    def shown(self) -> tuple[tuple[Image.Image, float], ...]:
+        """Every picture with its share."""
+        return tuple(zip(self.images, self.shares or (1.0,) * len(self.images), strict=True))
 
 
 @dataclass(frozen=True)
@@ -158,9 +173,11 @@ class EventKind(str, Enum):
     ORIGINAL_SHRUNK = "original_shrunk"
     OUT_OF_MEMORY = "out_of_memory"
     PREFIX_CACHE = "prefix_cache"
+    PREFIX_RECOMPUTED = "prefix_recomputed"
     REPETITION_PENALTY = "repetition_penalty"
     RESOLUTION = "resolution"
     SEVERAL_IMAGES = "several_images"
+    SHARE_NOT_TOLD = "share_not_told"
     SWAPPED_PICTURE = "swapped_picture"
     TEMPLATE = "template"
     TOKEN_COUNT = "token_count"

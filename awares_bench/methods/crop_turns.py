@@ -9,7 +9,7 @@ from PIL import Image
 
 from .conversation import Event, EventKind, Reply, Sample, Turn
 from .crop_grid import PAPER_GRID, Box
-from .images import SMALLEST_SIDE, as_rgb, half
+from .images import HALF_SHARE, SMALLEST_SIDE, as_rgb, half, share_of
 from .policy import TurnGenerator
 
 LOW_RATIO = 0.35
@@ -80,8 +80,12 @@ def show_crops_unasked(
     (image,) = sample.images
     names = yield from note_crops(image, names)
     view, crops = half(image), [image.crop(box) for box in boxes] or PAPER_GRID.cut(image, names)
+    shares = tuple(share_of(crop, image) for crop in crops)
     if form == "plain":
-        return (yield sample.ask((view, *crops), crops=names, boxes=boxes))
-    reply = yield sample.ask((view,), system=PAPER_GRID.prompt_as(prompt), is_final=False, forced_reply=PAPER_GRID.format(names))
+        return (yield sample.ask((view, *crops), shares=(HALF_SHARE, *shares), crops=names, boxes=boxes))
+    said = PAPER_GRID.format(names)
+    reply = yield sample.ask(
+        (view,), shares=(HALF_SHARE,), system=PAPER_GRID.prompt_as(prompt), is_final=False, forced_reply=said
+    )
     yield from note_half_view(sample, reply)
-    return (yield Turn(tuple(crops), crops=names, boxes=boxes))
+    return (yield Turn(tuple(crops), shares=shares, crops=names, boxes=boxes))

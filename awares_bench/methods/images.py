@@ -222,6 +222,15 @@ def half_size(width: int, height: int) -> tuple[int, int]:
     return max(1, width // 2), max(1, height // 2)
 
 
+HALF_SHARE = 0.25
+"""What a half-size view stands for (``Turn.shares``)."""
+
+
+def share_of(view: Image.Image, image: Image.Image) -> float:
+    """The share of ``image`` that a crop or a smaller copy of it stands for (``Turn.shares``): its part of the pixels, at most 1."""
+    return min(1.0, view.width * view.height / (image.width * image.height))
+
+
 def within(image: Image.Image, longest: int) -> Image.Image:
     """``image`` with its longer side at most ``longest`` pixels, Lanczos, aspect kept; never enlarged."""
     scale = longest / max(image.size)

@@ -14,6 +14,17 @@ if TYPE_CHECKING:
 class DecoderAttention(Protocol):
     """Attention of R rating text tokens on an image's V tokens in one decoder layer of H heads, computed when asked for."""
 
+    @property
+    def keys(self) -> Tensor:
+        """Keys of the layer after RoPE, of all tokens before the cut: (G, K, d) of G key heads."""
+
+    @property
+    def columns(self) -> slice:
+        """The V places of the image's tokens among those K; the text after the last image ends there."""
+
+    def final_norm(self, states: Tensor) -> Tensor:
+        """The decoder's norm after its last layer: (..., D) -> (..., D)."""
+
     def per_head(self, divisor: Tensor | None = None) -> Tensor:
         """Mean over the raters of the attention, divided by ``divisor`` (R, V) if given: (H, V) in float32."""
 
@@ -53,9 +64,29 @@ class VisualTokens:
     tower_order: Tensor | None = None
     """(V,) raster places in the order in which the vision tower holds the tokens; with attention or keys, before the first cut."""
 
+    middle_attention: Tensor | None = None
+    """(V,) attention received, as ``attention``, in the middle one of the vision blocks that see the whole image."""
 
-NEEDS = ("attention", "vision_keys", "seed")
-"""What a pruner may ask for in its ``needs``."""
+    unmerged: Tensor | None = None
+    """(V, d) what leaves the last vision block, before the projector: mean over a token's patches."""
+
+    text: Tensor | None = None
+    """(T, D) the tokens after the prompt's last image, embedded; at a cut between decoder layers their hidden states there."""
+
+    question: slice | None = None
+    """Which of ``text`` the user wrote, where a pruner needs to know; else all."""
+
+    @property
+    def words(self) -> Tensor:
+        """(M, D) the user's question; all of ``text`` where nothing of it is the user's."""
+        assert self.text is not None  # every cut gives it
+        asked = self.text if self.question is None else self.text[self.question]
+        return asked if len(asked) else self.text
+
+
+OF_THE_TOWER = ("attention", "vision_keys", "middle_attention", "unmerged")
+NEEDS = (*OF_THE_TOWER, "question", "seed")
+"""What a pruner may ask for in its ``needs``; the first are read inside the vision tower while it runs."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +94,13 @@ class ReleasedQuirks:
     """What released code does to positions beside choosing tokens. The defaults do nothing; see ``quirks_of``."""
 
     renumber_positions: bool = False
-    """The tokens after a cut between decoder layers get the positions 0, 1, 2, ... (SparseVLM v1.5)."""
+    """The tokens after a cut between decoder layers get the positions 0, 1, 2, ... (SparseVLM v1.5, PyramidDrop)."""
 
     span_offset: int = 0
     """Tokens by which the cut is moved against the image (HoloV)."""
+
+    unrotated: bool = False
+    """Queries and keys of the next layer are compared without their rotary embedding (VScan's PyramidDrop)."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +121,10 @@ class Pruner:
 
     vision_block: ClassVar[int] = -1
     """The block that attention and keys are taken from."""
+
+    looks_ahead: ClassVar[bool] = False
+    """At a cut between decoder layers, whether ``decoder_attention`` is that of the layer after the cut, on the tokens as they are before it,
+    and not that of the layer which has just run."""
 
     def score(self, image: VisualTokens) -> Tensor:
         """-> (V,) scores; the highest are kept, the first of equals."""
@@ -113,6 +151,18 @@ class Pruner:
         """Text tokens whose attention is asked for at the stages: visual (V, D) and text after it (T, D), embedded -> (R,)."""
         return visual.new_tensor([len(text) - 1], dtype=int)  # type: ignore[arg-type]  # torch takes int, its annotation does not
 
+    def check(self, width: int) -> None:
+        """Raise ValueError where it cannot run on features of this width; asked before the first document."""
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Weights of its own: option -> digest, for the record."""
+        return {}
+
+    def before_and_inside(self, layers: int) -> tuple[Pruner | None, Pruner | None]:
+        """What cuts before a decoder of so many layers, and what cuts inside it."""
+        return (None, self) if self.cut_layers(layers) else (self, None)
+
     def __post_init__(self) -> None:
         if isinstance(self.retention, bool) or not isinstance(self.retention, (int, float)) or not 0 < self.retention <= 1:
             raise ValueError(f"retention is {self.retention!r}; it must be a number above 0 and at most 1, such as 0.5")
@@ -120,5 +170,5 @@ class Pruner:
 
 
 def quirks_of(pruner: Pruner) -> ReleasedQuirks:
-    """The quirks that a pruner reproduces: those of its property ``quirks``, which only SparseVLM and HoloV have."""
+    """The quirks that a pruner reproduces: those of its property ``quirks``, which SparseVLM, HoloV and PyramidDrop have."""
     return getattr(pruner, "quirks", ReleasedQuirks())

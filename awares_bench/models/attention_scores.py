@@ -5,6 +5,7 @@ The q and k are those of the forward pass, so the scores are the same whichever 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -65,6 +66,7 @@ class AttentionRows:
     rows: (R,) place of each query among the K keys: it sees itself and what is before. columns: the V places of the image's
     tokens, all before the queries.
     phases: cosines and sines (L, d) of the rotary embedding at the last L keys, which the image and the queries are among.
+    final_norm: the decoder's norm after its last layer.
     """
 
     q: Tensor
@@ -72,6 +74,7 @@ class AttentionRows:
     rows: Tensor
     columns: slice
     phases: tuple[Tensor, Tensor]
+    final_norm: Callable[[Tensor], Tensor] = lambda states: states
 
     def per_head(self, divisor: Tensor | None = None, block: int = BLOCK) -> Tensor:
         """Mean over the R queries of the attention, divided by ``divisor`` (R, V) if given: (H, V)."""

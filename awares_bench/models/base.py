@@ -27,13 +27,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from awares_bench.methods.conversation import Event, Turn, chat_messages
 from awares_bench.methods.pruner import VisualTokens
 
+from .limits import RELEASED, Limits
 from .prompt_chunk import ImageSpan, PromptChunk
 
 CACHE = "cache" if "cache" in signature(Qwen2Model.forward).parameters else "past_key_values"
 """What decoders and their layers call the argument for their cache: transformers renamed it, and 5.40 drops the old name."""
-
-MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
-"""Default limits of a picture: those of the released Qwen2.5-VL processors, 4 to 16,384 visual tokens of 28 x 28 pixels."""
 
 _HOLE = "\ufdd0reply\ufdd0"  # two noncharacters around a word, lengthened where a question does contain it
 
@@ -85,7 +83,10 @@ class HostModel(ABC):
     """The class of transformers that loads them."""
 
     provides: ClassVar[frozenset[str]]
-    """What pruners may ask for: of {"attention", "vision_keys", "decoder_attention", "seed"}."""
+    """What pruners may ask for: of ``methods.pruner.NEEDS``, and ``decoder_attention``. The question comes with every family."""
+
+    default_limits: ClassVar[tuple[int, int]] = RELEASED
+    """Fewest and most pixels of a picture in the family's released processors."""
 
     position_axes: ClassVar[int] = 1
     """Axes of a position: 3 for M-RoPE, 1 for RoPE."""
@@ -99,16 +100,26 @@ class HostModel(ABC):
     decoder_layer: ClassVar[str]
     """Class name of a decoder layer: what FSDP wraps."""
 
+    tiles: ClassVar[bool] = False
+    """A picture costs tiles of a fixed size, however many pixels it has; the share of the original that it stands for (``Turn.shares``)
+    decides how many. At native resolution its pixels do, and the share is not read."""
+
     stock_packages: ClassVar[tuple[str, ...]] = ()
     """Modules that lmms-eval's own model of this family needs and does not install."""
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        limits: str | None = None,
     ) -> None:
-        if not 0 < min_pixels <= max_pixels:
-            raise ValueError(f"need 0 < min_pixels <= max_pixels; got {min_pixels} and {max_pixels}")
+        """limits: a set of limits by name (``limits.NAMED``), None for ``own_limits``; min_pixels, max_pixels: in its place."""
+        asked = Limits(limits, min_pixels, max_pixels)
+        (least, most), self.limits_name = asked.resolve(model.config.model_type, self.own_limits(processor))
         self.model, self.processor, self.tokenizer = model.eval(), processor, processor.tokenizer
-        self.limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        self.limits = {"shortest_edge": least, "longest_edge": most}
         self.image_token: int = model.config.image_token_id
         stop = model.generation_config.eos_token_id
         self.stop = set(stop if isinstance(stop, list) else [stop]) | {self.tokenizer.eos_token_id}
@@ -125,9 +136,14 @@ class HostModel(ABC):
         return image, []
 
     @classmethod
+    def own_limits(cls, processor: Any) -> tuple[int, int]:
+        """Fewest and most pixels of a picture where nobody asks for others: ``default_limits``; of tiling families those of the checkpoint."""
+        return cls.default_limits
+
+    @classmethod
     @abstractmethod
-    def count_tokens(cls, processor: Any, limits: dict[str, int], image: Image.Image) -> int:
-        """Visual tokens of a picture under a processor's limits, without encoding it: equal to ``image_input(image).tokens``."""
+    def count_tokens(cls, processor: Any, limits: dict[str, int], image: Image.Image, share: float = 1.0) -> int:
+        """Visual tokens of a picture under a processor's limits, without encoding it: equal to ``image_input(image, share=share).tokens``."""
 
     @classmethod
     def processor_sizes(cls, config: Any, image_processor: Any) -> dict[str, tuple[int | None, int]]:
@@ -135,8 +151,11 @@ class HostModel(ABC):
         return {}
 
     @abstractmethod
-    def image_input(self, image: Image.Image, key: str = "") -> ImageInput:
-        """An RGB picture -> what the encoder takes. Runs in any thread, without the device."""
+    def image_input(self, image: Image.Image, key: str = "", share: float = 1.0) -> ImageInput:
+        """An RGB picture -> what the encoder takes. Runs in any thread, without the device.
+
+        share: of the original that the picture stands for (``Turn.shares``), read by tiling families.
+        """
 
     @abstractmethod
     def encode(self, images: list[ImageInput], needs: Iterable[str] = (), block: int = -1) -> list[VisualTokens]:
@@ -207,13 +226,13 @@ class HostModel(ABC):
 
     # ------------------------------------------------------------------ shared: pictures and text to tokens
 
-    def visual_tokens(self, image: Image.Image) -> int:
-        """Visual tokens that ``image`` costs under this processor's limits, without encoding it."""
-        return self.count_tokens(self.processor, self.limits, image)
+    def visual_tokens(self, image: Image.Image, share: float = 1.0) -> int:
+        """Visual tokens that ``image`` costs under this processor's limits, without encoding it. share: see ``Turn.shares``."""
+        return self.count_tokens(self.processor, self.limits, image, share)
 
-    def image_key(self, image: Image.Image) -> str:
-        """Names what the encoder would be given for a picture: equal for equal pixels, size and limits."""
-        settings = repr((image.size, image.mode, self.limits)).encode()[:64]
+    def image_key(self, image: Image.Image, share: float = 1.0) -> str:
+        """Names what the encoder would be given for a picture: equal for equal pixels, size and limits, and share where that is read."""
+        settings = repr((*((share,) if self.tiles else ()), image.size, image.mode, self.limits)).encode()[:64]
         return hashlib.blake2b(image.tobytes(), digest_size=16, key=settings).hexdigest()
 
     def check_text(self, text: str, what: str = "the question") -> None:
@@ -264,6 +283,14 @@ class HostModel(ABC):
             deepstack = embeds.new_zeros((len(added), *embeds.shape))
             deepstack[:, places] = added.to(embeds.dtype)
         return PromptChunk(embeds, positions.to(self.device), after, tuple(spans), deepstack)
+
+    def question_of(self, ids: list[int]) -> slice:
+        """Of the tokens of a turn after its last image, those that the user wrote: up to the end of the message, without marks."""
+        text = ids[len(ids) - ids[::-1].index(self.image_token) :] if self.image_token in ids else ids
+        stop = text.index(self.end_of_turn) if self.end_of_turn in text else len(text)
+        marks = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        start = next((i for i in range(stop) if text[i] not in marks), stop)
+        return slice(start, stop)
 
     def rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, L, d) at positions (axes, B, L), in the precision of ``hidden``."""

@@ -13,7 +13,8 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Qwen2_5_VLConfig
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, Qwen2_5_VLConfig, __version__
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from awares_bench.errors import CheckpointError
 from awares_bench.methods.conversation import Turn, chat_messages
@@ -52,16 +53,33 @@ def open_processor(pretrained: str):
 
 def family_of(pretrained: str) -> type[HostModel]:
     """The family of a checkpoint, by its ``config.json`` or that of the base below adapters. Raises CheckpointError."""
-    folder = find(pretrained)
-    if (folder / "adapter_config.json").exists():
-        base, revision = base_of(folder, pretrained)
-        folder = _find_base(base, revision, pretrained)
-    kind = read_json(folder / "config.json", pretrained).get("model_type")
+    kind = model_type(pretrained)
     if kind not in families():
         raise CheckpointError(
             f"{pretrained!r} is a {kind or 'checkpoint without config.json'}; known families: {', '.join(sorted(families()))}"
         )
     return families()[kind]
+
+
+def model_type(pretrained: str) -> str | None:
+    """``model_type`` of a checkpoint, by its ``config.json`` or that of the base below adapters; None where there is none."""
+    folder = find(pretrained)
+    if (folder / "adapter_config.json").exists():
+        base, revision = base_of(folder, pretrained)
+        folder = _find_base(base, revision, pretrained)
+    return read_json(folder / "config.json", pretrained).get("model_type")
+
+
+def is_generic(pretrained: str) -> bool:
+    """Whether a checkpoint is of a family that is not known here and that transformers loads as an image-text-to-text model.
+
+    What is wrong with a folder is said where it is loaded.
+    """
+    try:
+        kind = model_type(pretrained)
+    except CheckpointError:
+        return False
+    return kind not in families() and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def find(pretrained: str, revision: str | None = None) -> Path:
@@ -81,17 +99,26 @@ def find(pretrained: str, revision: str | None = None) -> Path:
     return found
 
 
-def check_files(folder: Path, shown: str) -> None:
-    """Refuse a folder whose files are not what their names say, or that holds no model of a known family and no adapters."""
+def check_files(folder: Path, shown: str, generic: bool = False) -> None:
+    """Refuse a folder whose files are not what their names say, or that holds no model of a known family and no adapters.
+
+    generic: any family will do that transformers loads as an image-text-to-text model.
+    """
     names = _check_texts(folder, shown)
     if "adapter_config.json" in names:
         return
     if "config.json" not in names:
         raise CheckpointError(f"cannot read a model config from {shown!r}: it has no config.json{_hint(folder, shown)}")
     kind = read_json(folder / "config.json", shown).get("model_type")
-    if kind not in families():
+    if kind not in families() and not (generic and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        known, loads = ", ".join(sorted(families())), kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        other = (
+            "engine=generic answers with it, without training it"
+            if loads
+            else f"engine=generic answers with what transformers loads as an image-text-to-text model, which {__version__} does not do with it"
+        )
         raise CheckpointError(
-            f"{shown!r} is a {kind} checkpoint; known families: {', '.join(sorted(families()))}; a family is one file, see docs/models.md"
+            f"{shown!r} is a {kind} checkpoint; known families: {known}; a family is one file, see docs/models.md; {other}"
         )
     if not names & set(_WEIGHTS):
         raise CheckpointError(f"{shown!r} has a config.json and no weights ({', '.join(_WEIGHTS[:3])}){_hint(folder, shown)}")
@@ -156,7 +183,7 @@ def load_config(folder: Path, shown: str) -> Qwen2_5_VLConfig:
 
 def quantisation(config: Qwen2_5_VLConfig) -> str | None:
     """The method of a quantised checkpoint."""
-    found = getattr(config, "quantization_config", None) or getattr(config.text_config, "quantization_config", None)
+    found = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
     if not found:
         return None
     found = found if isinstance(found, dict) else found.to_dict()
@@ -208,7 +235,8 @@ def check_told(model, told: dict, shown: str) -> None:
             raise CheckpointError(
                 f"{len(some)} tensors of {shown!r} {what}: {some_of(some)}; save the whole model again, or pass another checkpoint"
             )
-    if model.config.tie_word_embeddings and model.lm_head.weight is not model.get_input_embeddings().weight:
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head is not None and head.weight is not table.weight:
         raise CheckpointError(
             f"config.json of {shown!r} ties lm_head.weight to embed_tokens.weight, and the weights hold two different ones; "
             "set tie_word_embeddings to false there if both are meant, or save the model without lm_head.weight"
@@ -234,8 +262,11 @@ def check_finite(tensors: dict[str, Tensor], shown: str) -> None:
 # ---------------------------------------------------------------------- processors
 
 
-def load_processor(folder: Path, shown: str):
-    """The tokenizer, picture processor and chat template of a folder, each of which must be there."""
+def load_processor(folder: Path, shown: str, known: bool = True):
+    """The tokenizer, picture processor and chat template of a folder, each of which must be there.
+
+    known: of a known family, whose template is told by its ``image_token``.
+    """
     if not any((folder / name).exists() for name in _TOKENIZER):
         raise CheckpointError(f"{shown!r} has no tokenizer ({' or '.join(_TOKENIZER)}); copy the base model's beside the weights")
     if not (folder / _PICTURES[0]).exists() and "image_processor" not in read_json(folder / _PICTURES[1], shown):
@@ -250,16 +281,18 @@ def load_processor(folder: Path, shown: str):
             f"the processor of {shown!r} is a {type(processor).__name__}; copy preprocessor_config.json and tokenizer_config.json of the base model there"
         )
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
-    _check_template(processor, shown)
+    _check_template(processor, shown, known)
     return processor
 
 
-def _check_template(processor, shown: str) -> None:
+def _check_template(processor, shown: str, known: bool) -> None:
     copy = f"copy chat_template.json or chat_template.jinja from {_BASE}"
     if not processor.chat_template:
         raise CheckpointError(
             f"{shown!r} has a tokenizer and no chat template (chat_template.jinja, chat_template.json, or in tokenizer_config.json); {copy}"
         )
+    if not known:  # ``GenericHost`` renders a whole conversation
+        return
     asked = chat_messages([Turn((Image.new("RGB", (56, 56)),), "question")], [])
     with saying(f"the chat template of {shown!r} cannot show a picture and a question; {copy}"):
         text = rendered(processor, asked)
@@ -303,8 +336,9 @@ def check_match(model, processor, shown: str) -> None:
     copy = f"copy the tokenizer's files from {_BASE}"
     if last >= rows:
         raise CheckpointError(f"the tokenizer of {shown!r} has ids up to {last}, and the model {rows} embeddings; {copy}")
-    mark = tokenizer.convert_tokens_to_ids(processor.image_token)
-    if mark != config.image_token_id:
+    family = families().get(config.model_type)
+    mark = tokenizer.convert_tokens_to_ids(processor.image_token) if family else None
+    if family and mark != config.image_token_id:
         raise CheckpointError(
             f"image_token_id in config.json of {shown!r} is {config.image_token_id}, and the tokenizer's {processor.image_token} is {mark}; {copy}"
         )
@@ -316,7 +350,7 @@ def check_match(model, processor, shown: str) -> None:
             f"{shown!r} ends a reply with {ends or 'no token at all'} (eos_token_id of generation_config.json and the tokenizer), and the model has "
             f"{rows} embeddings; copy generation_config.json and the tokenizer's files from {_BASE}"
         )
-    for name, (theirs, ours) in families()[config.model_type].processor_sizes(config, pictures).items():
+    for name, (theirs, ours) in family.processor_sizes(config, pictures).items() if family else ():
         if theirs != ours:
             raise CheckpointError(
                 f"{name} of {shown!r} is {theirs} in its picture processor and {ours} in the model; "

@@ -18,14 +18,17 @@ GROUP = "awares_bench.models"
 @cache
 def families() -> dict[str, type[HostModel]]:
     """``config.model_type`` -> the family that runs it. Those of this package win."""
+    from .internvl import InternVL
     from .qwen2_5_vl import Qwen2_5_VL
     from .qwen2_vl import Qwen2VL
     from .qwen3_vl import Qwen3VL, Qwen3VLMoe
+    from .smolvlm import Idefics3, SmolVLM
 
-    hosts = [*(entry.load() for entry in entry_points(group=GROUP)), Qwen2_5_VL, Qwen2VL, Qwen3VL, Qwen3VLMoe]
+    own = [Qwen2_5_VL, Qwen2VL, Qwen3VL, Qwen3VLMoe, InternVL, Idefics3, SmolVLM]
+    hosts = [*(entry.load() for entry in entry_points(group=GROUP)), *own]
     return {model_type: host for host in hosts for model_type in host.model_types}
 
 
-def host_of(model, processor, *limits: int) -> HostModel:
-    """A model and its processor as the host of its family. limits: fewest and most pixels of a picture."""
+def host_of(model, processor, *limits) -> HostModel:
+    """A model and its processor as the host of its family. limits: of a picture, as ``HostModel`` takes them."""
     return families()[model.config.model_type](model, processor, *limits)

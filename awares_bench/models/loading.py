@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
 from awares_bench.errors import CheckpointError
 
 from .adapters import merge_adapters
-from .base import MAX_PIXELS, MIN_PIXELS, HostModel
+from .base import HostModel
 from .checkpoint import (
     base_of,
     check_files,
@@ -26,6 +28,7 @@ from .checkpoint import (
     saying,
 )
 from .families import families, host_of
+from .generic import GenericHost
 
 DTYPES = ("float32", "bfloat16", "float16")
 """What ``dtype`` may name beside ``auto``."""
@@ -36,18 +39,35 @@ def load_host(
     dtype: str = "auto",
     device: str = "auto",
     attn_implementation: str = "sdpa",
-    min_pixels: int = MIN_PIXELS,
-    max_pixels: int = MAX_PIXELS,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    limits: str | None = None,
 ) -> HostModel:
-    """A checkpoint as the host of its family (see ``load``), with limits of a picture in pixels."""
+    """A checkpoint as the host of its family (see ``load``), with limits of a picture (see ``HostModel``)."""
     model, processor = load(pretrained, dtype, device, attn_implementation)
-    return host_of(model, processor, min_pixels, max_pixels)
+    return host_of(model, processor, min_pixels, max_pixels, limits)
+
+
+def load_generic(
+    pretrained: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn_implementation: str = "sdpa",
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    limits: str | None = None,
+) -> GenericHost:
+    """A checkpoint of any family as ``model.generate`` runs it (see ``load``), with limits of a picture (see ``GenericHost``)."""
+    model, processor = load(pretrained, dtype, device, attn_implementation, generic=True)
+    return GenericHost(model, processor, min_pixels, max_pixels, limits)
 
 
 def load(
-    pretrained: str, dtype: str = "auto", device: str = "auto", attn_implementation: str = "sdpa"
-) -> tuple[PreTrainedModel, object]:
+    pretrained: str, dtype: str = "auto", device: str = "auto", attn_implementation: str = "sdpa", generic: bool = False
+) -> tuple[PreTrainedModel, Any]:
     """A checkpoint folder or hub name, or one of LoRA adapters, merged into the base that they name -> model, processor.
+
+    generic: of any family that transformers loads as an image-text-to-text model; else of a known one.
 
     dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. Every tensor of the model comes from the files, every tensor of the
     files is used, and all are finite. Raises CheckpointError, or ValueError for a dtype or device that cannot be.
@@ -57,30 +77,42 @@ def load(
         raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     if dtype == "auto":
         dtype = "bfloat16" if where.type == "cuda" else "float32"
-    return _load(pretrained, getattr(torch, dtype), where, attn_implementation)
+    return _load(pretrained, getattr(torch, dtype), where, attn_implementation, generic)
 
 
 def _load(
-    pretrained: str, dtype: torch.dtype, device: torch.device, attention: str, revision: str | None = None, above: tuple = ()
+    pretrained: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str,
+    generic: bool,
+    revision: str | None = None,
+    above: tuple = (),
 ):
     """-> model on ``device``, processor. above: the adapter folders whose base this is."""
     folder = find(pretrained, revision)
-    check_files(folder, pretrained)
+    check_files(folder, pretrained, generic)
     if (folder / "adapter_config.json").exists():
         if folder.resolve() in above:
             raise CheckpointError(f"the adapters in {pretrained!r} are their own base; name another in adapter_config.json")
         base, revision = base_of(folder, pretrained)
         processor = own_processor(folder, pretrained)
         try:
-            model, theirs = _load(base, dtype, device, attention, revision, (*above, folder.resolve()))
+            model, theirs = _load(base, dtype, device, attention, generic, revision, (*above, folder.resolve()))
         except CheckpointError as error:
             raise CheckpointError(f"the base of the adapters in {pretrained!r}: {error}") from error
+        if (kind := model.config.model_type) not in families():
+            raise CheckpointError(
+                f"the adapters in {pretrained!r} are of a {kind}, and are merged here into {', '.join(sorted(families()))}; merge them with peft, "
+                "and pass the merged model"
+            )
         model = merge_adapters(model, folder)
         if processor is not None:
             check_match(model, processor, pretrained)
         return model, processor or theirs
     config = load_config(folder, pretrained)
-    processor = load_processor(folder, pretrained)
+    family = families().get(config.model_type)
+    processor = load_processor(folder, pretrained, family is not None)
     check_weight_files(folder, pretrained)
     quantised = quantisation(config)
     if quantised and quantised not in {method.value for method in QuantizationMethod}:
@@ -90,7 +122,7 @@ def _load(
         )
     kind = f", which is quantised ({quantised})" if quantised else ""
     with saying(f"cannot load {pretrained!r}{kind}"):
-        model, told = families()[config.model_type].model_class.from_pretrained(
+        model, told = (family.model_class if family else AutoModelForImageTextToText).from_pretrained(
             str(folder),
             dtype=dtype,
             attn_implementation=attention,

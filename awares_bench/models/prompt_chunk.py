@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from awares_bench.methods.pruner import DecoderAttention, Pruner, VisualTokens, quirks_of
+from awares_bench.methods.pruner import OF_THE_TOWER, DecoderAttention, Pruner, VisualTokens, quirks_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ImageSpan:
     """What pruners may see of it, kept in step with the cuts."""
 
     full: int
-    """Tokens before any cut."""
+    """Tokens that enter the decoder: what the shares of cuts inside it are of."""
 
     @property
     def stop(self) -> int:
@@ -47,6 +47,9 @@ class PromptChunk:
     deepstack: Tensor | None = None
     """(N, L, D) what is added after the first N decoder layers (``VisualTokens.deepstack``), 0 at text; None for nothing."""
 
+    question: slice | None = None
+    """Of the tokens after the last image, those that the user wrote; all where nobody asked."""
+
     @property
     def visual(self) -> int:
         """Visual tokens in the chunk."""
@@ -57,11 +60,12 @@ class PromptChunk:
     ) -> PromptChunk:
         """The chunk with every image reduced to its share; ``attention`` gives the attention on an image between decoder layers."""
         embeds, positions, deepstack, spans, at, length = [], [], [], [], 0, 0
+        told = {"text": self.embeds[self.spans[-1].stop :], "question": self.question} if self.spans else {}
         offset = quirks_of(pruner).span_offset
         for span in self.spans:
             start, stop = span.start + offset, span.stop + offset
             rows = attention(span) if attention else span.visual.decoder_attention
-            image = replace(span.visual, features=self.embeds[start:stop], decoder_attention=rows)
+            image = replace(span.visual, features=self.embeds[start:stop], decoder_attention=rows, **told)
             n = min(pruner.tokens_to_keep(span.full, share), stop - start)
             features, chosen = pruner.reduce(image, n)
             # the text before the image stays as it is; each token that goes on takes the position of one that was chosen
@@ -70,18 +74,19 @@ class PromptChunk:
             if self.deepstack is not None:
                 deepstack += [self.deepstack[:, at:start], self.deepstack[:, start:stop][:, chosen]]
             length += start - at
-            spans.append(ImageSpan(length - offset, _kept(image, features, chosen), span.full))
+            # what a cut before the decoder leaves is the whole for those inside
+            spans.append(ImageSpan(length - offset, _kept(image, features, chosen), span.full if attention else len(features)))
             length, at = length + len(features), stop
         kept, places = torch.cat([*embeds, self.embeds[at:]]), torch.cat([*positions, self.positions[:, at:]], 1)
         added = None if self.deepstack is None else torch.cat([*deepstack, self.deepstack[:, at:]], 1)
-        return PromptChunk(kept, places, self.next_position, tuple(spans), added)
+        return PromptChunk(kept, places, self.next_position, tuple(spans), added, self.question)
 
 
 def _kept(image: VisualTokens, features: Tensor, chosen: Tensor) -> VisualTokens:
     """What is left to be seen of an image after a cut."""
-    seen = {name: getattr(image, name) for name in ("places", "attention", "vision_keys")}
+    seen = {name: getattr(image, name) for name in ("places", *OF_THE_TOWER)}
     seen = {name: None if values is None else values[chosen] for name, values in seen.items()}
-    return replace(image, features=features, decoder_attention=None, tower_order=None, **seen)
+    return replace(image, features=features, text=None, decoder_attention=None, tower_order=None, **seen)
 
 
 def joined_deepstack(chunks: list[PromptChunk]) -> list[Tensor] | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from awares_bench.methods.conversation import Event, EventKind
-from awares_bench.methods.pruner import VisualTokens
+from awares_bench.methods.pruner import OF_THE_TOWER, VisualTokens
 
 from .attention_scores import raster_order, window_order
 from .base import HostModel, ImageInput
@@ -25,7 +25,7 @@ MAX_ASPECT = 200
 class Qwen2_5_VL(HostModel):
     model_types = ("qwen2_5_vl",)
     model_class = Qwen2_5_VLForConditionalGeneration
-    provides = frozenset({"attention", "vision_keys", "decoder_attention", "seed"})
+    provides = frozenset({*OF_THE_TOWER, "decoder_attention", "seed"})
     position_axes = 3
     image_marks = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
     lora_targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -37,7 +37,7 @@ class Qwen2_5_VL(HostModel):
         return within_aspect(image)
 
     @classmethod
-    def count_tokens(cls, processor, limits: dict[str, int], image: Image.Image) -> int:
+    def count_tokens(cls, processor, limits: dict[str, int], image: Image.Image, share: float = 1.0) -> int:
         image, _ = cls.accepted(image)
         ip = processor.image_processor
         given = {"min_pixels": limits["shortest_edge"], "max_pixels": limits["longest_edge"]}  # it does not read ``size``
@@ -53,7 +53,7 @@ class Qwen2_5_VL(HostModel):
         }
         return {name: (getattr(image_processor, name, None), size) for name, size in sizes.items()}
 
-    def image_input(self, image: Image.Image, key: str = "") -> ImageInput:
+    def image_input(self, image: Image.Image, key: str = "", share: float = 1.0) -> ImageInput:
         """inputs: pixel_values (P, 1176) and image_grid_thw (1, 3), the rows and columns in patches."""
         image, events = self.accepted(image)
         ip = self.processor.image_processor
@@ -73,11 +73,12 @@ class Qwen2_5_VL(HostModel):
     def encode(self, images: list[ImageInput], needs: Iterable[str] = (), block: int = -1) -> list[VisualTokens]:
         if not images:
             return []
-        attention, keys = "attention" in needs, "vision_keys" in needs
+        needs = set(needs)
+        looks = any(need in OF_THE_TOWER for need in needs)
         # one call for all pictures: pixels concatenated, pictures told apart by their grids
         pixels = torch.cat([i.inputs["pixel_values"].to(self.device, non_blocking=True) for i in images]).to(self.dtype)
         grids = torch.cat([i.inputs["image_grid_thw"] for i in images]).to(self.device)
-        with self.fast_tower(), probed(self.tower, block, attention, keys) if attention or keys else nullcontext() as probe:
+        with self.fast_tower(), probed(self.tower, block, needs) if looks else nullcontext() as probe:
             out = self.tower(pixels, grid_thw=grids)
         added = getattr(out, "deepstack_features", None)
         return runs_of(out.pooler_output, images, probe, needs, self.window, torch.stack(list(added)) if added else None)
@@ -108,11 +109,10 @@ def runs_of(
         seen: dict[str, Any] = {}
         if probe is not None:
             order = raster_order(rows, columns, window, features.device)
-            seen = {
-                "attention": _per_token(probe.attention, len(features), run, order),
-                "vision_keys": _per_token(probe.keys, len(features), run, order),
-                "tower_order": window_order(rows, columns, window, features.device),
-            }
+            values = {"attention": probe.attention, "vision_keys": probe.keys, "unmerged": probe.unmerged}
+            values["middle_attention"] = probe.middle and probe.middle.attention
+            seen = {name: _per_token(of_patches, len(features), run, order) for name, of_patches in values.items()}
+            seen["tower_order"] = window_order(rows, columns, window, features.device)
         places = torch.arange(rows * columns, device=features.device)
         seed = image.seed if "seed" in needs else 0
         added = None if deepstack is None else deepstack[:, run]

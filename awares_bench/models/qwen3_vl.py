@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
 
+from .limits import areas
 from .qwen2_vl import Qwen2VL
 
 
 class Qwen3VL(Qwen2VL):
     model_types = ("qwen3_vl",)
     model_class = Qwen3VLForConditionalGeneration
+    default_limits = areas(32, 64, 16384)
     decoder_layer = "Qwen3VLTextDecoderLayer"
 
 

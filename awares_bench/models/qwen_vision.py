@@ -6,7 +6,7 @@ and on a CPU sends every token of a layer through temporaries larger than any ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -150,6 +150,12 @@ class VisionProbe:
     keys: Tensor | None = None
     """(P, d) key of each patch, mean over heads."""
 
+    middle: VisionProbe | None = None
+    """That of the middle block, where it is asked for."""
+
+    unmerged: Tensor | None = None
+    """(P, d) what enters the projector."""
+
     def __call__(self, q: Tensor, k: Tensor, scaling: float, boundaries: Tensor) -> None:
         """q, k: (1, H, P, d) after RoPE; boundaries (segments + 1,): images never attend to one another."""
         if self.wants_keys:
@@ -160,17 +166,34 @@ class VisionProbe:
 
 
 @contextmanager
-def probed(tower, block: int, attention: bool, keys: bool) -> Iterator[VisionProbe]:
-    """Within the block, vision block ``block`` of ``tower`` (and of no other) fills the probe at every forward pass."""
-    number, full = range(len(tower.blocks))[block], getattr(tower.config, "fullatt_block_indexes", None)
-    if attention and full is not None and number not in full:
+def probed(tower, block: int, needs: Iterable[str]) -> Iterator[VisionProbe]:
+    """Within the block, vision block ``block`` of ``tower`` (and of no other) fills the probe at every forward pass.
+
+    needs: fields of ``VisualTokens``; ``middle_attention`` is that of the middle one of the blocks that see the whole image.
+    """
+    number, every = range(len(tower.blocks))[block], [*range(len(tower.blocks))]
+    full = getattr(tower.config, "fullatt_block_indexes", every)  # only Qwen2.5-VL has windows
+    if "attention" in needs and number not in full:
         raise RunError(f"vision block {block} attends within windows only; blocks that see the whole image: {list(full)}")
-    module = tower.blocks[number].attn
-    module.probe = VisionProbe(attention, keys)
+    probe = VisionProbe("attention" in needs, "vision_keys" in needs)
+    probes = {number: [probe]}
+    if "middle_attention" in needs:
+        probe.middle = VisionProbe(True, False)
+        probes.setdefault(full[(len(full) - 1) // 2], []).append(probe.middle)
+
+    def keep(_, args) -> None:
+        probe.unmerged = args[0]
+
+    hooks = [tower.merger.register_forward_pre_hook(keep)] if "unmerged" in needs else []
+    for n, some in probes.items():
+        tower.blocks[n].attn.probe = lambda *args, some=some: [each(*args) for each in some]
     try:
-        yield module.probe
+        yield probe
     finally:
-        del module.probe
+        for n in probes:
+            del tower.blocks[n].attn.probe
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Every family of ``models``: the contract of ``HostModel`` on a tiny random model; and a family that is made here, in one class."""
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,10 +24,12 @@ from awares_bench.methods.images import half
 from awares_bench.methods.pruner import Pruner, VisualTokens
 from awares_bench.models.base import HostModel, ImageInput, joined
 from awares_bench.models.families import families
+from awares_bench.models.smolvlm import Idefics3
 from awares_bench.training.packing import Scorer, pack
 from awares_bench.training.rollouts import banned_tokens, rollouts
 
 from ..tiny import picture, tiny_vlm
+from ..tiny_tiles import internvl, smolvlm
 from . import tiny_families
 
 TOLERANCE = 1e-4
@@ -45,10 +48,10 @@ class Strips(HostModel):
     decoder_layer = "LlamaDecoderLayer"
 
     @classmethod
-    def count_tokens(cls, processor, limits, image):
+    def count_tokens(cls, processor, limits, image, share=1.0):
         return 4
 
-    def image_input(self, image, key=""):
+    def image_input(self, image, key="", share=1.0):
         strips = torch.from_numpy(np.asarray(image.resize((1, 4)), dtype=np.float32)[:, 0] / 255)
         return ImageInput({"strips": strips}, ((4, 1),), self.placeholder * 4, key=key)
 
@@ -92,6 +95,9 @@ TINY = {
     "qwen2_vl": tiny_families.qwen2_vl,
     "qwen3_vl": tiny_families.qwen3_vl,
     "qwen3_vl_moe": tiny_families.qwen3_vl_moe,
+    "internvl": internvl,
+    "idefics3": lambda: smolvlm("idefics3"),
+    "smolvlm": smolvlm,
     "strips": strips,
 }
 """A tiny random model of every family, and of the one made here."""
@@ -99,6 +105,8 @@ TINY = {
 
 @pytest.fixture(params=TINY)
 def vlm(request) -> LocalModel:
+    if request.param == "smolvlm":
+        pytest.importorskip("num2words", reason="SmolVLM's processor needs it")
     return LocalModel(TINY[request.param](), constrained=False)
 
 
@@ -125,11 +133,12 @@ def test_scores_are_those_of_generate(vlm):
     ids = torch.tensor([host.render([TURN], [], images)])
     features = torch.cat([run.features for run in host.encode(images)])
     how = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    if host.position_axes == 1:
+    if isinstance(host, Strips):
         out = host.model.generate(inputs_embeds=host.embed(ids, features), **how)
     else:
         text = host.processor.apply_chat_template(chat_messages([TURN], []), tokenize=False, add_generation_prompt=True)
-        out = host.model.generate(**host.processor(text=[text], images=list(TURN.images), return_tensors="pt"), **how)
+        images = [list(TURN.images)] if isinstance(host, Idefics3) else list(TURN.images)
+        out = host.model.generate(**host.processor(text=[text], images=images, return_tensors="pt"), **how)
     theirs, ours = torch.stack(out.logits), scores(vlm, [Request(Session(), TURN, 5)])
     steps = min(len(theirs), len(ours))
     assert steps and (theirs[:steps] - ours[:steps]).abs().max() < TOLERANCE
@@ -236,6 +245,28 @@ def test_policies_pruners_scoring_and_rollouts_run_on_it(vlm):
         scored, _ = Scorer(vlm.host, banned_tokens(vlm.host))(packed, vlm.encode(packed.images))
     sampled = torch.tensor([x for g in groups for r in g for x in r.logprobs])
     assert (scored - sampled).abs().max() < TOLERANCE
+
+
+def test_one_row_of_many_continuations_scores_as_each_alone(vlm):
+    samples = [Sample((picture(224, 168),), "Which?", "0")]
+    (group,), _ = rollouts(vlm, Full(), samples, 3, 6)
+    talks = [r.conversation for r in group]
+    score, packed = Scorer(vlm.host, banned_tokens(vlm.host)), pack([talks], vlm.host)
+    with torch.no_grad():
+        together, _ = score(packed, vlm.encode(packed.images))
+        alone = [pack([[talk]], vlm.host) for talk in talks]
+        apart = torch.cat([score(p, vlm.encode(p.images))[0] for p in alone])
+    assert (together - apart).abs().max() < 1e-5
+
+
+def test_training_finds_the_layers_that_it_adapts_and_shares_out(vlm):
+    host = vlm.host
+    assert {type(layer).__name__ for layer in host.decoder.layers} == {host.decoder_layer}
+    linear = [
+        name for name, m in host.model.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(host.lora_targets, name)
+    ]
+    in_decoder = [name for name, m in host.decoder.layers.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linear) == len(in_decoder) >= 4 * host.layers
 
 
 def test_what_a_family_does_not_provide_is_refused_in_a_sentence():

@@ -58,7 +58,8 @@ def finish(config, processor, seed: int = 0) -> HostModel:
     tokenizer = processor.tokenizer
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return host_of(model, processor)
+    size = processor.image_processor.size  # less than the released limits: pictures of tests are small
+    return host_of(model, processor, size["shortest_edge"], size["longest_edge"])
 
 
 def text_config(**changes) -> dict:

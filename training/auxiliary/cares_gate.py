@@ -30,7 +30,7 @@ from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Failure, Sample, Turn
-from awares_bench.methods.images import within
+from awares_bench.methods.images import share_of, within
 from awares_bench.methods.policy import Policy, TurnGenerator
 from awares_bench.methods.resolution_gate import Gate
 from awares_bench.models.packaged import resolve
@@ -50,7 +50,9 @@ class AtSize(Policy):
     longest: int = 0
 
     def turns(self, sample: Sample) -> TurnGenerator:
-        return (yield sample.ask(tuple(within(image, self.longest) for image in sample.images)))
+        views = tuple(within(image, self.longest) for image in sample.images)
+        shares = tuple(share_of(view, image) for view, image in zip(views, sample.images, strict=True))
+        return (yield sample.ask(views, shares=shares))
 
 
 def label(utility: np.ndarray, tau: float = 0.85, delta: float = 0.1) -> np.ndarray:
@@ -118,7 +120,9 @@ def hidden_states(vlm: LocalModel, samples: Sequence[Sample], view: int, depth: 
     """(N, D): the state that the gate reads, of each sample's first image at ``view`` pixels, after a ``depth`` of the layers."""
     states = []
     for sample in tqdm(samples, desc="proxy"):
-        turn = Turn((within(sample.images[0], view),), sample.question, model="proxy", hidden_state_depth=depth)
+        thumbnail = within(sample.images[0], view)
+        share = share_of(thumbnail, sample.images[0])
+        turn = Turn((thumbnail,), sample.question, shares=(share,), model="proxy", hidden_state_depth=depth)
         states.append(vlm.hidden_states([Request(Session(), turn, 1)])[0].hidden)
     return np.array(states)
 

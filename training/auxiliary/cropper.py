@@ -82,7 +82,7 @@ class FrozenTargetReward:
             malformed = any(e.kind == EventKind.MALFORMED_BOX for e in rollout.trajectory.events)
             turn = self.turn_after(sample, NOT_NEEDED if malformed else rollout.trajectory.replies[0].text)
             form = MALFORMED_BOX if malformed else BOX if turn.boxes else NO_BOX
-            images = [vlm.image_input(image, known_images) for image in turn.images]
+            images = [vlm.image_input(image, known_images, share) for image, share in turn.shown]
             conversation = Conversation()
             conversation.add_context(vlm.host.render([turn], [], images), images)
             conversation.add_reply([*vlm.tokenizer(answer, add_special_tokens=False)["input_ids"], vlm.host.end_of_turn])

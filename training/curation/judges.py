@@ -6,11 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from openai import APIConnectionError, APIError, APIStatusError
-from rapidfuzz.distance import Levenshtein
-
 from awares_bench.errors import AwaresError
-from awares_bench.inference.openai_client import RETRIES, is_refusal, open_client, refusal
 
 Judge = Callable[[str, tuple[str, ...], str], float]
 """(question, accepted answers, prediction) -> how right, 0 to 1."""
@@ -43,6 +39,8 @@ def relaxed(question: str, answers: tuple[str, ...], prediction: str) -> float:
 
 def anls(question: str, answers: tuple[str, ...], prediction: str, threshold: float = 0.5) -> float:
     """1 - edit distance / length of the longer, of the nearest answer; 0 below ``threshold`` (DocVQA's measure)."""
+    from rapidfuzz.distance import Levenshtein
+
     best = max(Levenshtein.normalized_similarity(plain(prediction), plain(a)) for a in answers)
     return best if best >= threshold else 0.0
 
@@ -72,14 +70,21 @@ class Embedding:
 
 
 class Endpoint:
-    """Chat of an OpenAI-compatible server. retries, timeout: see ``openai_client``; the key is read from OPENAI_API_KEY."""
+    """Chat of an OpenAI-compatible server. retries (None: the client's own number), timeout: see ``openai_client``; the key is read from
+    OPENAI_API_KEY."""
 
-    def __init__(self, url: str, model: str, timeout: float = 60.0, retries: int = RETRIES):
-        self.url, self.model, self.retries = url, model, retries
-        self.client = open_client(url, retries, timeout)
+    def __init__(self, url: str, model: str, timeout: float = 60.0, retries: int | None = None):
+        from awares_bench.inference.openai_client import RETRIES, open_client
+
+        self.url, self.model, self.retries = url, model, RETRIES if retries is None else retries
+        self.client = open_client(url, self.retries, timeout)
 
     def say(self, prompt: str | list[dict], max_tokens: int = 16) -> str:
         """The greedy reply to a prompt, or to the parts of one. Raises JudgeError when there is none."""
+        from openai import APIConnectionError, APIError, APIStatusError
+
+        from awares_bench.inference.openai_client import is_refusal, refusal
+
         messages: Any = [{"role": "user", "content": prompt}]
         try:
             completion = self.client.chat.completions.create(

@@ -29,6 +29,7 @@ from transformers import (
 from awares_bench.methods import registry
 from awares_bench.methods.conversation import Sample
 from awares_bench.methods.crop_grid import PAPER_GRID
+from awares_bench.models.limits import RELEASED
 from awares_bench.tasks.nano import world
 
 from ..rendering import play
@@ -138,7 +139,7 @@ def question_corpus(questions: list[str]) -> list[str]:
 
 def processor(tok: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
     """The processor of Qwen2.5-VL around ``tok``. Limits: 4 to 16,384 visual tokens, as the released checkpoints'."""
-    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 16384 * 28 * 28}
+    size = dict(zip(("shortest_edge", "longest_edge"), RELEASED, strict=True))
     images = Qwen2VLImageProcessor(size=size, patch_size=14, merge_size=2)
     return Qwen2_5_VLProcessor(
         image_processor=images, tokenizer=tok, video_processor=Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE

@@ -33,6 +33,7 @@ from . import model as nano
 from .loop import LoopSettings, ParameterGroup, autocast, train
 from .pixels import normalise, patches
 
+NANO = nano.Geometry()
 SLOTS = 3
 """Slots of a panel's content."""
 GLYPHS = 4
@@ -227,14 +228,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, geometry: nano.Geometry = NANO, stop: int | None = None, workers: int = 1) -> int:
+    """Train a tower of this geometry; stop: step to end after, although the schedule goes on; workers: processes that make batches."""
     # 1) Build the tower and its heads.
     torch.manual_seed(args.seed)
     vocabulary, tokenizer = Vocabulary(), nano.nano_tokenizer()
-    model = nano.build(tokenizer).to(args.device)
+    model = nano.build(tokenizer, geometry).to(args.device)
     if args.start:
         model.load_state_dict(type(model).from_pretrained(args.start, dtype=torch.float32).state_dict())
-    tower, heads = model.model.visual, Heads(nano.Geometry().width, vocabulary).to(args.device)
+    tower, heads = model.model.visual, Heads(geometry.width, vocabulary).to(args.device)
     key_weights = torch.ones(len(vocabulary.keys) + 1, device=args.device)
     glyph_weights = torch.ones(len(vocabulary.contents) + 1, device=args.device)
     key_weights[0] = glyph_weights[0] = 0.1  # class 0 is nothing, and most tokens lie on no panel
@@ -293,7 +295,7 @@ def main(args: argparse.Namespace) -> int:
         ParameterGroup([*tower.parameters()], args.lr, 50 if args.start else 0),
         ParameterGroup([*heads.parameters()], args.lr),
     ]
-    settings = LoopSettings(args.steps, device=args.device, evaluate_every=250)
+    settings = LoopSettings(args.steps, stop, device=args.device, evaluate_every=250, workers=workers)
     with windowed_attention(model.model.visual):
         train({"tower": tower, "heads": heads}, groups, make_batch, loss_of, evaluate, args.out, settings)
     return 0
