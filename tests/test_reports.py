@@ -244,7 +244,7 @@ def test_whichever_table_is_asked_for_stands_beside_ours(tmp_path):
     with pytest.raises(ReportError, match="no published table 'visionzip'; known: awares, angelslim, adaptvision, ergo"):
         published.numbers("visionzip")
     about = {"identity": {"fields": {"cap": 640}}}
-    assert published.variant_of("ergo", "ergo", about, "ergo") == "640" and published.variant_of("ergo", "ergo") == ""
+    assert published.variant_of("ergo", "ergo", about, "ergo") == "cap=640" and published.variant_of("ergo", "ergo") == ""
     assert published.variant_of("awares-sft", "awares") == "sft"
 
 
