@@ -81,7 +81,7 @@ class ZoomLoop(Policy):
                     picture = self.cut(style, pictures[index], region)
             except CallError as error:
                 refused = error
-            if call is None and refused is None:
+            if refused is None and (call is None or style.answers_too(reply.text, official)):
                 return answered(reply, style.answer(reply.text))
             if not images:
                 yield Event(EventKind.NO_IMAGE, "a call for a region of an image that is not there counts as the answer")

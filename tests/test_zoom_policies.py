@@ -231,6 +231,13 @@ def test_options_that_cannot_be_are_refused(wrong):
         build("zoom_loop", {"style": "thyme"})
 
 
+def test_the_released_deepeyes_cuts_for_nothing_after_an_answer_and_fails_on_a_box_that_cannot_be_cut():
+    good, bad = (f"<answer>7</answer>{call('deepeyes', box)}" for box in ("[40, 60, 200, 160]", "[200, 160, 40, 60]"))
+    options = {"style": "deepeyes", "compat": "official"}
+    assert play("zoom_loop", options, [good]).answer == "7" and play("zoom_loop", options, [bad]).answer == bad
+    assert play("zoom_loop", {"style": "deepeyes"}, [bad]).answer == "7"  # in its training an answer wins over a call
+
+
 def test_an_enclosing_box_is_in_the_image_and_not_empty():
     assert enclosing((-5.0, 2.2, 7.1, 9.9), 100, 8) == (0, 2, 8, 8)
     assert enclosing((200.0, 200.0, 300.0, 300.0), 100, 100) == (99, 99, 100, 100)
