@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import report
+from . import report, site
 from .data import gpu_day
 from .data.load import ReportError
 
@@ -39,12 +39,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--records", type=Path, metavar="FOLDER", help="also write compact records there, which report reads again"
     )
     parser.add_argument(
+        "--gallery",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also galleries of N documents on which AwaRes and another method differ",
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="folder with TASK.parquet for them, when the tasks' own data is not at hand"
+    )
+    parser.add_argument(
+        "--site",
+        type=Path,
+        metavar="OUT",
+        help="a leaderboard in OUT: these runs, or the committed ones, with the published numbers",
+    )
+    parser.add_argument(
         "--logs", type=Path, nargs="+", default=[], metavar="LOG", help="training logs (log.jsonl), for learning curves"
     )
 
 
 def main(args: argparse.Namespace) -> int:
     """``awares-bench report``."""
+    if args.site:
+        print(site.write(args.runs, args.site, dict(map(_metric, args.metric))))
+        return 0
     if not args.runs and not args.logs:
         raise ReportError("name at least one folder of runs: awares-bench report RUNS --out DIR")
     formats = tuple(args.formats.split(","))
@@ -71,6 +90,8 @@ def main(args: argparse.Namespace) -> int:
         compact=args.records,
         logs=tuple(args.logs),
         paper=args.paper,
+        gallery=args.gallery,
+        images=args.images,
     )
     print((args.out / "table.md").read_text(encoding="utf-8"))
     _told(args.out, warnings)

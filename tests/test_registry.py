@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from awares_bench.awares import AwaRes
+from awares_bench.bench.synthetic_models import random_scorer
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.methods import registry
 from awares_bench.methods.conversation import Sample, Trajectory
@@ -42,7 +43,8 @@ def given(tmp_path_factory):
     path = tmp_path_factory.mktemp("gate") / "gate.safetensors"
     rng = np.random.default_rng(3)
     Gate(rng.normal(size=(3, 64)), rng.normal(size=3), (56, 112, 224), 56, 0.5, "tiny").save(path)
-    return {"cares": {"gate": str(path)}, **{name: {"budget": 5} for name in ("visionthink", "adaptvision", "ergo", "zoom_loop")}}
+    short = {name: {"budget": 5} for name in ("visionthink", "adaptvision", "ergo", "zoom_loop")}
+    return {"cares": {"gate": str(path)}, "visionselector": {"scorer": str(random_scorer(64))}, **short}
 
 
 class Watched:
@@ -56,7 +58,7 @@ class Watched:
     def reply(self, requests, pruner=None):
         passes = []
         hooks = [
-            layer.register_forward_pre_hook(lambda m, args, i=i: passes.append((i, args[0].shape[1])))
+            layer.register_forward_hook(lambda m, args, out, i=i: passes.append((i, args[0].shape[1])))
             for i, layer in enumerate(self.vlm.host.decoder.layers)
         ]
         keys = [((r.session.turns or [r.turn])[0].text, len(r.session.turns), r.turn.model) for r in requests]
@@ -154,7 +156,7 @@ def counts(t):
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_every_pruner_composes_with_policies_of_two_turns_and_with_a_proxy(pruner, given):
     for policy in ("all_crops", "cares"):
-        method = registry.build(policy, {"pruner": pruner, "retention": 0.5, **given.get(policy, {})})
+        method = registry.build(policy, {"pruner": pruner, "retention": 0.5, **given.get(policy, {}), **given.get(pruner, {})})
         assert method.parts == (policy, pruner) and method.label.startswith(f"{policy}+{pruner} ")
         pruned, _ = run(method, 3, SAMPLES[:3])
         whole, _ = run_alone(policy, given)

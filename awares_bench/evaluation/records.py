@@ -33,7 +33,8 @@ class Record:
     models: who answered each turn, "" for the model under test; empty when no auxiliary model did.
     batch_size: conversations in flight; seconds of a batch above 1 are shares, not latencies.
     content: digest of what the document shows and asks. generation: the arguments that decided the answer. Both are None in
-    records of releases that did not keep them. attempt: records of the same document before this one; the last is in force.
+    records of releases that did not keep them. keep_masks: for each turn, which visual tokens a pruner let through, as dictionaries
+    of ``KeptTokens`` with bit masks; None where the run was not asked to keep them. attempt: records of the same document before this one; the last is in force.
     """
 
     task: str
@@ -58,9 +59,12 @@ class Record:
     malformed_call: str | None = None
     answer_logprob: float | None = None
     version: int = VERSION
+    keep_masks: list[list[dict]] | None = None
 
     @classmethod
-    def of(cls, trajectory: Trajectory, task: str, doc_id: int, split: str, question: str, batch_size: int) -> Record:
+    def of(
+        cls, trajectory: Trajectory, task: str, doc_id: int, split: str, question: str, batch_size: int, keep_masks: bool = False
+    ) -> Record:
         return cls(
             task=task,
             doc_id=doc_id,
@@ -82,6 +86,7 @@ class Record:
             boxes=[list(box) for box in trajectory.boxes],
             malformed_call=trajectory.malformed_call,
             answer_logprob=trajectory.answer_logprob,
+            keep_masks=[[kept.as_dict() for kept in r.kept] for r in trajectory.replies] if keep_masks else None,
         )
 
 

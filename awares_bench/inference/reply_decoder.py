@@ -29,6 +29,9 @@ class ReplyDecoder:
     trace: bool = False
     """Keep the scores of every choice, for tests."""
 
+    opening: str = ""
+    """What stands before a reply that the turn says for the model (``HostModel.opening``)."""
+
     tokens: list[int] = field(default_factory=list)
     """The reply so far, without the token that ended it."""
 
@@ -56,7 +59,8 @@ class ReplyDecoder:
 
     def __post_init__(self):
         if self.forced:
-            self.tokens = list(self.tokenizer(self.request.turn.forced_reply, add_special_tokens=False)["input_ids"])
+            said = self.opening + (self.request.turn.forced_reply or "")
+            self.tokens = list(self.tokenizer(said, add_special_tokens=False)["input_ids"])
             self.active, self.ended = False, True
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from .crop_grid import Box, CropGrid
+from .kept_tokens import KeptTokens
 from .usage import Usage
 
 
@@ -146,6 +147,9 @@ class Reply:
     logprob: float | None = None
     """Natural logarithm of the probability of the reply as it was chosen, its end included; None where nobody can say."""
 
+    kept: tuple[KeptTokens, ...] = ()
+    """Which visual tokens of the turn's pictures went on, cut by cut, where a pruner cut them and the request asks for it."""
+
 
 class EventKind(str, Enum):
     """The kinds of ``Event`` of this package. A kind is its value, a plain string; a method may use others of its own."""
@@ -174,6 +178,7 @@ class EventKind(str, Enum):
     OUT_OF_MEMORY = "out_of_memory"
     PREFIX_CACHE = "prefix_cache"
     PREFIX_RECOMPUTED = "prefix_recomputed"
+    REASONING_APART = "reasoning_apart"
     REPETITION_PENALTY = "repetition_penalty"
     RESOLUTION = "resolution"
     SEVERAL_IMAGES = "several_images"
