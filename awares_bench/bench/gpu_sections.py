@@ -49,7 +49,8 @@ def engine_large(scale: Scale, device: str, out: Path) -> list[Item]:
 
 
 def engine_of(size: str, scale: Scale, device: str, out: Path) -> list[Item]:
-    """Every page size at the smallest batch, then the others; a batch of one calls, larger ones at every call rate."""
+    """Every page size at the smallest batch, then the others; a batch of one calls, larger ones at every call rate. ``generate`` takes a
+    second turn one page at a time, so it is timed at the batch of one."""
 
     @cache
     def model() -> LocalModel:
@@ -69,7 +70,7 @@ def engine_of(size: str, scale: Scale, device: str, out: Path) -> list[Item]:
             answer=scale.answer, repeats=repeats, parts=("turns", "stock"),
         )  # fmt: skip
         try:
-            return engine_bench.measure(settings, vlm, layouts=others)
+            return engine_bench.measure(settings, vlm, others, twice=batch == 1)
         except (MemoryError, torch.cuda.OutOfMemoryError) as error:
             why = str(error).splitlines()[0]
         # outside of the handler, whose traceback holds what was computed
