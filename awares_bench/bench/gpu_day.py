@@ -71,7 +71,7 @@ def run(
         # time that a section leaves over is the others'
         share = min(left, max(LEAST, left * section.minutes / sum(s.minutes for s in sections[i:])))
         if here:
-            measure(records[section.name], section.items(scale, device, out), time.monotonic() + share)
+            measure(records[section.name], section.items(scale, device, out, share), time.monotonic() + share)
         else:
             in_a_process(section, out, scale, device, share)
         print(records[section.name].sentence(), flush=True)

@@ -90,8 +90,8 @@ class Section:
     title: str
     minutes: float
     """Its share of the time, as minutes of 25."""
-    items: Callable[[Scale, str, Path], list[Item]]
-    """(scale, device, folder of the records) -> its measurements, the most telling first. Loads nothing."""
+    items: Callable[[Scale, str, Path, float], list[Item]]
+    """(scale, device, folder of the records, seconds that there are) -> its measurements, the most telling first. Loads nothing."""
 
 
 class Record:
