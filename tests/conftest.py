@@ -61,3 +61,14 @@ def task_files_read_once():
 
     with tasks_read_once():
         yield
+
+
+@pytest.fixture
+def server():
+    """A fake OpenAI-compatible server, of which ``server.state`` says what it does (see ``openai_fake``)."""
+    from .openai_fake import start
+
+    server = start()
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -227,6 +227,15 @@ class HostModel(ABC):
         return rendered(self.processor, chat_messages(turns, [_HOLE])).split(_HOLE)[-1]
 
     @cached_property
+    def opening(self) -> str:
+        """What the template writes between its prompt for a reply and the reply, such as a space; see ``opening_of``."""
+        return opening_of(lambda turns, replies: rendered(self.processor, chat_messages(turns, replies)))
+
+    def reply_tokens(self, reply: str) -> list[int]:
+        """The ids of a reply that somebody wrote, as the template has it after its prompt; without the end of the turn."""
+        return self.tokenizer(self.opening + reply, add_special_tokens=False)["input_ids"]
+
+    @cached_property
     def end_of_turn(self) -> int:
         """The token with which the template ends a reply, found by rendering one."""
         return self.tokenizer(self._end_text, add_special_tokens=False)["input_ids"][0]
@@ -336,6 +345,16 @@ def rendered(processor: Any, messages: list[dict], asks: bool = True) -> str:
     """Messages through a checkpoint's chat template, thinking off where the template asks (``enable_thinking``). asks: up to the reply."""
     thinking = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **thinking)
+
+
+def opening_of(render: Callable[[list[Turn], list[str]], str]) -> str:
+    """What a template writes between its prompt for a reply and the reply. render: turns and the replies between them -> text.
+
+    SmolVLM's prompt ends with ``Assistant:`` and its replies begin with a space, which the model writes itself.
+    """
+    asked = render([Turn((), "a")], [])
+    answered = render([Turn((), "a"), Turn((), "b")], [_HOLE]).split(_HOLE)[0]
+    return answered[len(asked) :] if answered.startswith(asked) else ""
 
 
 def joined(visual: list[VisualTokens]) -> Tensor:
