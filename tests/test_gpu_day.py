@@ -144,7 +144,7 @@ def test_every_section_is_measured_at_the_smallest_geometry(rehearsed):
         assert day.sections[name]["status"] == "complete", day.sections[name]["items"]
     frame = read_gpu_day.equality(day)
     exact = frame[frame["dtype"] == "float32"]
-    assert len(exact) == 5 and (exact["largest"] < 1e-4).all() and (exact["same_choice"].dropna() == 1).all()
+    assert len(exact) == 6 and (exact["largest"] < 1e-4).all() and (exact["same_choice"].dropna() == 1).all()
     rounded = frame[frame["dtype"] == "bfloat16"]
     assert rounded["relative"].max() < 0.02 and rounded["question"].str.contains("beside float32").sum() == 6
     (step,) = day.items("grpo").values()

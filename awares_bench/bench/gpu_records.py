@@ -187,7 +187,8 @@ def measure(record: Record, items: list[Item], deadline: float) -> None:
             print(f"{item.key}: left out, {left:.0f} s are left", file=sys.stderr, flush=True)
             continue
         record.begin(item.key)
-        start, outcome = time.monotonic(), {}
+        outcome: dict = {}
+        start = time.monotonic()
         try:
             outcome = {"result": item.measure()}
         except (Exception, SystemExit) as error:  # one measurement never ends the others
