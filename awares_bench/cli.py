@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .evaluation.doctor import installed
+from .openmp import set_short_spin
 
 Main = Callable[[argparse.Namespace], int]
 
@@ -251,6 +252,7 @@ def _add(parser: argparse.ArgumentParser, commands: dict, **kwargs) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    set_short_spin()  # before a command loads PyTorch
     parser = argparse.ArgumentParser(prog="awares-bench", description="How few visual tokens does a vision-language model need?")
     parser.add_argument("--version", action="store_true", help="versions of awares-bench and of what its numbers depend on")
     _add(parser, COMMANDS, dest="command", metavar="COMMAND")

@@ -29,5 +29,6 @@ class RandomTokens(Pruner):
 
     def score(self, image: VisualTokens) -> Tensor:
         """Uniform numbers that the picture and ``draw`` decide."""
-        generator = torch.Generator().manual_seed(image.seed + 2**32 * int(self.draw))
+        seed = (image.seed + 2654435761 * int(self.draw)) % 2**32  # the generator reads 32 bits
+        generator = torch.Generator().manual_seed(seed)
         return torch.rand(len(image.features), generator=generator).to(image.features.device)

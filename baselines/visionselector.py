@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from awares_bench import Pruner, VisualTokens
+from awares_bench.methods.options import parse_int
 from awares_bench.models.scorer import load_scorer
 
 from ._greedy import cosines
@@ -35,10 +36,9 @@ class VisionSelector(Pruner):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.mmr is not None and (isinstance(self.mmr, bool) or not 0 <= self.mmr <= 1):
-            raise ValueError(f"mmr is {self.mmr!r}; it must be none or a number from 0 to 1, such as 0.5")
-        if isinstance(self.parallel, bool) or not isinstance(self.parallel, int) or self.parallel < 1:
-            raise ValueError(f"parallel is {self.parallel!r}; it must be a whole number of at least 1")
+        if self.mmr is not None and (isinstance(self.mmr, (bool, str)) or not 0 <= self.mmr <= 1):
+            raise ValueError(f"mmr is {self.mmr!r}; it must be a number from 0 to 1, such as 0.5, or left out")
+        parse_int("parallel", self.parallel)
 
     def check(self, width: int) -> None:
         if not self.scorer:

@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric", action="append", default=[], metavar="TASK=METRIC", help="the accuracy of a task that is not known"
     )
     parser.add_argument("--gap", type=float, default=1.0, help="points of accuracy whose price in documents is told (default: 1)")
+    parser.add_argument(
+        "--paper",
+        default="awares",
+        metavar="NAME",
+        help="whose published cells stand beside ours: awares (default), angelslim, adaptvision, ergo",
+    )
     parser.add_argument("--formats", default="pdf,svg,png", help="of figures (default: pdf,svg,png)")
     parser.add_argument(
         "--records", type=Path, metavar="FOLDER", help="also write compact records there, which report reads again"
@@ -83,6 +89,7 @@ def main(args: argparse.Namespace) -> int:
         gap=args.gap / 100,
         compact=args.records,
         logs=tuple(args.logs),
+        paper=args.paper,
         gallery=args.gallery,
         images=args.images,
     )

@@ -30,7 +30,7 @@ from .plots import (
     style,
 )
 from .plots import gpu_day as gpu_figures
-from .tables import details, main, render
+from .tables import details, main, measures, render
 from .tables import gpu_day as gpu_tables
 
 
@@ -45,6 +45,7 @@ def write(
     gap: float = 0.01,
     compact: Path | None = None,
     logs: tuple[Path, ...] = (),
+    paper: str = published.PAPER,
     gallery: int = 0,
     images: Path | None = None,
 ) -> tuple[list[Run], pd.DataFrame, list[str]]:
@@ -52,8 +53,9 @@ def write(
 
     allow: names of ``comparability.REASONS``, printed below everything. metrics: task -> metric, of tasks that ``load`` does not know.
     times: whether seconds are reported. gap: the difference in accuracy (a fraction) whose price in documents is told. compact: folder
-    for compact records, which this function reads again. logs: of training runs. gallery: documents of each gallery in which AwaRes
-    stands beside another method where they differ; 0: none. images: folder of TASK.parquet for them, see ``gallery.select``.
+    for compact records, which this function reads again. logs: of training runs. paper: whose published cells stand beside ours.
+    gallery: documents of each gallery in which AwaRes stands beside another method where they differ; 0: none. images: folder of
+    TASK.parquet for them, see ``gallery.select``.
     Returns runs, documents and what the reader should be warned of. Raises ReportError for what must not be reported.
     """
     if gallery < 0:
@@ -78,11 +80,13 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     if compact:
         write_compact(runs, compact)
-    paper = published.cells(runs, frame)
+    cells = published.cells(runs, frame, paper)
     (out / "summary.json").write_text(json.dumps(summary.summary(frame), indent=1) + "\n")
     candidates = [
-        main.accuracy(frame, paper),
-        main.against_paper(frame, paper),
+        main.accuracy(frame, cells),
+        main.against_paper(frame, cells),
+        measures.matched_table(frame, times),
+        measures.agreement_table(frame),
         main.cost(runs, frame, times),
         details.differences(frame, gap),
         details.diagnostics(frame),
@@ -94,7 +98,7 @@ def write(
         render.write(table, out, notes)
     # A figure whose data the runs do not hold is named on the page instead.
     figures, skipped = {}, []
-    for name, module, data, draw in _figures(runs, frame, paper, tuple(notes), times, logs):
+    for name, module, data, draw in _figures(runs, frame, cells, tuple(notes), times, logs):
         if data.empty:
             skipped.append(name)
             continue

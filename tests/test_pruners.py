@@ -1,13 +1,16 @@
 """Every pruner in ``baselines``: the contract of ``awares_bench.methods.pruner.Pruner``, on logits."""
 
 from dataclasses import dataclass, replace
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 from transformers.vision_utils import get_vision_window_index
 
+from awares_bench.baselines._greedy import cover
 from awares_bench.baselines.apet import ApET
 from awares_bench.baselines.cdpruner import CDPruner
 from awares_bench.baselines.dart import Dart
@@ -24,15 +27,18 @@ from awares_bench.baselines.visionzip import VisionZip
 from awares_bench.baselines.vispruner import VisPruner
 from awares_bench.bench import pruner_bench
 from awares_bench.bench.meter import Meter
+from awares_bench.bench.synthetic_models import random_scorer
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Turn
 from awares_bench.methods.images import half
-from awares_bench.methods.pruner import Pruner, VisualTokens
+from awares_bench.methods.options import options
+from awares_bench.methods.pruner import Pruner, VisualTokens, quirks_of
 from awares_bench.methods.registry import pruner_classes
 from awares_bench.models.attention_scores import AttentionRows, column_attention, window_order
 from awares_bench.models.qwen2_5_vl import runs_of
 from awares_bench.models.qwen_vision import VisionProbe
+from awares_bench.models.scorer import PARTS, load_scorer
 
 from .test_vlm import TURNS, first, ours
 from .tiny import chunk_ids, embedded, image_input, picture, pixels, see, tiny_vlm
@@ -141,7 +147,11 @@ def test_a_second_turn_on_the_cut_cache_is_what_a_mask_over_the_whole_conversati
     """The oracle never drops a token: a 4-D mask per layer hides what was cut, and nothing is cached."""
     if cls in (ApET, Pooling, SparseVLM, VisionZip):
         pytest.skip("merging changes features; the batch test covers its second turns")
-    vlm, pruner = tiny_vlm(), made(cls, 0.4)
+    check_cut_cache(made(cls, 0.4))
+
+
+def check_cut_cache(pruner):
+    vlm = tiny_vlm()
     one, two = Turn((picture(140, 196, 5),), "What is it?", is_final=False), Turn((picture(84, 112, 6),))
     session = Session()
     (reply,), _ = pruned(vlm, [Request(session, one, 4)], pruner)
@@ -154,20 +164,22 @@ def test_a_second_turn_on_the_cut_cache_is_what_a_mask_over_the_whole_conversati
 def masked(vlm: LocalModel, pruner: Pruner, one: Turn, reply: list[int], two: Turn, cached: list[int]) -> torch.Tensor:
     chunks, at, visible = [], 0, []  # visible: per layer, the (L,) tokens it may see
     layers = len(vlm.host.decoder.layers)
-    stages = pruner.cut_layers(layers)
+    stages, (before_decoder, pruner) = pruner.cut_layers(layers), pruner.before_and_inside(layers)
+    wanted = before_decoder or pruner  # what looks into the tower
     for session, turn in ((Session(), one), (Session(turns=[one], replies=["x"]), two)):
         views = [pixels(vlm, i) for i in turn.images]
         grids = [g for _, g, _ in views]
         ids = chunk_ids(vlm, session, turn) if not session.turns else reply + chunk_ids(vlm, session, turn)
-        seen = see(vlm, [p for p, _, _ in views], grids, pruner)
+        seen = see(vlm, [p for p, _, _ in views], grids, wanted)
         seen = [replace(v, seed=vlm.host.image_input(i).seed) for v, i in zip(seen, turn.images, strict=True)]
         chunks.append(replace(embedded(vlm, ids, grids, seen, at), question=vlm.host.question_of(ids)))
         at = chunks[-1].next_position
     embeds = torch.cat([c.embeds for c in chunks])
     rope = vlm.host.decoder.rotary_emb(embeds[None], torch.cat([c.positions for c in chunks], 1)[:, None])
     hidden, alive, offset = embeds[None], torch.ones(len(embeds), dtype=torch.bool), [0, len(chunks[0].embeds)]
-    if not stages:
-        alive = torch.cat([survivors(c, pruner, pruner.retention) for c in chunks])
+    if before_decoder:
+        alive = torch.cat([survivors(c, before_decoder, before_decoder.retention) for c in chunks])
+    entering = alive.clone()
     for layer in range(layers):
         visible.append(int(alive[: offset[1]].sum()))
         see_before = torch.ones(len(embeds), len(embeds), dtype=torch.bool).tril()
@@ -194,7 +206,8 @@ def masked(vlm: LocalModel, pruner: Pruner, one: Turn, reply: list[int], two: Tu
                 places = there - start - span.start
                 tokens = VisualTokens(hidden[0, there], span.visual.grid, places, seed=span.visual.seed, decoder_attention=rows)
                 tokens = replace(tokens, text=hidden[0, text])
-                _, chosen = pruner.reduce(tokens, pruner.tokens_to_keep(span.full, stages[layer]))
+                full = int(entering[start + span.start : start + span.stop].sum())
+                _, chosen = pruner.reduce(tokens, pruner.tokens_to_keep(full, stages[layer]))
                 cut.append(there[~torch.isin(torch.arange(len(there)), chosen)])
         alive[torch.cat(cut)] = False
     assert [n + len(reply) - (cached[0] - visible[0] != len(reply)) for n in visible] == cached
@@ -422,6 +435,207 @@ def test_sparsevlm_keeps_its_retention_as_the_mean_over_the_layers(layers, reten
         assert mean == pytest.approx(retention, abs=1e-6)
     else:  # the layers before the first cut take too much
         assert mean > retention and retention < (min(stages) + 1) / layers * 1.5
+
+
+@pytest.mark.parametrize("layers", [4, 28, 32, 36])
+@pytest.mark.parametrize("retention", [0.05, 0.1, 0.25, 0.33, 0.5, 0.7, 0.9])
+def test_pyramiddrop_keeps_its_retention_as_the_mean_over_the_layers(layers, retention):
+    stages, share, shares = PyramidDrop(retention).cut_layers(layers), 1.0, []
+    for layer in range(layers):
+        shares.append(share)
+        share = stages.get(layer, share)
+    assert max(stages) < layers - 1 and list(stages) == sorted(stages)
+    if retention >= 1.01 / layers:  # the first layer sees every token
+        assert sum(shares) / layers == pytest.approx(retention, abs=1e-6)
+    if retention > 0.34:
+        assert list(stages) == [i * layers // 4 - 1 for i in (1, 2, 3)]  # the authors' quarters
+
+
+@EVERY
+@pytest.mark.parametrize("retention", [0.1, 0.25, 0.5, 0.7])
+def test_the_achieved_retention_is_the_one_asked_for(cls, retention):
+    """Of every picture to a token, by each rule of what the share is of: all layers, or those after the one cut."""
+    vlm, pruner = tiny_vlm(), made(cls, retention)
+    cuts = pruner.cut_layers(28)
+    for turn in (TURNS[0], TURNS[1]):
+        (reply,), _ = pruned(vlm, [first(turn)], pruner)
+        asked = retention * reply.usage.encoded
+        if not cuts:
+            kept = reply.usage.prefill
+            assert asked - 1 < kept <= asked + 1e-9 or (cls is Pooling and 0.7 * asked < kept <= asked)
+        elif len(cuts) == 1:  # FastV's meaning: the share that goes on
+            after = (reply.usage.prefill * 3 - 2 * reply.usage.encoded) if pruner.layer == 2 else None
+            assert after is None or abs(after - asked) < 1
+        elif retention > 0.4:  # what a decoder of three layers can reach
+            assert abs(reply.usage.prefill - asked) <= 1.5
+
+
+OTHER = {
+    "scorer": lambda: str(random_scorer(12, 1)),
+    "mmr": lambda: 0.5,
+    "layer": lambda: 3,
+    "draw": lambda: 1,
+    "basis": lambda: 3,
+    "alpha": lambda: 50.0,
+    "text_pivots": lambda: 1,
+}
+"""Option -> another value than its default, where no rule says one."""
+
+
+def others(cls: type[Pruner], name: str) -> list:
+    """Values of an option that are not its default."""
+    hint, default = get_type_hints(cls)[name], options(cls)[name]
+    if get_origin(hint) is Literal:
+        return [value for value in get_args(hint) if value != default]
+    return [OTHER[name]()] if name in OTHER else [default * 3 if isinstance(default, int) else 0.3]
+
+
+def decided(pruner: Pruner) -> list:
+    """Everything that a pruner decides about some pictures of 45 tokens, as plain numbers."""
+    out: list = [sorted(pruner.cut_layers(28).items()), quirks_of(pruner), pruner.tokens_to_keep(45, 0.63)]
+    for seed, n in ((0, 20), (1, 20), (2, 5), (3, 5)):
+        features, indices = pruner.reduce(replace(image(seed=seed), tower_order=torch.arange(45).flip(0)), n)
+        out.append((features.tolist(), indices.tolist()))
+    return out
+
+
+OPTIONS = [(cls, name) for cls in pruner_classes() for name in options(cls) if name != "retention"]
+
+
+@pytest.mark.parametrize(("cls", "name"), OPTIONS, ids=lambda x: getattr(x, "__name__", x))
+def test_every_option_changes_what_is_decided(cls, name):
+    given = {"mmr": 0.5} if name == "parallel" else {}
+    default = decided(made(cls, 0.45, 12, **given))
+    assert decided(made(cls, 0.45, 12, **given)) == default
+    for value in others(cls, name):
+        assert decided(cls(0.45, **{**pruner_bench.weights_of(cls, 12), **given, name: value})) != default, value
+
+
+@EVERY
+def test_no_pruner_changes_what_it_is_shown(cls):
+    seen = image()
+    held = [t.clone() for t in (seen.features, seen.attention, seen.middle_attention, seen.unmerged, seen.text, seen.vision_keys)]
+    made(cls, 0.4, 12).reduce(seen, 18)
+    now = (seen.features, seen.attention, seen.middle_attention, seen.unmerged, seen.text, seen.vision_keys)
+    assert all(torch.equal(a, b) for a, b in zip(held, now, strict=True))
+
+
+# ------------------------------------------------------------------ new pruners, against their definitions
+
+
+def test_lazy_coverage_is_the_plain_greedy():
+    g = torch.Generator().manual_seed(1)
+    for v in (1, 2, 17, 60):
+        table, weight, bonus = torch.randn(v, 23, generator=g), torch.rand(v, generator=g), torch.rand(v, generator=g)
+        best, order = torch.zeros(23), []
+        for _ in range(v):
+            value = (table - best).clamp(min=0).sum(1).double() * weight + bonus
+            value[order] = -torch.inf
+            order.append(int(value.argmax()))
+            best = torch.maximum(best, table[order[-1]])
+        assert cover(table, v, weight, bonus) == order
+    assert cover(torch.ones(5, 3), 3) == [0, 1, 2]  # the first of equals
+
+
+def test_cdpruner_takes_the_largest_determinant_each_time_and_survives_doubles():
+    x = image(30, (5, 6)).features
+    relevance = CDPruner(0.5).relevance(x, image().words)
+    kernel = relevance[:, None] * (normalize(x, dim=1) @ normalize(x, dim=1).T) * relevance
+    chosen: list[int] = []
+    for _ in range(8):
+        rest = [i for i in range(30) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: float(torch.linalg.det(kernel[[*chosen, i]][:, [*chosen, i]].double()))))
+    assert CDPruner(0.5).order(x, relevance, 8).tolist() == chosen
+    doubled = torch.cat([x, x])  # past the rank of the kernel nothing is left to choose by
+    assert sorted(CDPruner(0.5).order(doubled, torch.ones(60), 60).tolist()) == list(range(60))
+
+
+def test_hiprune_s_neighbours_stay_in_the_picture():
+    around = HiPrune(0.5).around(torch.tensor([0, 8, 22]), (5, 9))
+    assert around.tolist() == [0, 1, 7, 8, 9, 13, 17, 21, 22, 23, 31]
+    assert HiPrune(0.5, compat="official").around(torch.tensor([8]), (5, 9)).tolist() == [0, 7, 8, 9, 17]  # 9 is in the next row
+
+
+def test_vispruner_allows_every_budget():
+    for v in (1, 2, 3, 7, 12, 19):
+        seen = replace(image(v, (1, v)), attention=torch.rand(v))
+        for n in range(1, v + 1):
+            for important in (0.0, 0.5, 1.0):
+                for compat in ("corrected", "angelslim"):
+                    assert len(VisPruner(0.5, important, compat).select(seen, n)) == n
+
+
+def test_apet_blends_the_basis_and_merges_the_rest():
+    features, kept = ApET(0.5, 3).reduce(image(), 20)
+    x = image().features
+    basis = ApET(0.5, 3).basis_of(x, 3)
+    order = ApET(0.5).errors(x, x[basis]).argsort(descending=True)
+    low, top = order[17:20].sort().values, order[:17].sort().values
+    assert torch.equal(kept, torch.cat([low, top]).sort().values)
+    torch.testing.assert_close(features[torch.searchsorted(kept, low)], (x[low] + x[basis]) / 2)
+    dropped = order[20:]
+    home = (normalize(x[dropped], dim=1) @ normalize(x[top], dim=1).T).argmax(1)
+    for i, place in enumerate(top):
+        group = torch.stack([x[place], *x[dropped[home == i]]])
+        torch.testing.assert_close(features[torch.searchsorted(kept, place)], group.mean(0))
+
+
+def test_the_question_is_found_among_the_tokens_after_the_last_picture():
+    vlm = tiny_vlm()
+    for turn in (TURNS[0], TURNS[2], Turn((picture(56, 56),), "")):
+        ids = chunk_ids(vlm, Session(), turn)
+        after = ids[len(ids) - ids[::-1].index(vlm.host.image_token) :]
+        assert vlm.tokenizer.decode(after[vlm.host.question_of(ids)]) == turn.text
+    seen = replace(image(), question=slice(2, 2))
+    assert torch.equal(seen.words, seen.text) and torch.equal(replace(seen, question=slice(1, 3)).words, seen.text[1:3])
+
+
+def test_the_question_decides_what_is_relevant():
+    vlm, words = tiny_vlm(), []
+
+    class Told(CDPruner):
+        def relevance(self, features, asked):
+            words.append(asked)
+            return super().relevance(features, asked)
+
+    vlm.reply([first(TURNS[0])], Told(0.5))
+    embedding = vlm.host.model.get_input_embeddings()
+    tokens = torch.tensor(vlm.tokenizer(TURNS[0].text, add_special_tokens=False)["input_ids"])
+    assert torch.equal(words[0], embedding(tokens))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"q_proj.weight": torch.zeros(2, 3)}, "holds no q_proj.weight; pass a safetensors file with q_proj.weight, q_proj.bias"),
+        ({part: torch.zeros(2, 3) if "weight" in part else torch.zeros(3) for part in PARTS}, "biases their height"),
+        ({part: torch.full((2, 3) if "weight" in part else (2,), torch.nan) for part in PARTS}, "not finite"),
+    ],
+)
+def test_a_scorer_that_cannot_be_used_says_why(tmp_path, tensors, said):
+    save_file(tensors, tmp_path / "scorer.safetensors")
+    with pytest.raises(ValueError, match=said):
+        load_scorer(str(tmp_path / "scorer.safetensors"))
+
+
+def test_a_scorer_is_read_from_a_whole_checkpoint_by_its_tensors_alone(tmp_path):
+    whole = {f"visual.importance_scorer.{part}": t for part, t in load_file(random_scorer(12)).items()}
+    save_file(whole | {"model.q_proj.weight": torch.zeros(1)}, tmp_path / "model-00001.safetensors")
+    (tmp_path / "code.py").write_text("raise SystemExit")
+    assert load_scorer(str(tmp_path)).fingerprint == load_scorer(str(random_scorer(12))).fingerprint
+    assert load_scorer(str(random_scorer(12, 1))).fingerprint != load_scorer(str(random_scorer(12))).fingerprint
+    (tmp_path / "broken.safetensors").write_text("nothing")
+    with pytest.raises(ValueError, match="is not a safetensors file that can be read"):
+        load_scorer(str(tmp_path / "broken.safetensors"))
+    for bad, said in (({"mmr": 1.5}, "mmr is 1.5"), ({"parallel": 0}, "parallel is 0"), ({"mmr": "no"}, "mmr is 'no'")):
+        with pytest.raises(ValueError, match=said):
+            VisionSelector(0.5, **bad)
+
+
+def test_scores_are_the_mean_products_of_the_definition():
+    scorer, x = load_scorer(str(random_scorer(12))), image().features
+    q, k = x @ scorer.query.T + scorer.query_bias, x @ scorer.key.T + scorer.key_bias
+    torch.testing.assert_close(scorer.scores(x), (q @ k.T).mean(1) / len(scorer.query) ** 0.5)
 
 
 def test_a_layer_that_the_model_does_not_have_is_an_error():

@@ -1,7 +1,7 @@
 """What every method keeps to, whoever wrote it: found, documented, composed, counted, the same in any batch."""
 
 import importlib.metadata
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from awares_bench.awares import AwaRes
+from awares_bench.bench.synthetic_models import random_scorer
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.methods import registry
 from awares_bench.methods.conversation import Sample, Trajectory
@@ -24,6 +25,8 @@ METHODS = [*registry.names(), EXAMPLE]
 PRUNERS = [n for n in METHODS if issubclass(registry.method_class(n), Pruner)]
 EVERY = pytest.mark.parametrize("name", METHODS, ids=lambda n: n.rsplit(":", 1)[-1])
 
+OTHERS = {"other_pictures": lambda: [(picture(224, 168, 7),), (picture(112, 84, 8),)]}
+
 SAMPLES = [
     Sample((), "Without a picture: what is two and two?", "t/0"),
     Sample((picture(224, 224),), "What is the value of the red bar?", "t/1", ((100, 100, 130, 120),), False),
@@ -31,6 +34,7 @@ SAMPLES = [
     Sample((picture(112, 112, 2), picture(56, 140, 3)), "Compare the two.", "t/3"),
     Sample((picture(40, 200, 4),), "Which way?", "t/4", ((0, 0, 40, 50),), True),
 ]
+SAMPLES = [replace(sample, **OTHERS) for sample in SAMPLES]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,8 @@ def given(tmp_path_factory):
     path = tmp_path_factory.mktemp("gate") / "gate.safetensors"
     rng = np.random.default_rng(3)
     Gate(rng.normal(size=(3, 64)), rng.normal(size=3), (56, 112, 224), 56, 0.5, "tiny").save(path)
-    return {"cares": {"gate": str(path)}, **{name: {"budget": 5} for name in ("visionthink", "adaptvision", "ergo", "zoom_loop")}}
+    short = {name: {"budget": 5} for name in ("visionthink", "adaptvision", "ergo", "zoom_loop")}
+    return {"cares": {"gate": str(path)}, "visionselector": {"scorer": str(random_scorer(64))}, **short}
 
 
 class Watched:
@@ -53,7 +58,7 @@ class Watched:
     def reply(self, requests, pruner=None):
         passes = []
         hooks = [
-            layer.register_forward_pre_hook(lambda m, args, i=i: passes.append((i, args[0].shape[1])))
+            layer.register_forward_hook(lambda m, args, out, i=i: passes.append((i, args[0].shape[1])))
             for i, layer in enumerate(self.vlm.host.decoder.layers)
         ]
         keys = [((r.session.turns or [r.turn])[0].text, len(r.session.turns), r.turn.model) for r in requests]
@@ -151,7 +156,7 @@ def counts(t):
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_every_pruner_composes_with_policies_of_two_turns_and_with_a_proxy(pruner, given):
     for policy in ("all_crops", "cares"):
-        method = registry.build(policy, {"pruner": pruner, "retention": 0.5, **given.get(policy, {})})
+        method = registry.build(policy, {"pruner": pruner, "retention": 0.5, **given.get(policy, {}), **given.get(pruner, {})})
         assert method.parts == (policy, pruner) and method.label.startswith(f"{policy}+{pruner} ")
         pruned, _ = run(method, 3, SAMPLES[:3])
         whole, _ = run_alone(policy, given)
@@ -257,7 +262,7 @@ def test_the_docs_show_the_example_whole_and_it_is_short():
 
 
 def test_the_control_policies_are_awares_in_all_but_what_they_replace():
-    for name in ("blank_crop", "random_crop"):
+    for name in ("blank_crop", "random_crop", "swapped_crop"):
         cls = registry.method_class(name)
         assert issubclass(cls, AwaRes) and set(options(AwaRes)) <= set(options(cls))
 

@@ -93,7 +93,9 @@ def test_the_shipped_recipes_hold_what_they_promise():
 def test_a_recipe_that_cannot_be_run_says_why_before_anything_is_loaded(tmp_path, text, said):
     with pytest.raises(ValueError, match=said):
         sweep.read(recipe(tmp_path, text))
-    with pytest.raises(ValueError, match="no recipe nothing; pass a YAML file or one of: nano, nano_ablations, paper_table1"):
+    with pytest.raises(
+        ValueError, match="no recipe nothing; pass a YAML file or one of: angelslim_11, nano, nano_ablations, paper_table1"
+    ):
         sweep.read("nothing")
 
 

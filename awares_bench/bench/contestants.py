@@ -6,10 +6,12 @@ random weights (``geometry``) replies are forced: which documents call, for one 
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -22,7 +24,7 @@ from awares_bench.errors import RunError
 from awares_bench.inference.batch import Batch
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Prepared, Request, Session
-from awares_bench.methods.conversation import Failure, Reply, Turn, chat_messages
+from awares_bench.methods.conversation import Failure, Reply, Sample, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import HALF_SHARE, half, share_of
 from awares_bench.methods.usage import Usage
@@ -346,3 +348,17 @@ def matmul_rates(vlm: LocalModel, rows: int, batch: int) -> tuple[float, float]:
                 times.append(time.perf_counter() - start)
             out.append(2 * n * weight.numel() / min(times))
     return out[0], out[1]
+
+
+def nano_samples(folder: Path, documents: int) -> list[Sample]:
+    """The first documents of every task of the suite but V*, tasks in turn."""
+    import pandas as pd
+
+    frames = [
+        pd.read_parquet(path, columns=["image", "question"])
+        for path in sorted(folder.glob("nano_*.parquet"))
+        if "vstar" not in path.name
+    ]
+    rows = [row for together in zip(*(f.itertuples() for f in frames), strict=False) for row in together][:documents]
+    pictures = [Image.open(io.BytesIO(row.image["bytes"])).convert("RGB") for row in rows]
+    return [Sample((picture,), row.question, str(i)) for i, (picture, row) in enumerate(zip(pictures, rows, strict=True))]

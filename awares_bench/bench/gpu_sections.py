@@ -14,13 +14,17 @@ from pathlib import Path
 
 import torch
 
+from awares_bench.errors import RunError
+from awares_bench.inference.batch import Batch
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.padded_batch import PaddedBatch
+from awares_bench.inference.varlen_batch import VarlenBatch
+from awares_bench.methods.registry import pruner_classes
 
 from . import engine_bench, pruner_bench
 from .contestants import load
 from .device_rates import rates
-from .equality import questions
+from .equality import OWN, PLAIN, PlainSteps, questions
 from .gpu_records import Item, Scale, Section
 
 AGREE = 0.02
@@ -55,14 +59,17 @@ def engine_of(size: str, scale: Scale, device: str, out: Path) -> list[Item]:
 
     def measured(tokens: int, batch: int, call_rate: float) -> dict:
         vlm = model()
-        own = (vlm.layout or vlm.own_layout()) is not PaddedBatch
+        own = vlm.layout or vlm.own_layout()
+        others: dict[str, type[Batch]] = {"rectangle": PaddedBatch} if own is not PaddedBatch else {}
+        if own is VarlenBatch:
+            others["steps from Python"] = PlainSteps
         repeats = scale.repeats if batch * tokens <= 20_000 else 1
         settings = engine_bench.Settings(
             geometry=size, layers=scale.layers, device=device, tokens=tokens, batch=batch, call_rate=call_rate,
             answer=scale.answer, repeats=repeats, parts=("turns", "stock"),
         )  # fmt: skip
         try:
-            return engine_bench.measure(settings, vlm, layouts=own)
+            return engine_bench.measure(settings, vlm, layouts=others)
         except (MemoryError, torch.cuda.OutOfMemoryError) as error:
             why = str(error).splitlines()[0]
         # outside of the handler, whose traceback holds what was computed
@@ -79,25 +86,46 @@ def engine_of(size: str, scale: Scale, device: str, out: Path) -> list[Item]:
     return items
 
 
-def trusted_layout(vlm: LocalModel, out: Path) -> type | None:
-    """None for the device's own layout; the rectangle where this run's equality has shown the own one to be wrong, or to fail."""
+def trusted_layout(vlm: LocalModel, out: Path) -> type[Batch] | None:
+    """None for the device's own layout; where this run's equality has shown that to be wrong, or to fail, the same without recorded steps,
+    else the rectangle."""
     path = out / "equality.json"
     items = json.loads(path.read_text(encoding="utf-8"))["items"] if path.exists() else {}
-    item = items.get(f"{str(vlm.host.dtype).removeprefix('torch.')}: own layout")
-    if item is None or vlm.own_layout() is PaddedBatch:
-        return None
-    agrees = "result" in item and item["result"]["a batch beside one by one"]["relative"] <= AGREE
-    if not agrees:
-        print(f"equality: {vlm.own_layout().__name__} is not trusted here, the rectangle is measured", file=sys.stderr)
-    return None if agrees else PaddedBatch
+    kind = str(vlm.host.dtype).removeprefix("torch.")
+
+    def agrees(question: str) -> bool:
+        result = items.get(f"{kind}: {question}", {}).get("result")
+        return result is not None and result["a batch beside one by one"]["relative"] <= AGREE
+
+    if vlm.own_layout() is PaddedBatch or f"{kind}: {OWN}" not in items or agrees(OWN):
+        return None  # the rectangle anyway, or nobody has looked, or it is right
+    print(f"equality: {vlm.own_layout().__name__} is not trusted here", file=sys.stderr)
+    return PlainSteps if agrees(PLAIN) else PaddedBatch
 
 
 def pruners(scale: Scale, device: str, out: Path) -> list[Item]:
-    def measured(retention: float) -> dict:
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-        return pruner_bench.run(scale.small, scale.pruned, 1, retention, max(scale.repeats, 1), device, dtype)
+    """All pruners at once, so that they share a prefill; one by one where one of them fails, which is then named in the result."""
+    dtype = "bfloat16" if device.startswith("cuda") else "float32"
 
-    return [Item(f"{scale.pruned} tokens, retention {retention:g}", partial(measured, retention)) for retention in (0.5, 0.25)]
+    def measured(retention: float, only: str = "") -> dict:
+        return pruner_bench.run(scale.small, scale.pruned, 1, retention, scale.repeats, device, dtype, only=only)
+
+    def every(retention: float) -> dict:
+        try:
+            return measured(retention) | {"failed": {}}
+        except Exception as error:  # told below, by name
+            print(f"pruners one by one: {error}", file=sys.stderr)
+        results, failed = [], {}
+        for name in map(pruner_bench.name_of, pruner_classes()):
+            try:
+                results.append(measured(retention, name))
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {error}"
+        if not results:
+            raise RunError(f"no pruner could be measured: {failed}")
+        return results[0] | {"pruners": [p for r in results for p in r["pruners"]], "failed": failed}
+
+    return [Item(f"{scale.pruned} tokens, retention {retention:g}", partial(every, retention)) for retention in (0.5, 0.25)]
 
 
 def grpo(scale: Scale, device: str, out: Path) -> list[Item]:

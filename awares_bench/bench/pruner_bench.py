@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -114,7 +114,7 @@ def run(
     width = config.text_config.hidden_size
     contestants = [cls(retention, **weights_of(cls, width)) for cls in pruner_classes() if wanted(cls, only)]
     if not contestants:
-        raise ValueError(f"pruners is {only!r}; known: {', '.join(map(_name, pruner_classes()))}")
+        raise ValueError(f"pruners is {only!r}; known: {', '.join(map(name_of, pruner_classes()))}")
 
     # one conversation a picture: a system message, the picture, a question
     side = max(1, math.isqrt(tokens))
@@ -127,15 +127,20 @@ def run(
     ids = [20] * 16 + [marks[0]] + [vlm.host.image_token] * visual + [marks[1]] + [*range(20, 20 + TEXT)]
 
     # every round: a prefill without a pruner, then the work of each pruner
-    layers, costs = _Layers(vlm), [Cost(_name(type(p))) for p in contestants]
+    layers, costs = _Layers(vlm), [Cost(name_of(type(p))) for p in contestants]
     with onednn_linears(vlm.host.decoder):  # as where it answers
         for round_ in range(repeats + 1):  # the first warms up, and looks at memory instead of the clock; the others alternate
             chunks = [vlm.host.chunk(ids, pictures[:1], [image], 0) for image in vlm.see(pictures)]
             PaddedBatch(vlm.host, [Session() for _ in chunks], chunks).prefill()
             layers.close_round(config)
+            seen: dict[tuple, tuple[Meter, list[VisualTokens]]] = {}  # what the tower gives is the same for equal needs
             for pruner, cost in zip(contestants, costs, strict=True):
                 meter = Meter(vlm, memory=round_ == 0)
-                cost.visual = _decide(meter, pruner, config, pictures, ids)
+                if pruner.needs not in seen:
+                    seen[pruner.needs] = meter, _see(vlm.host, pruner, pictures, meter)
+                before, images = seen[pruner.needs]
+                meter = replace(before, seconds=[*before.seconds])
+                cost.visual = _decide(meter, pruner, config, pictures, images, ids)
                 if meter.memory:
                     cost.extra_bytes = meter.peak
                 else:
@@ -170,13 +175,13 @@ def run(
     return result
 
 
-def _name(cls: type[Pruner]) -> str:
+def name_of(cls: type[Pruner]) -> str:
     return cls.__module__.rsplit(".", 1)[-1]
 
 
 def wanted(cls: type[Pruner], only: str) -> bool:
     """Whether a pruner is among the names, or none are named."""
-    return not only or _name(cls) in only.replace(" ", "").split(",")
+    return not only or name_of(cls) in only.replace(" ", "").split(",")
 
 
 def weights_of(cls: type[Pruner], width: int) -> dict[str, str]:
@@ -226,10 +231,10 @@ def _picture(patches: Tensor, grid: tuple[int, int, int]) -> ImageInput:
     return ImageInput({"pixel_values": patches, "image_grid_thw": torch.tensor([grid])}, ((grid[1] // 2, grid[2] // 2),), "")
 
 
-def _decide(meter: Meter, pruner: Pruner, whole, pictures: list[ImageInput], ids: list[int]) -> int:
-    """Meter what ``pruner`` adds: the probe and the cut before the decoder, or raters, attention rows and cuts inside it."""
+def _decide(meter: Meter, pruner: Pruner, whole, pictures: list[ImageInput], images: list[VisualTokens], ids: list[int]) -> int:
+    """Meter what ``pruner`` adds to what it asked of the tower: the cut before the decoder, or raters, attention rows and cuts inside it."""
     vlm, stages, pruner = meter.vlm, pruner.cut_layers(whole.text_config.num_hidden_layers), metered(pruner, meter)
-    chunks = [vlm.host.chunk(ids, pictures[:1], [image], 0) for image in _see(vlm.host, pruner, pictures, meter)]
+    chunks = [vlm.host.chunk(ids, pictures[:1], [image], 0) for image in images]
     if not stages:
         return [meter.cutting(chunk.cut, pruner, pruner.retention) for chunk in chunks][-1].visual
     batch = MeteredBatch(meter, vlm.host, [Session() for _ in chunks], chunks, pruner, dict(enumerate(stages.values())))

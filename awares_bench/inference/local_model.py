@@ -44,6 +44,8 @@ from .ragged_batch import RaggedBatch
 from .reply_decoder import ReplyDecoder
 from .session import Prepared, Request, Session
 from .token_choice import Greedy, Sampling, TokenChooser
+from .varlen_attention import kernel_for
+from .varlen_batch import VarlenBatch
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,8 @@ class LocalModel:
         self.host.check_text(question, what)
 
     def text(self, tokens: list[int] | tuple[int, ...], until: tuple[str, ...] = ()) -> str:
-        """Token ids -> text without special tokens, cut before the first stop string."""
-        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        """Token ids of a reply -> text without special tokens and the template's ``opening``, cut before the first stop string."""
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True).removeprefix(self.host.opening)
         return text[: min((text.find(s) for s in until if s in text), default=len(text))]
 
     def image_input(self, image: Image.Image, known: dict[str, ImageInput] | None = None, share: float = 1.0) -> ImageInput:
@@ -277,7 +279,7 @@ class LocalModel:
         limited = [replace(r, max_reply_tokens=min(r.max_reply_tokens, p.room)) for r, p in zip(requests, prepared, strict=True)]
         grammars = [None if sampling else self._grammar(r) for r in requests]
         replies = [
-            ReplyDecoder(r, self.tokenizer, self.host.stop, grammar, self.trace is not None)
+            ReplyDecoder(r, self.tokenizer, self.host.stop, grammar, self.trace is not None, self.host.opening)
             for r, grammar in zip(limited, grammars, strict=True)
         ]
         penalty = [self.repetition_penalty if r.penalty is None else r.penalty for r in requests]
@@ -316,7 +318,7 @@ class LocalModel:
             )
             forced = r.turn.forced_reply
             content = self.text(decoder.tokens, r.until) if forced is None else forced
-            reply = Reply(content, () if decoder.forced else tuple(decoder.tokens), usage, decoder.ended)
+            reply = Reply(content, () if decoder.forced else tuple(decoder.tokens), usage, decoder.ended, logprob=decoder.logprob)
             if noted:
                 chunk = (batch.chunks if isinstance(batch, LayerwiseBatch) else chunks)[copies[b]]
                 reply = replace(reply, kept=self._kept(r.turn, prepared[b], chunk))
@@ -372,8 +374,13 @@ class LocalModel:
         return (self.layout or self.own_layout())(self.host, sessions, chunks)
 
     def own_layout(self) -> type[Batch]:
-        """Rows without padding on a CPU; a rectangle of them elsewhere, or where another attention was asked for."""
-        return RaggedBatch if self.device.type == "cpu" and self.host.attention == "sdpa" else PaddedBatch
+        """Rows without padding, on a GPU in half precision where it has a kernel for them; else, or where another attention was asked
+        for, a padded rectangle."""
+        if self.host.attention != "sdpa":
+            return PaddedBatch
+        if self.device.type == "cpu":
+            return RaggedBatch
+        return VarlenBatch if kernel_for(self.device, self.host.dtype, *self.host.heads) else PaddedBatch
 
     def kernels(self) -> AbstractContextManager:
         """Within the block the model's layers run on this package's kernels, where there are any."""

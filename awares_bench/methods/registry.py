@@ -16,6 +16,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from .composition import ComposedPruner, compose
 from .options import options, unknown_option
 from .policy import Policy
 from .pruner import NEEDS, Pruner
@@ -158,18 +159,31 @@ class Method:
     policy: Policy
     pruner: Pruner | None
     parts: tuple[str, str | None]
-    """Their names, the policy's first."""
+    """Their names, the policy's first; of two pruners ``visionzip+pyramiddrop``."""
+
+    @property
+    def members(self) -> dict[str, Policy | Pruner]:
+        """The policy, and the pruner or the two it is made of, by name."""
+        pruners: dict[str, Any] = {str(self.parts[1]): self.pruner} if self.pruner else {}
+        return {self.parts[0]: self.policy} | (self.pruner.members if isinstance(self.pruner, ComposedPruner) else pruners)
 
     @property
     def fields(self) -> dict[str, object]:
-        """Options of both with their values."""
-        return {k: getattr(part, k) for part in (self.policy, self.pruner) if part for k in options(type(part))}
+        """Options with their values; of two pruners the retention of both together, and their own as ``visionzip.retention``."""
+        if not isinstance(self.pruner, ComposedPruner):
+            return {k: getattr(part, k) for part in self.members.values() for k in options(type(part))}
+        own = {f"{name}.{k}": getattr(part, k) for name, part in self.pruner.members.items() for k in options(type(part))}
+        return {k: getattr(self.policy, k) for k in options(type(self.policy))} | {"retention": self.pruner.retention} | own
 
     @property
     def label(self) -> str:
         """``awares+visionzip retention=0.5``: the parts, the retention, and every option that is not its default."""
         name = "+".join(part for part in self.parts if part and not (self.pruner and part == "full"))
-        defaults = {k: v for part in (self.policy, self.pruner) if part for k, v in options(type(part)).items()}
+        defaults = {k: v for part in self.members.values() for k, v in options(type(part)).items()}
+        defaults |= {f"{name}.{k}": v for name, part in self.members.items() for k, v in options(type(part)).items()}
+        shares = [part.retention for part in self.members.values() if isinstance(part, Pruner)]
+        if len(set(shares)) == 1:  # each of two pruners keeps the same share
+            defaults |= {f"{name}.retention": shares[0] for name in self.members}
         told = [f"{k}={v}" for k, v in self.fields.items() if k == "retention" or v != defaults[k]]
         return " ".join([name, *told])
 
@@ -177,26 +191,47 @@ class Method:
 def build(name: str, given: Mapping[str, Any], common: tuple[str, ...] = ()) -> Method:
     """A method by its name and options.
 
+    name: of one method, or of several that are composed, as labels have them: ``awares+visionzip``, ``visionzip+pyramiddrop``.
     given: options of the method, and ``pruner=NAME`` or, for a pruner, ``policy=NAME`` (default full) with the options of
-    that. An option that both have goes to both. common: options that belong to whoever calls, beside those of the method.
+    that; ``pruner=visionzip+pyramiddrop`` for two, one that cuts before the decoder and one inside (``compose``). An option that
+    several have goes to all. common: options that belong to whoever calls, beside those of the method.
     Raises ValueError for an option that nobody has, with the nearest known one.
     """
-    given, first = dict(given), method_class(name)
-    other, kind = ("policy", Policy) if issubclass(first, Pruner) else ("pruner", Pruner)
-    second = given.pop(other, None) or ("full" if other == "policy" else None)
-    classes = [first]
-    if second:
-        classes.append(method_class(str(second)))
-        if not issubclass(classes[1], kind):
-            raise ValueError(f"{other}={second}: {second} is not a {other}; {name} is composed with one of the {other} methods")
-    known = [field for cls in classes for field in options(cls)]
+    given, named = dict(given), _split(name)
+    classes = {part: method_class(part) for part in named}
+    other, kind = ("pruner", Pruner) if issubclass(classes[named[0]], Policy) else ("policy", Policy)
+    second = None if other == "pruner" and len(named) > 1 else given.pop(other, None) or ("full" if other == "policy" else None)
+    for part in _split(str(second)) if second else ():
+        classes[part] = method_class(part)
+        if not issubclass(classes[part], kind):
+            raise ValueError(f"{other}={second}: {part} is not a {other}; {name} is composed with one of the {other} methods")
+    policies = {part: cls for part, cls in classes.items() if issubclass(cls, Policy)}
+    pruners: dict[str, Any] = {part: cls for part, cls in classes.items() if part not in policies}
+    if len(policies) > 1 or len(pruners) > 2:
+        raise ValueError(
+            f"{'+'.join(classes)}: a method is one policy and at most two pruners, one before the decoder and one inside"
+        )
+
+    known = [field for cls in classes.values() for field in options(cls)]
+    known += [f"{part}.{field}" for part, cls in pruners.items() for field in options(cls) if len(pruners) > 1]
     for option in given:
         if option not in (*known, *common):
             raise ValueError(f"method {name}: {unknown_option(option, [*known, *common, other])}")
-    parts = [cls(**{k: given[k] for k in options(cls) if k in given}) for cls in classes]
-    policy = next(p for p in parts if isinstance(p, Policy))
-    pruner = next((p for p in parts if isinstance(p, Pruner)), None)
-    return Method(policy, pruner, (str(second), name) if other == "policy" else (name, str(second) if second else None))
+    ((policy, cls),) = policies.items()
+    made = cls(**{k: given[k] for k in options(cls) if k in given})
+    if len(pruners) > 1:
+        composed = compose(pruners, given)
+        return Method(made, composed, (policy, "+".join(composed.names)))
+    for part, cls in pruners.items():
+        return Method(made, cls(**{k: given[k] for k in options(cls) if k in given}), (policy, part))
+    return Method(made, None, (policy, None))
+
+
+def _split(name: str) -> list[str]:
+    """The methods that a name is composed of; a file's path may hold a plus."""
+    if Path(f"{name.partition('.py')[0]}.py").expanduser().is_file():
+        return [name]
+    return list(dict.fromkeys(name.split("+")))
 
 
 def describe(name: str) -> dict[str, str]:

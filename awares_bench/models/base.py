@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -199,6 +199,13 @@ class HostModel(ABC):
         return len(self.decoder.layers)
 
     @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, key heads and the width of a head of the decoder."""
+        config = self.decoder.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_attention_heads, config.num_key_value_heads, width
+
+    @property
     def context(self) -> int:
         """Positions that the checkpoint was trained for."""
         return self.decoder.config.max_position_embeddings
@@ -218,6 +225,15 @@ class HostModel(ABC):
         """What the chat template writes after a reply."""
         turns = [Turn((), "a"), Turn((), "b")]
         return rendered(self.processor, chat_messages(turns, [_HOLE])).split(_HOLE)[-1]
+
+    @cached_property
+    def opening(self) -> str:
+        """What the template writes between its prompt for a reply and the reply, such as a space; see ``opening_of``."""
+        return opening_of(lambda turns, replies: rendered(self.processor, chat_messages(turns, replies)))
+
+    def reply_tokens(self, reply: str) -> list[int]:
+        """The ids of a reply that somebody wrote, as the template has it after its prompt; without the end of the turn."""
+        return self.tokenizer(self.opening + reply, add_special_tokens=False)["input_ids"]
 
     @cached_property
     def end_of_turn(self) -> int:
@@ -269,10 +285,10 @@ class HostModel(ABC):
 
     def chunk(self, ids: list[int], images: list[ImageInput], visual: list[VisualTokens], start: int) -> PromptChunk:
         """What a turn adds, ready for the decoder. visual: of every run of the images, in order; start: the first position."""
-        tokens = torch.tensor(ids, device=self.device)
-        embeds = self.embed(tokens, torch.cat([v.features for v in visual]) if visual else None)
+        tokens = torch.tensor(ids)
+        places = (tokens == self.image_token).nonzero().squeeze(1).tolist()  # here: a GPU would have to be waited for
+        embeds = self.embed(moved(tokens, self.device), torch.cat([v.features for v in visual]) if visual else None)
         positions, after = self.positions(ids, images, start)
-        places = (tokens == self.image_token).nonzero().squeeze(1).tolist()
         spans, at = [], 0
         for run in visual:
             spans.append(ImageSpan(places[at], replace(run, deepstack=None), len(run.features)))
@@ -282,7 +298,7 @@ class HostModel(ABC):
             added = torch.cat([run.deepstack for run in visual], 1)  # (N, V, D)
             deepstack = embeds.new_zeros((len(added), *embeds.shape))
             deepstack[:, places] = added.to(embeds.dtype)
-        return PromptChunk(embeds, positions.to(self.device), after, tuple(spans), deepstack)
+        return PromptChunk(embeds, moved(positions, self.device), after, tuple(spans), deepstack)
 
     def question_of(self, ids: list[int]) -> slice:
         """Of the tokens of a turn after its last image, those that the user wrote: up to the end of the message, without marks."""
@@ -331,10 +347,25 @@ def rendered(processor: Any, messages: list[dict], asks: bool = True) -> str:
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **thinking)
 
 
+def opening_of(render: Callable[[list[Turn], list[str]], str]) -> str:
+    """What a template writes between its prompt for a reply and the reply. render: turns and the replies between them -> text.
+
+    SmolVLM's prompt ends with ``Assistant:`` and its replies begin with a space, which the model writes itself.
+    """
+    asked = render([Turn((), "a")], [])
+    answered = render([Turn((), "a"), Turn((), "b")], [_HOLE]).split(_HOLE)[0]
+    return answered[len(asked) :] if answered.startswith(asked) else ""
+
+
 def joined(visual: list[VisualTokens]) -> Tensor:
     """Features of several runs as one tensor: (V, D), or (V, (1 + N) D) with what DeepStack adds after N layers beside them."""
     rows = [run.features if run.deepstack is None else torch.cat([run.features, *run.deepstack], 1) for run in visual]
     return torch.cat(rows)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """From the CPU to a device, which a GPU does not wait for: its copy comes from page-locked memory."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def check_text(text: str, marks: tuple[str, ...], what: str = "the question") -> None:

@@ -35,7 +35,10 @@ def write(runs: list[Run], folder: Path) -> None:
         seconds = [c for c in frame.columns if c.endswith("_seconds")]
         frames.append(frame.assign(**{c: frame[c].round(6) for c in seconds}).sort_values(["task", "doc_id"]))
     table = pd.concat(frames, ignore_index=True)
-    unknown = [c for c in table.columns if c == "content" and table[c].isna().all()]  # of records that did not keep it
+    kept_late = ("content", "answer_logprob")  # of records that did not keep them
+    unknown = [c for c in table.columns if c in kept_late and table[c].isna().all()]
+    if "answer_logprob" in table:
+        table["answer_logprob"] = table["answer_logprob"].astype(float).round(6)
     table = table.drop(columns=unknown)
     for column in table.select_dtypes("float").columns:
         if (table[column].dropna() % 1 == 0).all():
@@ -71,7 +74,7 @@ def read(folder: Path) -> list[Run]:
 def _complete(frame: pd.DataFrame) -> pd.DataFrame:
     """Put back what follows from the rest: rtr, the sums over phases, zero where no turn came later."""
     frame = frame.reset_index(drop=True).dropna(axis="columns", how="all").copy()
-    for key in ("encoded", "prefill", "text", "output", "turns", "full_tokens", "batch_size", "content"):
+    for key in ("encoded", "prefill", "text", "output", "turns", "full_tokens", "batch_size", "content", "answer_logprob"):
         frame[key] = frame.get(key)
     frame["answer"] = None
     phases = [c for c in frame.columns if c.endswith("_seconds") and not c.startswith("later_")]

@@ -370,6 +370,22 @@ def test_a_greedy_rollout_is_the_engines_answer(vlm):
     assert not set(banned_tokens(vlm.host)) & {vlm.host.end_of_turn}
 
 
+def test_a_reply_begins_as_the_template_writes_it(vlm):
+    """SmolVLM's template has a space between ``Assistant:`` and the reply: the model writes it, and so does who writes for the model."""
+    space = " " if isinstance(vlm.host, Idefics3) else ""
+    assert vlm.host.opening == GenericHost(vlm.host.model, vlm.host.processor).opening == space
+    said = PAPER_GRID.format(("left",))
+    ids = vlm.tokenizer(space + said, add_special_tokens=False)["input_ids"]
+    assert vlm.text(ids) == said and vlm.text(ids, ("[",)) == said.split("[")[0] and vlm.host.reply_tokens(said) == ids
+    sample = Sample((picture(224, 168),), "Which way?", "k")
+    conversation = render(vlm, AwaRes(), sample, [said, "42"])
+    assert conversation.ids[slice(*conversation.replies[0])] == [*ids, vlm.host.end_of_turn]
+    whole = vlm.tokenizer.decode(conversation.ids)
+    assert ("Assistant: GET" in whole and "Assistant: 42<end_of_utterance>" in whole) == bool(space)
+    ((_, outcome),) = Engine(vlm, AllCrops(), 1).run([Job(sample, 2)])
+    assert outcome.replies[0].text == PAPER_GRID.format(("all",))
+
+
 # ------------------------------------------------------------------ checkpoints
 
 
