@@ -38,6 +38,9 @@ METHODS = {
     "all_crops": ("all crops", "#56b4e9", "H"),
     "oracle_crop": ("oracle crop", "#0173b2", "*"),
     "blank_crop": ("blank crop", "#0173b2", "X"),
+    "swapped_crop": ("swapped crop", "#949494", "X"),
+    "swapped_picture": ("swapped picture", "#949494", "P"),
+    "no_picture": ("no picture", "#949494", "v"),
 }
 
 TASKS = {
