@@ -138,7 +138,7 @@ class Model:
         """The engine of a method, its auxiliary models loaded once."""
         checkpoints = auxiliary_checkpoints(method.policy)
         auxiliary = {role: load_vlm(checkpoint, self.options, self.loaded)[0] for role, checkpoint in checkpoints.items()}
-        return Engine(self.vlm, method.policy, batch_size, method.pruner, auxiliary)
+        return Engine(self.vlm, method.policy, batch_size, method.pruner, auxiliary, keep_masks=method.pruner is not None)
 
 
 def load(

@@ -19,10 +19,13 @@ from awares_bench.methods.images import half_size
 
 if TYPE_CHECKING:
     from awares_bench.methods.conversation import Event, Reply, Turn
-    from awares_bench.methods.usage import Usage
+    from awares_bench.methods.kept_tokens import KeptTokens
 
 COLOURS = ("#d6336c", "#1971c2", "#e8590c", "#2f9e44")
 """Of regions, in the order asked."""
+
+DIMMED, AVERAGE = "#2b3440", "#e8590c"
+"""Towards what a dropped token is dimmed, dark because pages are white, and the dot of an average."""
 
 STYLE = """
 .awares-card{font:15px/1.45 system-ui,sans-serif;color:#1b1f24;background:#fff;border:1px solid #d8dee4;border-radius:8px;padding:1rem;margin:.6rem 0;max-width:76rem}
@@ -31,6 +34,7 @@ STYLE = """
 .awares-card .event{background:#fff1d6;color:#7a4b00} .awares-card .error{background:#fde2e1;color:#8c1d18}
 .awares-card .turns{display:flex;gap:1.4rem;flex-wrap:wrap;margin-top:.8rem} .awares-card .turn{max-width:31rem}
 .awares-card img{image-rendering:pixelated;border:1px solid #d8dee4;vertical-align:top;margin:0 .3rem .3rem 0;max-width:100%;height:auto;display:inline}
+.awares-card .turn:has(.kept){max-width:62rem} .awares-card .kept{display:inline-flex;flex-direction:column;max-width:100%;margin:0 .6rem .3rem 0;vertical-align:top}
 .awares-card code{background:#f3f4f6;color:#1b1f24;padding:.1rem .35rem;border-radius:4px;white-space:pre-wrap;overflow-wrap:anywhere}
 .awares-card small,.awares-card summary{color:#57606a;font-size:.8rem}
 .awares-card pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f8fa;color:#1b1f24;padding:.5rem;border-radius:6px;margin:.4rem 0;max-height:16rem;overflow:auto}
@@ -143,7 +147,7 @@ def cards(answers: Sequence[Answer], rows: list[list[str]]) -> str:
 def _turn(answer: Answer, i: int) -> str:
     turn, reply = answer.turns[i], answer.replies[i]
     who = f", {_text(turn.model)}" if turn.model else ""
-    shown = "".join(image_tag(enlarged(image)) for image in turn.images)
+    shown = "".join(image_tag(enlarged(image)) for image in turn.images) + kept_figures(turn.images, reply.kept)
     asked = "\n\n".join(filter(None, (turn.system, *turn.image_prefixes, turn.text)))
     told = f"<details><summary>message</summary><pre>{_text(asked)}</pre></details>" if asked else "<br>"
     said = (
@@ -173,25 +177,20 @@ def _caption(answer: Answer, turn: Turn, i: int) -> str:
 
 
 def _costs(answer: Answer) -> str:
-    """Tokens and milliseconds of each turn and of all, as a table."""
+    """Tokens and milliseconds of each turn and of all, a column each, as a table."""
     if not answer.replies:
         return ""
     usages = [reply.usage for reply in answer.replies]
-    auxiliary = any(u.aux_seconds for u in usages)
-    head = ["", "visual tokens", "text tokens", "output tokens", *(f"{phase} ms" for phase in PHASES)]
-    head += ["auxiliary ms"] if auxiliary else []
-    rows = [(f"turn {i + 1}", usage) for i, usage in enumerate(usages)]
-    rows += [("all", sum(usages[1:], usages[0]))] if len(usages) > 1 else []
-    lines = "".join(f"<tr><td>{name}</td>{_cells(usage, auxiliary)}</tr>" for name, usage in rows)
-    top = "".join(f"<th>{name}</th>" for name in head)
+    columns = [(f"turn {i + 1}", usage) for i, usage in enumerate(usages)]
+    columns += [("all", sum(usages[1:], usages[0]))] if len(usages) > 1 else []
+    rows = [("visual tokens", [f"{u.prefill:g}" for _, u in columns])]
+    rows += [("text tokens", [str(u.text) for _, u in columns]), ("output tokens", [str(u.output) for _, u in columns])]
+    rows += [(f"{phase} ms", [f"{1000 * getattr(u, phase + '_seconds'):.1f}" for _, u in columns]) for phase in PHASES]
+    if any(u.aux_seconds for u in usages):
+        rows.append(("auxiliary ms", [f"{1000 * u.aux_seconds:.1f}" for _, u in columns]))
+    top = "".join(f"<th>{name}</th>" for name, _ in [("", None), *columns])
+    lines = "".join(f"<tr><td>{name}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for name, cells in rows)
     return f"<table><tr>{top}</tr>{lines}</table>"
-
-
-def _cells(usage: Usage, auxiliary: bool) -> str:
-    cells = [f"{usage.prefill:g}", str(usage.text), str(usage.output)]
-    cells += [f"{1000 * getattr(usage, phase + '_seconds'):.1f}" for phase in PHASES]
-    cells += [f"{1000 * usage.aux_seconds:.1f}"] if auxiliary else []
-    return "".join(f"<td>{cell}</td>" for cell in cells)
 
 
 def _tag(text: str, kind: str = "") -> str:
@@ -222,6 +221,53 @@ def outlined(image: Image.Image, places: list[Box]) -> Image.Image:
             width=max(3, copy.width // 120),
         )
     return copy
+
+
+def kept_figures(images: Sequence[Image.Image | None], kept: Sequence[KeptTokens]) -> str:
+    """What a pruner left of a turn's pictures, a figure for each picture and cut; numbers alone where the picture is in tiles or not known."""
+    parts = []
+    for cut in kept:
+        image = images[cut.image] if cut.image < len(images) and cut.runs == 1 else None
+        words = kept_words(cut, several=len(images) > 1)
+        overlay = None if image is None else kept_overlay(image, cut)
+        drawn, width = ("", "") if overlay is None else (image_tag(overlay), f' style="width:{max(160, overlay.width + 2)}px"')
+        parts.append(f'<span class="kept"{width}>{drawn}<small>{_text(words)}</small></span>')
+    return "".join(parts)
+
+
+def kept_words(cut: KeptTokens, several: bool = False) -> str:
+    """A cut in words. several: say which picture it is of."""
+    place = "before the decoder" if cut.layer is None else f"after decoder layer {cut.layer + 1}"
+    which = [f"picture {cut.image + 1}"] if several else []
+    which += [f"tile {cut.run + 1} of {cut.runs}"] if cut.runs > 1 else []
+    count = f"{len(cut.kept)} of {cut.grid[0] * cut.grid[1]} tokens go on {place}"
+    averages = f"{len(cut.merged)} of them averages (dotted)" if cut.merged else ""
+    return ", ".join([*which, count, *([averages] if averages else [])])
+
+
+def kept_overlay(image: Image.Image, cut: KeptTokens) -> Image.Image:
+    """A picture with the tokens that went on clear, the others dimmed, and a dot on each that is an average of several.
+
+    The grid covers the picture; where the processor lays a very long one on a larger white sheet, that sheet.
+    """
+    sheet = image.convert("RGB")
+    if cut.size != image.size:
+        sheet = Image.new("RGB", cut.size, "white")
+        sheet.paste(image, (0, 0))
+    sheet = enlarged(sheet)
+    rows, columns = cut.grid
+    clear = Image.new("L", (columns, rows))
+    for place in cut.kept:
+        clear.putpixel((place % columns, place // columns), 255)
+    dimmed = Image.blend(sheet.convert("L").convert("RGB"), Image.new("RGB", sheet.size, DIMMED), 0.72)
+    drawn = Image.composite(sheet, dimmed, clear.resize(sheet.size, Image.Resampling.NEAREST))
+    draw = ImageDraw.Draw(drawn)
+    width, height = sheet.width / columns, sheet.height / rows
+    radius = max(1.0, min(width, height) / 6)
+    for place in cut.merged:
+        x, y = (place % columns + 0.5) * width, (place // columns + 0.5) * height
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=AVERAGE, outline="white")
+    return drawn
 
 
 def enlarged(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .evaluation.doctor import installed
+from .openmp import set_short_spin
 
 Main = Callable[[argparse.Namespace], int]
 
@@ -42,6 +43,13 @@ def _ask(parser: argparse.ArgumentParser) -> Main:
 
     api.add_arguments(parser)
     return api.main
+
+
+def _app(parser: argparse.ArgumentParser) -> Main:
+    from . import app
+
+    app.add_arguments(parser)
+    return app.main
 
 
 def _run(parser: argparse.ArgumentParser) -> Main:
@@ -193,6 +201,7 @@ def _tasks(parser: argparse.ArgumentParser) -> Main:
 COMMANDS = {
     "demo": ("full, low and AwaRes on the nano suite through lmms-eval, then table, figure and gallery", _demo),
     "ask": ("one question about one picture: the answer, the crops, the tokens and the seconds", _ask),
+    "app": ("a page on which a picture is asked about, methods side by side; needs the extra app", _app),
     "run": ("a recipe of methods, options and tasks: one command, one folder, resumable", _run),
     "report": ("tables, figures and index.html of runs, with the paper's numbers beside ours; no model needed", _report),
     "show": ("an HTML gallery of a run's documents: what the model saw, asked for, said and cost", _show),
@@ -243,6 +252,7 @@ def _add(parser: argparse.ArgumentParser, commands: dict, **kwargs) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    set_short_spin()  # before a command loads PyTorch
     parser = argparse.ArgumentParser(prog="awares-bench", description="How few visual tokens does a vision-language model need?")
     parser.add_argument("--version", action="store_true", help="versions of awares-bench and of what its numbers depend on")
     _add(parser, COMMANDS, dest="command", metavar="COMMAND")

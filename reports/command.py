@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import report
+from . import report, site
 from .data import gpu_day
 from .data.load import ReportError
 
@@ -28,9 +28,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric", action="append", default=[], metavar="TASK=METRIC", help="the accuracy of a task that is not known"
     )
     parser.add_argument("--gap", type=float, default=1.0, help="points of accuracy whose price in documents is told (default: 1)")
+    parser.add_argument(
+        "--paper",
+        default="awares",
+        metavar="NAME",
+        help="whose published cells stand beside ours: awares (default), angelslim, adaptvision, ergo",
+    )
     parser.add_argument("--formats", default="pdf,svg,png", help="of figures (default: pdf,svg,png)")
     parser.add_argument(
         "--records", type=Path, metavar="FOLDER", help="also write compact records there, which report reads again"
+    )
+    parser.add_argument(
+        "--gallery",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also galleries of N documents on which AwaRes and another method differ",
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="folder with TASK.parquet for them, when the tasks' own data is not at hand"
+    )
+    parser.add_argument(
+        "--site",
+        type=Path,
+        metavar="OUT",
+        help="a leaderboard in OUT: these runs, or the committed ones, with the published numbers",
     )
     parser.add_argument(
         "--logs", type=Path, nargs="+", default=[], metavar="LOG", help="training logs (log.jsonl), for learning curves"
@@ -39,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """``awares-bench report``."""
+    if args.site:
+        print(site.write(args.runs, args.site, dict(map(_metric, args.metric))))
+        return 0
     if not args.runs and not args.logs:
         raise ReportError("name at least one folder of runs: awares-bench report RUNS --out DIR")
     formats = tuple(args.formats.split(","))
@@ -64,6 +89,9 @@ def main(args: argparse.Namespace) -> int:
         gap=args.gap / 100,
         compact=args.records,
         logs=tuple(args.logs),
+        paper=args.paper,
+        gallery=args.gallery,
+        images=args.images,
     )
     print((args.out / "table.md").read_text(encoding="utf-8"))
     _told(args.out, warnings)

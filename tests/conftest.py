@@ -7,14 +7,15 @@ import pytest
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.padded_batch import PaddedBatch
 from awares_bench.inference.ragged_batch import RaggedBatch
+from awares_bench.inference.varlen_batch import VarlenBatch
 
 from .tiny import tiny_vlm
 
 
-@pytest.fixture(params=["line", "rectangle"])
+@pytest.fixture(params=["line", "rectangle", "varlen"])
 def layout(request, monkeypatch):
-    """Both ways to lay out a batch: the one for CPUs, and the one for GPUs and other attentions."""
-    kind = {"line": RaggedBatch, "rectangle": PaddedBatch}[request.param]
+    """All ways to lay out a batch: the one for CPUs, the one for other attentions, and the one for GPUs, with the reference of its kernel."""
+    kind = {"line": RaggedBatch, "rectangle": PaddedBatch, "varlen": VarlenBatch}[request.param]
     monkeypatch.setattr(LocalModel, "_batch", lambda vlm, sessions, chunks: kind(vlm.host, sessions, chunks))
 
 
@@ -60,3 +61,14 @@ def task_files_read_once():
 
     with tasks_read_once():
         yield
+
+
+@pytest.fixture
+def server():
+    """A fake OpenAI-compatible server, of which ``server.state`` says what it does (see ``openai_fake``)."""
+    from .openai_fake import start
+
+    server = start()
+    yield server
+    server.shutdown()
+    server.server_close()

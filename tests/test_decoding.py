@@ -261,3 +261,17 @@ def test_a_recipe_takes_the_starts_penalty_unless_it_sets_one():
     assert check(grpo.GRPO, base | {"repetition_penalty": 1}).repetition_penalty == 1.0
     with pytest.raises(RecipeError, match="above 0"):
         check(grpo.GRPO, base | {"repetition_penalty": 0})
+
+
+@BOTH
+def test_a_replys_log_probability_is_that_of_a_forward_pass_over_it():
+    vlm = tiny_vlm()
+    requests = [Request(Session(), turn, n) for turn, n in zip(QUESTIONS, (4, 6, 3), strict=True)]
+    replies, scores = traced(vlm, requests)
+    for b, reply in enumerate(replies):
+        known = scores[: len(reply.tokens) + bool(reply.complete), b].float().log_softmax(-1)
+        ends = [int(known[-1].argmax())] if reply.complete else []
+        wanted = sum(known[i, token].item() for i, token in enumerate([*reply.tokens, *ends]))
+        assert reply.logprob == pytest.approx(wanted, abs=1e-4) and reply.logprob < 0
+    (forced,) = vlm.reply([Request(Session(), replace(QUESTIONS[0], forced_reply="no"), 3)])
+    assert forced.logprob is None

@@ -117,12 +117,13 @@ def test_it_imports_nothing_that_may_be_broken():
 
 
 def test_the_demo_asks_the_doctor_when_lmms_eval_leaves_no_results(tmp_path, monkeypatch, capsys):
-    def failed(*_, **__):
-        return subprocess.CompletedProcess([], 0)
+    def failed(command, env, log, *_):
+        log.write_text("lmms-eval said this\n")
+        return 0
 
-    monkeypatch.setattr(demo.subprocess, "run", failed)
+    monkeypatch.setattr(demo, "_watched", failed)
     monkeypatch.setattr(demo.doctor, "run", lambda: print("fault: filelock 4"))
-    with pytest.raises(RuntimeError, match="left no results"):
+    with pytest.raises(RuntimeError, match=r"left no results(.|\n)*lmms-eval said this"):
         demo.run(tmp_path / "out", ["awares_full"])
     assert "fault: filelock 4" in capsys.readouterr().err
 

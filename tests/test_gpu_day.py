@@ -22,7 +22,7 @@ LATER = 10**9
 
 
 def section(items, name="device"):
-    return Section(name, "a title", 1.0, lambda scale, device, out: items)
+    return Section(name, "a title", 1.0, lambda scale, device, out, seconds: items)
 
 
 def test_a_cut_section_goes_on_and_a_failure_is_tried_again(tmp_path):
@@ -144,17 +144,30 @@ def test_every_section_is_measured_at_the_smallest_geometry(rehearsed):
         assert day.sections[name]["status"] == "complete", day.sections[name]["items"]
     frame = read_gpu_day.equality(day)
     exact = frame[frame["dtype"] == "float32"]
-    assert len(exact) == 5 and (exact["largest"] < 1e-4).all() and (exact["same_choice"].dropna() == 1).all()
+    assert len(exact) == 6 and (exact["largest"] < 1e-4).all() and (exact["same_choice"].dropna() == 1).all()
     rounded = frame[frame["dtype"] == "bfloat16"]
     assert rounded["relative"].max() < 0.02 and rounded["question"].str.contains("beside float32").sum() == 6
     (step,) = day.items("grpo").values()
     tokens = step["tokens"]
-    assert tokens["loss"] == tokens["reference"] == tokens["backward"] > tokens["prefill"] > 0
+    assert tokens["loss"] == tokens["reference"] == tokens["backward"] > tokens["decode"] > 0 and tokens["prefill"] > 0
     assert step["metrics"]["call_rate"] == 0.5 and step["floor"]["seconds"] == pytest.approx(sum(step["floor"]["parts"].values()))
     assert step["over_floor"] > 1
     (engine,) = day.items("engine").values()
-    assert [r["name"] for r in engine["rows"]][:2] == ["full: ours", "AwaRes: ours, one cache"] and len(engine["rows"]) == 7
+    assert [r["name"] for r in engine["rows"]][:2] == ["full: ours", "AwaRes: ours, one cache"] and len(engine["rows"]) == 6
     assert all(r["peak_memory_bytes"] for r in engine["rows"]) and engine["about"]["layout"] == "RaggedBatch"
+
+
+def test_a_pruner_that_fails_is_named_and_the_others_are_measured(monkeypatch, tmp_path):
+    def run(*_, only, **__):
+        if only in ("", "fastv"):
+            raise RuntimeError("indices should be on the same device")
+        return {"pruners": [{"pruner": only}]}
+
+    monkeypatch.setattr(gpu_sections.pruner_bench, "run", run)
+    result = gpu_sections.pruners(TINY, "cpu", tmp_path, 60.0)[0].measure()
+    names = {p["pruner"] for p in result["pruners"]}
+    assert "fastv" not in names and {"divprune", "visionzip"} <= names
+    assert result["failed"] == {"fastv": "RuntimeError: indices should be on the same device"}
 
 
 def test_scores_that_differ_show_in_every_number():
@@ -174,9 +187,11 @@ def test_a_layout_that_is_wrong_is_not_measured(rehearsed, tmp_path):
     record["items"]["float32: own layout"]["result"]["a batch beside one by one"]["relative"] = 0.5
     (tmp_path / "equality.json").write_text(json.dumps(record))
     assert gpu_sections.trusted_layout(vlm, tmp_path) is PaddedBatch
-    record["items"]["float32: own layout"] = {"seconds": 1.0, "error": "no kernel"}
+    # recorded steps fail, and steps from Python are right
+    record["items"]["float32: own layout, steps from Python"] = record["items"]["float32: rectangle"]
+    record["items"]["float32: own layout"] = {"seconds": 1.0, "error": "no graph"}
     (tmp_path / "equality.json").write_text(json.dumps(record))
-    assert gpu_sections.trusted_layout(vlm, tmp_path) is PaddedBatch
+    assert gpu_sections.trusted_layout(vlm, tmp_path) is equality.PlainSteps
 
 
 def test_the_report_names_the_device_in_every_table_and_figure(rehearsed, tmp_path, capsys):

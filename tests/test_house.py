@@ -27,7 +27,7 @@ def files(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-ROOFS = ("cli.py", "demo.py", "bench")
+ROOFS = ("cli.py", "app.py", "demo.py", "bench")
 """Parts of the core that may import the other rooms, inside functions."""
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from awares_bench.reports.data import comparability
 
 from . import odd, official
 from .lmms_runs import lmms_eval, lmms_eval_process, records, samples
-from .test_endpoint import Server, endpoint, server  # noqa: F401  (server is a fixture)
+from .openai_fake import Server, endpoint
 from .tiny import chunk_ids, picture, pixels, tiny_copy, tiny_vlm
 
 pytestmark = pytest.mark.usefixtures("task_files_read_once")
@@ -258,7 +257,7 @@ def test_a_context_that_is_full_cuts_the_reply_and_says_so(monkeypatch):
 
 
 @pytest.fixture
-def picky(server):  # noqa: F811
+def picky(server):
     """A server that fails with ``status`` at every question that holds the word poison."""
     server.state["status"], post = 500, Server.do_POST
 
@@ -280,7 +279,7 @@ def picky(server):  # noqa: F811
     return server
 
 
-def served(server, questions, **more):  # noqa: F811
+def served(server, questions, **more):
     jobs = [Job(Sample((Image.new("RGB", (56, 56)),), q, str(i)), 8) for i, q in enumerate(questions)]
     return dict(Engine(endpoint(server, retries=1, **more), Full(), 4).run(jobs))
 
@@ -293,23 +292,16 @@ def test_a_document_that_a_healthy_server_always_fails_at_is_its_own_failure(pic
     assert f"the server failed at this request 2 times ({status}: " in outcomes[1].error and "answers others" in outcomes[1].error
 
 
-def test_a_server_that_fails_at_everything_still_ends_the_run(server):  # noqa: F811
+def test_a_server_that_fails_at_everything_still_ends_the_run(server):
     server.state["trouble"] = [500] * 100
     with pytest.raises(RunError, match=r"did not answer after 1 retries.*goes on where it stopped"):
         served(server, ["a", "b"])
     with pytest.raises(RuntimeError, match="did not answer"):
-        dict(Engine(Endpoint("http://127.0.0.1:9/v1", "m", "nano", retries=0), Full(), 1).run([job(0)]))
+        gone = Endpoint("http://127.0.0.1:9/v1", "m", "nano", retries=0, wait_for_server=0)
+        dict(Engine(gone, Full(), 1).run([job(0)]))
 
 
-def test_an_answer_that_is_none_is_the_documents_failure(server):  # noqa: F811
-    model = endpoint(server, retries=0)
-    for made, said in ((SimpleNamespace(choices=[]), "no choices"), (None, "AttributeError")):
-        model.client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=lambda made=made, **_: made)))
-        outcome = dict(Engine(model, Full(), 1).run([job(0)]))[0]
-        assert isinstance(outcome, Failure) and said in outcome.error
-
-
-def test_a_served_question_is_checked_like_any_other(server):  # noqa: F811
+def test_a_served_question_is_checked_like_any_other(server):
     outcomes = served(server, ["a", f"b{HALF}", "<|vision_start|>", "\ufdd0reply\ufdd0"])
     assert sorted(failures(outcomes)) == [1, 2]
 

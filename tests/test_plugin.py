@@ -91,6 +91,22 @@ def test_batch_size_changes_no_prediction_and_no_order(checkpoint):
         assert answers[0] == answers[1] == answers[2] and tokens[0] == tokens[1] == tokens[2]
 
 
+def test_masks_are_in_the_record_only_when_asked_for_and_answers_without_them_are_given_again(tmp_path, checkpoint):
+    arguments = ["--model", "visionzip", "--tasks", "nano_doc", "--include_path", FOLDER, "--limit", 3, "--model_args"]
+    options = f"pretrained={checkpoint},retention=0.5,output_dir={tmp_path / 'run'}"
+    lmms_eval(tmp_path, *arguments, options)
+    assert [r["keep_masks"] for r in records(tmp_path / "run")] == [None] * 3
+    assert "the masks that keep_masks asks for" in lmms_eval(tmp_path, *arguments, f"{options},keep_masks=true")
+    for record in records(tmp_path / "run")[3:]:
+        ((cut,),) = record["keep_masks"]
+        kept = bin(int(cut["kept"], 16)).count("1")
+        assert (
+            cut["layer"] is None
+            and kept == record["usage"][0]["prefill"]
+            and len(cut["kept"]) * 4 >= cut["grid"][0] * cut["grid"][1]
+        )
+
+
 def test_an_interrupted_run_keeps_what_it_answered_and_goes_on(tmp_path, checkpoint):
     arguments = ["--model", "awares", "--tasks", "nano_doc", "--include_path", FOLDER, "--limit", 80, "--log_samples"]
     arguments += ["--output_path", tmp_path / "out", "--model_args", f"pretrained={checkpoint},output_dir={tmp_path / 'run'}"]

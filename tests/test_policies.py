@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from awares_bench.baselines import cares, cropvlm, oracle_crop
 from awares_bench.baselines import visionthink as vt
@@ -49,6 +50,40 @@ def test_blank_crop_keeps_the_decision_and_the_cost_and_shows_grey():
     assert (real.crops, real.rtr, real.answer) == (blank.crops, blank.rtr, blank.answer)
     assert [i.size for i in blank.turns[1].images] == [i.size for i in real.turns[1].images]
     assert all(i.getextrema() == ((128, 128),) * 3 for i in blank.turns[1].images)
+
+
+def others(*pictures):
+    return {"other_pictures": lambda: [(p,) for p in pictures]}
+
+
+def test_swapped_crop_keeps_the_decision_and_the_cost_and_shows_another_document():
+    image, other = picture(224, 224), picture(300, 200, 5)
+    script = ["GET_CROPS: ['0', '8']", "42"]
+    real, swapped = run(method("awares"), script, [image]), run(method("swapped_crop"), script, [image], **others(image, other))
+    assert (real.crops, real.rtr, real.answer) == (swapped.crops, swapped.rtr, swapped.answer)
+    assert kinds(swapped) == ["swapped_picture"] and swapped.turns[0].images[0].tobytes() == real.turns[0].images[0].tobytes()
+    wanted = PAPER_GRID.cut(other.resize((224, 224), Image.Resampling.LANCZOS), real.crops)
+    assert [i.tobytes() for i in swapped.turns[1].images] == [i.tobytes() for i in wanted]
+    direct = run(method("swapped_crop"), ["blue"], [image])  # nothing is fetched, so no other picture is needed
+    assert direct.answer == "blue" and kinds(direct) == []
+
+
+def test_swapped_picture_shows_another_documents_at_the_same_cost():
+    image, second, other = picture(224, 224), picture(112, 84, 1), picture(300, 200, 5)
+    t = run(method("swapped_picture"), ["x"], [image], **others(image, other))
+    assert t.rtr == 1.0 and kinds(t) == ["swapped_picture"] and t.turns[0].images[0].size == (224, 224)
+    assert t.turns[0].images[0].tobytes() == other.resize((224, 224), Image.Resampling.LANCZOS).tobytes()
+    t = run(method("swapped_picture"), ["x"], [image, second], **others(second, other, picture(90, 90, 6)))
+    assert [i.size for i in t.turns[0].images] == [(224, 224), (112, 84)] and t.rtr == 1.0
+    assert run(method("swapped_picture"), ["x"], [], **others(other)).answer == "x"
+    for none in ({}, others(image), others()):
+        failed = run(method("swapped_picture"), ["x"], [image], **none)
+        assert isinstance(failed, Failure) and "another" in failed.error and "line" not in failed.error
+
+
+def test_no_picture_asks_the_question_alone():
+    t = run(method("no_picture"), ["x"], [picture(224, 224)])
+    assert t.rtr == 0 and t.turns[0].images == () and t.turns[0].text == "q" and t.full_tokens == 64
 
 
 def test_random_crop_costs_what_awares_asked_for_and_depends_on_the_key_alone():
@@ -404,3 +439,21 @@ def test_the_gate_s_training_runs_from_pictures_to_a_gate_that_the_policy_opens(
     assert max(t.turns[1].images[0].size) in range(112, 225, 28)
     with pytest.raises(ValueError, match="holds labels of another run"):
         training.main(parser.parse_args([*command, "--sizes", "56", "224"]))
+
+
+def test_a_task_s_other_pictures_begin_half_the_split_away_and_leave_the_document_out():
+    from types import SimpleNamespace
+
+    from awares_bench.evaluation.lmms_model import ChatArguments, MethodModel
+
+    split = [{"image": picture(56, 56 + 28 * i, i)} for i in range(5)]
+
+    def messages(document):
+        content = [{"type": "image", "url": document["image"]}, {"type": "text", "text": "q"}]
+        return [{"role": "user", "content": content}]
+
+    model = SimpleNamespace(task_dict={"t": {"test": split}})
+    for doc_id, order in ((0, [2, 3, 4, 1]), (3, [0, 1, 2, 4]), (4, [1, 2, 3, 0])):
+        arguments = ChatArguments("q", messages, {}, doc_id, "t", "test")
+        found = [images[0].size for images in MethodModel._other_pictures(model, arguments)]
+        assert found == [split[i]["image"].size for i in order]

@@ -1,7 +1,7 @@
 """What every method keeps to, whoever wrote it: found, documented, composed, counted, the same in any batch."""
 
 import importlib.metadata
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,8 @@ METHODS = [*registry.names(), EXAMPLE]
 PRUNERS = [n for n in METHODS if issubclass(registry.method_class(n), Pruner)]
 EVERY = pytest.mark.parametrize("name", METHODS, ids=lambda n: n.rsplit(":", 1)[-1])
 
+OTHERS = {"other_pictures": lambda: [(picture(224, 168, 7),), (picture(112, 84, 8),)]}
+
 SAMPLES = [
     Sample((), "Without a picture: what is two and two?", "t/0"),
     Sample((picture(224, 224),), "What is the value of the red bar?", "t/1", ((100, 100, 130, 120),), False),
@@ -32,6 +34,7 @@ SAMPLES = [
     Sample((picture(112, 112, 2), picture(56, 140, 3)), "Compare the two.", "t/3"),
     Sample((picture(40, 200, 4),), "Which way?", "t/4", ((0, 0, 40, 50),), True),
 ]
+SAMPLES = [replace(sample, **OTHERS) for sample in SAMPLES]
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +262,7 @@ def test_the_docs_show_the_example_whole_and_it_is_short():
 
 
 def test_the_control_policies_are_awares_in_all_but_what_they_replace():
-    for name in ("blank_crop", "random_crop"):
+    for name in ("blank_crop", "random_crop", "swapped_crop"):
         cls = registry.method_class(name)
         assert issubclass(cls, AwaRes) and set(options(AwaRes)) <= set(options(cls))
 

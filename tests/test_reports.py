@@ -14,8 +14,10 @@ from scipy.stats import permutation_test
 
 from awares_bench import cli
 from awares_bench.models.flops import decoder_flops, vision_flops
+from awares_bench.models.limits import NAMES as LIMITS
 from awares_bench.reports import report
 from awares_bench.reports.data import compact, discover, flops, published, stats, summary
+from awares_bench.reports.data.load import ReportError
 from awares_bench.reports.tables import details, main, render
 
 from .runs import DOCUMENTS, full, low, write_run
@@ -210,12 +212,42 @@ def test_the_paper_stands_beside_ours_with_its_doubts(tmp_path):
 
 
 def test_published_averages_are_the_means_of_their_cells():
-    cells = published.numbers().query("quantity == 'accuracy'")
+    cells = pd.concat(map(published.numbers, published.papers())).query("quantity == 'accuracy'")
     for (source, method, keep, variant), own in cells.groupby(["source", "method", "retention", "variant"], dropna=False):
         tasks = own[own["task"] != "mean"]["value"]
         if len(tasks) == 6:
             mean = own[own["task"] == "mean"]["value"].iloc[0]
             assert mean == pytest.approx(tasks.mean(), abs=0.06), (source, method, keep, variant)
+
+
+def test_the_share_kept_that_angelslim_prints_is_the_mean_of_its_cells():
+    cells = published.numbers("angelslim")
+    full = cells[cells["method"] == "full"].set_index("task")["value"]
+    for key, own in cells.groupby(["method", "variant", "retention"]):
+        values = own.set_index("task")["value"]
+        shares = [values[t] / full[t] for t in full.index if t != "mean"]
+        assert len(shares) == 11 and values["mean"] == pytest.approx(100 * sum(shares) / 11, abs=0.02), key
+    assert set(cells["limits"]) == {"angelslim"}
+    assert set(pd.concat(map(published.numbers, published.papers()))["limits"]) <= {"", *LIMITS}
+
+
+def test_whichever_table_is_asked_for_stands_beside_ours(tmp_path):
+    write_run(tmp_path, "full", {"docvqa_val": full()}, {"method": "full", "pretrained": "q"})
+    write_run(
+        tmp_path, "divprune-0.25", {"docvqa_val": low()}, {"method": "divprune", "fields": {"retention": 0.25}, "pretrained": "q"}
+    )
+    runs, frame = framed(tmp_path)
+    rows = main.against_paper(frame, published.cells(runs, frame, "angelslim")).numbers.set_index("method")
+    assert rows.at["divprune-0.25", "paper"] == 85.32 and rows.at["full", "paper"] == 94.90
+    assert (
+        rows.at["divprune-0.25", "limits"] == "angelslim" and main._kept(summary.summary(frame), "divprune-0.25", "full") == 50.0
+    )
+    assert len(published.cells(runs, frame)) == 2 and published.papers() == ["awares", "angelslim", "adaptvision", "ergo"]
+    with pytest.raises(ReportError, match="no published table 'visionzip'; known: awares, angelslim, adaptvision, ergo"):
+        published.numbers("visionzip")
+    about = {"identity": {"fields": {"cap": 640}}}
+    assert published.variant_of("ergo", "ergo", about, "ergo") == "cap=640" and published.variant_of("ergo", "ergo") == ""
+    assert published.variant_of("awares-sft", "awares") == "sft"
 
 
 def test_nothing_published_is_set_beside_nano(three):

@@ -6,10 +6,12 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
+from awares_bench.methods import registry
 from awares_bench.reports.data import discover, load, names
 from awares_bench.reports.plots import (
     accuracy_rtr,
     accuracy_seconds,
+    accuracy_tasks,
     calibration,
     crop_selection,
     hard_documents,
@@ -57,9 +59,58 @@ def test_accuracy_and_ratio_are_on_the_axes(frame):
     assert any("a caveat" in t.get_text() for t in figure.texts)
 
 
+def test_a_run_far_below_the_front_stands_at_the_edge_with_its_number_and_no_mark_is_clipped(frame):
+    points = accuracy_rtr.data(frame)
+    points.loc[points["method"] == "awares_low", ["accuracy", "low", "high"]] = 0.9, 0.88, 0.92
+    points.loc[points["method"] == "awares", ["accuracy", "low", "high"]] = 0.95, 0.93, 0.97
+    points.loc[points["family"] == "visionzip", ["accuracy", "low", "high"]] = 0.2, 0.1, 0.3
+    points.loc[points["family"] == "visionzip", "front"] = False
+    axes = accuracy_rtr.draw(points, "nano").axes[0]
+    bottom, top = axes.get_ylim()
+    assert 80 < bottom < 90 and top > 100 and max(axes.get_yticks()) <= 100
+    at_edge = [line for line in axes.lines if len(line.get_ydata()) == 1 and line.get_ydata()[0] == bottom]
+    assert sorted(float(line.get_xdata()[0]) for line in at_edge) == [0.25, 0.5] and not any(x.get_clip_on() for x in at_edge)
+    assert [t.get_text() for t in axes.texts if "↓" in t.get_text()] == ["↓20", "↓20"]
+    assert not any(c.lines[0].get_clip_on() for c in axes.containers) and "visionzip" not in {
+        c.get_label() for c in axes.containers
+    }
+
+
+def test_every_task_has_a_panel_with_its_own_front(frame):
+    table = accuracy_tasks.data(frame)
+    assert set(table["task"]) == {"nano_doc", "nano_chart"} and len(table) == 10
+    own = table[table["task"] == "nano_doc"].set_index("method")
+    assert own.loc["awares", ["rtr", "accuracy"]].tolist() == [0.5625, 0.625] and not own.at["awares", "front"]
+    figure = accuracy_tasks.draw(table, "nano")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["nano chart", "nano doc"]
+    assert accuracy_tasks.data(frame[frame["task"] == "nano_doc"]).empty
+
+
+def test_every_figure_says_what_it_shows_and_below_it_on_what(frame):
+    log = pd.DataFrame([{"run": "a", "step": s, "kind": "loss", "series": "loss", "value": 1.0} for s in (1, 2)])
+    made = {
+        module: draw(module.data(frame))
+        for module, draw in (
+            (accuracy_rtr, lambda d: accuracy_rtr.draw(d, "the suite")),
+            (accuracy_tasks, lambda d: accuracy_tasks.draw(d, "the suite")),
+            (accuracy_seconds, lambda d: accuracy_seconds.draw(d, "the suite", "a machine")),
+            (latency, lambda d: latency.draw(d, "the suite", "a machine")),
+            (crop_selection, lambda d: crop_selection.draw(d, "the suite")),
+            (rtr_distribution, lambda d: rtr_distribution.draw(d, "the suite")),
+            (hard_documents, lambda d: hard_documents.draw(d, "the suite")),
+            (calibration, lambda d: calibration.draw(d, "the suite")),
+        )
+    } | {learning_curves: learning_curves.draw(log, "the suite")}
+    titles = [figure._suptitle.get_text().strip() for figure in made.values()]
+    assert titles == [module.TITLE for module in made] and len(set(titles)) == len(titles)
+    for module, figure in made.items():
+        assert [t.get_text() for t in figure.texts].count("the suite") == 1
+        assert module.READING.endswith(".")
+
+
 def test_the_papers_points_are_hollow(frame):
     hollow = pd.DataFrame([{"label": "x", "family": "awares", "rtr": 0.36, "accuracy": 0.803}])
-    axes = accuracy_rtr.draw(accuracy_rtr.data(frame), "t", hollow).axes[0]
+    axes = accuracy_rtr.draw(accuracy_rtr.data(frame), "t", hollow).axes[1]
     (line,) = [x for x in axes.lines if x.get_markerfacecolor() == "none"]
     assert (line.get_xdata()[0], line.get_ydata()[0]) == (0.36, pytest.approx(80.3))
 
@@ -76,9 +127,11 @@ def test_latency_is_split_by_phase_and_turn(frame):
     assert table["awares", "encode", "first"] == pytest.approx(0.01) and table["awares", "encode", "later"] == pytest.approx(
         0.005
     )
-    axes = latency.draw(latency.data(frame), "t", "a machine").axes[0]
-    assert max(p.get_x() + p.get_width() for p in axes.patches) == pytest.approx(45)
-    assert sum(p.get_hatch() is not None for p in axes.patches) == 5 * 4
+    panels = {a.get_title(loc="left"): a for a in latency.draw(latency.data(frame), "t", "a machine").axes}
+    assert list(panels) == ["prepare", "tower", "prefill", "decode"]
+    longest = {name: max(p.get_x() + p.get_width() for p in axes.patches) for name, axes in panels.items()}
+    assert longest == pytest.approx({"prepare": 0, "tower": 15, "prefill": 30, "decode": 0})
+    assert "45" in [t.get_text() for t in panels["decode"].texts]  # the sum of all phases of AwaRes
 
 
 def test_crop_shares_add_up(frame):
@@ -158,11 +211,12 @@ def test_two_hundred_methods_and_long_names_fit(tmp_path):
         rows.append(same | {"accuracy": 0.5 + i / 500, "low": 0.4, "high": 1.0, "front": i % 40 == 0})
     figure = accuracy_rtr.draw(pd.DataFrame(rows), "nano")
     style.save(figure, tmp_path / "x.png")
-    assert len(figure.axes[0].containers) == 200 and "200 runs" in figure._suptitle.get_text()
+    assert len(figure.axes[0].containers) == 200 and any("200 runs" in t.get_text() for t in figure.texts)
     assert names.short("a method with a very long name, number 7").endswith("number 7") and len(names.short("x" * 99)) == 26
 
 
 def test_known_methods_look_different_and_unknown_ones_look_the_same_twice():
+    assert set(registry.own_names()) <= set(names.METHODS)  # none stands raw in print
     looks = [(names.colour(f), names.marker(f)) for f in names.METHODS]
     assert len(set(looks)) == len(looks)
     assert (names.colour("mine"), names.marker("mine")) == (names.colour("mine"), names.marker("mine"))
@@ -170,6 +224,10 @@ def test_known_methods_look_different_and_unknown_ones_look_the_same_twice():
     both = {"method": "awares", "policy": "awares", "pruner": "visionzip", "fields": {"retention": 0.5}}
     assert names.label("x", both, "awares+visionzip retention=0.5 prompt=adapter") == "AwaRes + VisionZip prompt=adapter 50 %"
     assert names.label("x", both, "my own words") == "my own words"
+    assert names.label("x", {"method": "awares", "policy": "awares", "pruner": None}, "awares_sft") == "AwaRes, SFT"
+    assert [names.readable(n) for n in ("visionthink_grpo", "all_crops", "awares-light", "my_run", "mine", "awares_full")] == [
+        "VisionThink, GRPO", "all crops", "AwaRes, light", "my run", "mine", "full resolution",
+    ]  # fmt: skip
     assert names.family("x", {"method": "mine.py:Mine", "policy": "mine.py:Mine", "pruner": None}) == "Mine"
     assert names.label("visionzip-0.5", {"method": "visionzip", "fields": {"retention": 0.5}}) == "VisionZip 50 %"
 

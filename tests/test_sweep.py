@@ -74,6 +74,9 @@ def test_the_shipped_recipes_hold_what_they_promise():
         "AwaRes",
     } <= {c.label for c in table}
     assert len(table) == 10 and len({sweep._weights(c) for c in table}) == 3
+    slim = sweep.read("angelslim_11").cells
+    assert len(slim) == 19 and {c.options["retention"] for c in slim if c.method != "full"} == {0.25, 0.1}
+    assert {c.options["limits"] for c in slim} == {"angelslim"}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,9 @@ def test_the_shipped_recipes_hold_what_they_promise():
 def test_a_recipe_that_cannot_be_run_says_why_before_anything_is_loaded(tmp_path, text, said):
     with pytest.raises(ValueError, match=said):
         sweep.read(recipe(tmp_path, text))
-    with pytest.raises(ValueError, match="no recipe nothing; pass a YAML file or one of: nano, nano_ablations, paper_table1"):
+    with pytest.raises(
+        ValueError, match="no recipe nothing; pass a YAML file or one of: angelslim_11, nano, nano_ablations, paper_table1"
+    ):
         sweep.read("nothing")
 
 

@@ -11,8 +11,9 @@ import copy
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ from awares_bench.methods.conversation import Sample
 from awares_bench.methods.crop_grid import PAPER_GRID
 
 from . import examples, recipe, rewards
+from .auxiliary.crop_reader import CropReader
 from .auxiliary.cropper import FrozenTargetReward
+from .curation.crop_oracles import check_boxes
 from .curation.judges import judge
 from .export import finish
 from .health_checks import HealthChecks
@@ -71,11 +74,21 @@ class GRPO(TrainingRecipe):
     """What scores an answer: ``embedding`` (paper), a rule, or a judge, ``local`` or at an ``endpoint`` (see ``judges``)."""
     judge_model: str = option("")
     judge_url: str = option("")
-    scheme: str = option("awares", one_of=(*rewards.SCHEMES, "likelihood"))
+    scheme: str = option("awares", one_of=(*rewards.SCHEMES, *rewards.CROP_SCHEMES, "likelihood"))
     """How the reward is composed: see ``rewards``. ``likelihood`` is CropVLM's, for role ``cropper``: the likelihood of the first
     accepted answer under ``target`` (see ``cropper``)."""
     target: str = option("")
-    """Frozen checkpoint of scheme ``likelihood``."""
+    """Frozen checkpoint of scheme ``likelihood``, and of ``crop_judge: target``."""
+    crop_judge: str = option("", one_of=("", "evidence", "target"))
+    """Of schemes ``adaptvision`` and ``ergo``: a crop is accepted that covers the row's ``boxes``, or from which ``target`` answers rightly
+    (ERGO; a stand-in for AdaptVision's GPT-4o)."""
+    tool_advantage: float = option(0.3, low=0)
+    """Of scheme ``adaptvision``: the share of the tool's advantage in the first turn (its lambda)."""
+    token_mean: str = option("rollout", one_of=("rollout", "parts"))
+    """``rollout``: a mean over a rollout's tokens, then over rollouts. ``parts``: a mean over all tokens of calls, times ``tool_tokens``, and
+    one over all tokens of answers, so that long answers do not drown short calls (AdaptVision)."""
+    tool_tokens: float = option(0.5, low=0)
+    """Weight of the calls' mean in ``token_mean: parts`` (AdaptVision's code; the paper: 1)."""
     w_ans: float = option(1.0, low=0)
     """This and the five below: see ``rewards.RewardWeights``."""
     miss: float = option(2.0, low=0)
@@ -83,13 +96,25 @@ class GRPO(TrainingRecipe):
     area: float = option(0.01, low=0)
     area_of: str = option("union", one_of=("union", "sum"))
     missed: str = option("label", one_of=("label", "wrong"))
+    crop: float = option(0.1, low=0)
+    """This and the four below: of schemes ``adaptvision`` and ``ergo``, see ``rewards.RewardWeights``."""
+    crop_area: float = option(0.2, low=0)
+    region: float = option(1.0, low=0)
+    small: float = option(0.5, low=0)
+    largest_region: float = option(0.6, above=0, high=1)
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.scheme == "likelihood") != bool(self.role) or bool(self.role) != bool(self.target):
+        if (self.scheme == "likelihood") != bool(self.role) or (self.role and not self.target):
             raise RecipeError(
                 "scheme: likelihood, a role and a target go together: a frozen target scores what the role shows it"
             )
+        if (self.scheme in rewards.CROP_SCHEMES) != bool(self.crop_judge):
+            raise RecipeError(f"scheme: {' or '.join(rewards.CROP_SCHEMES)} and a crop_judge go together: evidence or target")
+        if bool(self.target) != (bool(self.role) or self.crop_judge == "target"):
+            raise RecipeError("a target and crop_judge: target (or scheme: likelihood) go together")
+        if self.token_mean == "parts" and self.scaling == "dr_grpo":
+            raise RecipeError("token_mean: parts has its own counts, scaling: dr_grpo another; set one of them")
 
 
 RECIPE = GRPO
@@ -114,8 +139,16 @@ class Prompts(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Prompt:
         row = self.table[index]
-        truth = rewards.GroundTruth(row["question"], examples.answers(row), row.get("label"))
-        return Prompt(examples.sample(row, index, self.recipe.largest_side), truth)
+        sample = examples.sample(row, index, self.recipe.largest_side)
+        evidence, size = None, sample.images[0].size if len(sample.images) == 1 else None
+        if self.recipe.crop_judge == "evidence" and size:
+            whole = examples.pictures(row, 10**9, index)[0].size  # boxes are in pixels of the picture before it was shrunk
+            scale = (size[0] / whole[0], size[1] / whole[1]) * 2
+            boxes = check_boxes(row["boxes"], *whole)
+            evidence = tuple(
+                (int(x1 * a), int(y1 * b), int(x2 * c), int(y2 * d)) for x1, y1, x2, y2 in boxes for a, b, c, d in [scale]
+            )
+        return Prompt(sample, rewards.GroundTruth(row["question"], examples.answers(row), row.get("label"), evidence, size))
 
 
 @dataclass
@@ -126,6 +159,9 @@ class RolloutGroup:
     parts: list[dict[str, float]]
     """The parts of each rollout's reward, and their sum ``reward``."""
     advantages: list[float]
+    """Of each rollout, its first turn's where turns differ."""
+    turns: list[tuple[float, ...]] | None = None
+    """Of each rollout, the advantage of each turn, where they differ; None where all of a rollout's are the same."""
     reference: Tensor | None = None
     """The reference's log-probability of each sampled token, all rollouts in one row; None where ``beta`` is 0."""
 
@@ -138,7 +174,10 @@ class GRPOTrainer(ResumableTrainer):
     def __init__(self, scorer: Scorer, vlm: LocalModel, recipe: GRPO, policy, judge, **arguments):
         super().__init__(scorer, vlm, recipe, **arguments)
         self.policy, self.judge, self.reward_weights = policy, judge, _reward_weights(recipe)
-        self.target = FrozenTargetReward(open_vlm(replace(recipe, start=recipe.target)), policy) if recipe.target else None
+        frozen_vlm = open_vlm(replace(recipe, start=recipe.target)) if recipe.target else None
+        self.target = FrozenTargetReward(frozen_vlm, policy) if frozen_vlm and recipe.role else None
+        self.crop_reader = CropReader(frozen_vlm, judge) if frozen_vlm and recipe.crop_judge else None
+        self.part_tokens = (0.0, 0.0)  # of the step, over all processes: tokens of calls, and of answers
         self.reference = None
         if recipe.beta and recipe.tuning == "full":
             frozen = copy.deepcopy(scorer.model).requires_grad_(False).eval()
@@ -172,13 +211,32 @@ class GRPOTrainer(ResumableTrainer):
         self.record_metrics(**self.rollout_metrics(groups), prefilled_tokens=sampler.prefilled, shared_tokens=sampler.shared)
         if (step + 1) % recipe.log_every == 0:
             self.save_rollouts(prompts, groups, step + 1)
+        parts = [call_tokens(rollout) for g in groups for rollout in g.rollouts]
+        calls = self.sum_over_ranks(float(sum(map(sum, parts))))
+        self.part_tokens = calls, self.sum_over_ranks(float(sum(map(len, parts)))) - calls
         count = self.sum_over_ranks(sum(len(g.rollouts) for g in groups))
         return micro_batches, torch.tensor(count, device=device)
 
     def score_group(self, prompt: Prompt, group: list[Rollout]) -> RolloutGroup:
         """Rewards of a prompt's rollouts, and their advantages over each other."""
+        recipe, truth = self.recipe, prompt.truth
         if self.target:
-            parts = self.target(prompt.sample, prompt.truth.answers[0], group)
+            parts = self.target(prompt.sample, truth.answers[0], group)
+        elif recipe.scheme in rewards.CROP_SCHEMES:
+            if self.crop_reader:
+                accepted = self.crop_reader(truth.question, truth.answers, group)
+            else:
+                accepted = [float(rewards.covers(r.trajectory.boxes, truth.evidence or ())) for r in group]
+            parts = rewards.CROP_SCHEMES[recipe.scheme](group, truth, self.judge, self.reward_weights, accepted)
+            if recipe.scheme == "adaptvision":
+                turns = rewards.turn_advantages(
+                    [p["reward"] for p in parts],
+                    [p["tool"] for p in parts],
+                    [len(r.trajectory.replies) for r in group],
+                    recipe.scaling,
+                    recipe.tool_advantage,
+                )
+                return RolloutGroup(group, parts, [t[0] for t in turns], turns)
         else:
             parts = rewards.SCHEMES[self.recipe.scheme](group, prompt.truth, self.judge, self.reward_weights)
         return RolloutGroup(group, parts, rewards.advantages([p["reward"] for p in parts], self.recipe.scaling))
@@ -201,8 +259,13 @@ class GRPOTrainer(ResumableTrainer):
         scores, entropy = self.score(model, packed)  # (N,) each, over the sampled tokens
         sampled, device = [r for g in groups for r in g.rollouts], scores.device
 
-        # 1) Spread each rollout's advantage and length over its tokens.
+        # 1) Spread each rollout's advantage, or those of its turns, and its length over its tokens.
         advantage = torch.tensor([a for g in groups for a in g.advantages], device=device)[packed.conversation_index]  # (N,)
+        if any(g.turns for g in groups):
+            spread = [
+                x for g in groups for r, values in zip(g.rollouts, g.turns or (), strict=True) for x in per_token(r, values)
+            ]
+            advantage = torch.tensor(spread, device=device)
         length = torch.tensor([r.written for r in sampled], device=device, dtype=scores.dtype)[packed.conversation_index]
 
         # 2) The clipped objective. The ratio is 1; it carries the gradient.
@@ -223,6 +286,11 @@ class GRPOTrainer(ResumableTrainer):
             )
 
         # 5) Mean over a rollout's tokens, then over rollouts; Trainer averages over processes, which the last factor undoes.
+        if recipe.token_mean == "parts":
+            is_call = torch.tensor([c for r in sampled for c in call_tokens(r)], device=device, dtype=torch.bool)
+            calls, answers = (max(n, 1.0) for n in self.part_tokens)
+            share = torch.where(is_call, recipe.tool_tokens / calls, 1 / answers)
+            return -((gain - recipe.beta * divergence) * share).sum() * self.args.world_size
         share = 1 / length if recipe.scaling != "dr_grpo" else 1 / recipe.max_new_tokens
         return -((gain - recipe.beta * divergence) * share).sum() / num_items_in_batch * self.args.world_size
 
@@ -241,6 +309,9 @@ class GRPOTrainer(ResumableTrainer):
             "truncated": sum(not r.complete for r, _ in scored),
             "reply_tokens": sum(r.written for r, _ in scored),
         }
+        for name in ("tool", "crop", "region", "small"):  # of the schemes that have them
+            if any(name in p for _, p in scored):
+                sums[f"{name}_score"] = sum(p.get(name, 0.0) for _, p in scored)
         for name in ("miss", "use", "area"):
             sums[f"cost_{name}"] = sum(p.get(name, 0.0) for _, p in scored)
         count = self.sum_over_ranks(len(scored))
@@ -283,8 +354,20 @@ class GRPOTrainer(ResumableTrainer):
         pandas.DataFrame(rows).to_parquet(folder / f"{step:06d}{rank}.parquet")
 
 
+def per_token(rollout: Rollout, of_turns: Sequence[float]) -> list[float]:
+    """A value of each turn -> the same for each token that was sampled, in order; replies put into the model's mouth have none."""
+    spans, weights = rollout.conversation.replies, rollout.conversation.weights
+    return [x for x, (start, end) in zip(of_turns, spans, strict=True) for weight in weights[start:end] if weight]
+
+
+def call_tokens(rollout: Rollout) -> list[bool]:
+    """Of each sampled token, whether it is of a call: of any reply but the last."""
+    last = len(rollout.conversation.replies) - 1
+    return [bool(x) for x in per_token(rollout, [float(i < last) for i in range(last + 1)])]
+
+
 def _reward_weights(recipe: GRPO) -> rewards.RewardWeights:
-    return rewards.RewardWeights(recipe.w_ans, recipe.miss, recipe.use, recipe.area, recipe.area_of, recipe.missed)
+    return rewards.RewardWeights(**{field.name: getattr(recipe, field.name) for field in fields(rewards.RewardWeights)})
 
 
 def build(recipe: GRPO, dry: bool = False) -> GRPOTrainer:
@@ -293,7 +376,9 @@ def build(recipe: GRPO, dry: bool = False) -> GRPOTrainer:
     dry: acquire no folder. Raises RecipeError, DataError, JudgeError, CheckpointError.
     """
     accumulate = per_process(recipe.prompts, recipe.micro_batch, "prompts")
-    table = examples.rows(recipe.data, needs=("image", "question", "answers"))
+    table = examples.rows(
+        recipe.data, needs=("image", "question", "answers", *(("boxes",) if recipe.crop_judge == "evidence" else ()))
+    )
     labels = set(table["label"]) if "label" in table.column_names else {None}
     if labels - {"LR", "HR", None}:
         raise examples.DataError(f"{recipe.data!r}: label is {sorted(map(str, labels))}; allowed: LR, HR, null")

@@ -70,7 +70,7 @@ def render(
         images = [host.image_input(image, host.image_key(image, share), share) for image, share in turn.shown]
         ids = host.render([*shown, turn], said, images)
         out.add_context(ids[1:] if said else ids, images)  # the end of the reply before is written already
-        out.add_reply([*vlm.tokenizer(reply, add_special_tokens=False)["input_ids"], host.end_of_turn], weight)
+        out.add_reply([*host.reply_tokens(reply), host.end_of_turn], weight)
         shown.append(turn)
         said.append(reply)
     if max_length and len(out.ids) > max_length:

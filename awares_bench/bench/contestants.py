@@ -6,10 +6,12 @@ random weights (``geometry``) replies are forced: which documents call, for one 
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -22,7 +24,7 @@ from awares_bench.errors import RunError
 from awares_bench.inference.batch import Batch
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Prepared, Request, Session
-from awares_bench.methods.conversation import Failure, Reply, Turn, chat_messages
+from awares_bench.methods.conversation import Failure, Reply, Sample, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import HALF_SHARE, half, share_of
 from awares_bench.methods.usage import Usage
@@ -242,20 +244,21 @@ class Pages:
     def flops(self, kind: str) -> tuple[float, float, float]:
         """(encode, prefill, decode) of ``full``, ``kept`` or ``again``, from the shapes of the turns."""
         total = np.zeros(3)
-        for i, calls in enumerate(self.calls):
+        for calls in dict.fromkeys(self.calls):  # pages are of one size: one of each kind tells the others
+            i, pages = self.calls.index(calls), self.calls.count(calls)
             if kind == "full":
-                total += self._cost([self.full_turns[i].images[0]], self.full_turns[i], Session(), 0, self.answer)
+                total += pages * self._cost([self.full_turns[i].images[0]], self.full_turns[i], Session(), 0, self.answer)
                 continue
             low, crop = [self.first[i].images[0]], list(self.second[i].images)
-            total += self._cost(low, self.first[i], Session(), 0, self.call if calls else self.answer)
+            total += pages * self._cost(low, self.first[i], Session(), 0, self.call if calls else self.answer)
             if calls:
                 one = len(self._ids(low, self.first[i], Session())) + len(self.call)
                 first = Session(turns=[self.first[i]], replies=[PAPER_GRID.format(CROP)])
                 if kind == "kept":
-                    total += self._cost(crop, self.second[i], first, one, self.answer)
+                    total += pages * self._cost(crop, self.second[i], first, one, self.answer)
                 else:
                     new = one + len(self._ids(crop, self.second[i], first))
-                    total += self._spent([*low, *crop], new, 0, self.answer)
+                    total += pages * self._spent([*low, *crop], new, 0, self.answer)
         return float(total[0]), float(total[1]), float(total[2])
 
     def _ids(self, images: list, turn: Turn, session: Session) -> list[int]:
@@ -346,3 +349,17 @@ def matmul_rates(vlm: LocalModel, rows: int, batch: int) -> tuple[float, float]:
                 times.append(time.perf_counter() - start)
             out.append(2 * n * weight.numel() / min(times))
     return out[0], out[1]
+
+
+def nano_samples(folder: Path, documents: int) -> list[Sample]:
+    """The first documents of every task of the suite but V*, tasks in turn."""
+    import pandas as pd
+
+    frames = [
+        pd.read_parquet(path, columns=["image", "question"])
+        for path in sorted(folder.glob("nano_*.parquet"))
+        if "vstar" not in path.name
+    ]
+    rows = [row for together in zip(*(f.itertuples() for f in frames), strict=False) for row in together][:documents]
+    pictures = [Image.open(io.BytesIO(row.image["bytes"])).convert("RGB") for row in rows]
+    return [Sample((picture,), row.question, str(i)) for i, (picture, row) in enumerate(zip(pictures, rows, strict=True))]

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from awares_bench.inference.varlen_batch import products
+
 
 def seconds_of(call: Callable[[], object], device: str, repeats: int = 10) -> float:
     """Median seconds of a call, after one that does not count."""
@@ -45,8 +47,8 @@ def matmul(device: str, size: int, dtype: torch.dtype) -> float:
 def rates(device: str, size: int, copied: int) -> dict:
     """Operations and bytes per second, and what the device is. size: of the matrices; copied: bytes of each copy."""
     out: dict = {name: matmul(device, size, getattr(torch, name)) for name in ("bfloat16", "float32")}
-    here = torch.randint(0, 255, (copied,), dtype=torch.uint8)
-    there, other = here.to(device), torch.empty(copied, dtype=torch.uint8, device=device)
+    there = torch.randint(0, 255, (copied,), dtype=torch.uint8, device=device)
+    here, other = there.cpu(), torch.empty_like(there)
     few = torch.zeros(8, device=device)
     result: dict = {
         "matmul_flops": out,
@@ -67,7 +69,22 @@ def rates(device: str, size: int, copied: int) -> dict:
             "cuda": torch.version.cuda,
         }
     length = 2048 if device.startswith("cuda") else 128
-    return result | {"attention_tokens": length, "attention": attention(device, length)}
+    result |= {"attention_tokens": length, "attention": attention(device, length)}
+    return result | {"step_attention": [step_attention(device, batch, keys) for batch, keys in STEPS[device.startswith("cuda")]]}
+
+
+STEPS = {True: ((1, 1300), (1, 4900), (16, 1300), (64, 1300)), False: ((1, 64), (2, 64))}
+"""Rows and keys of a decoding step that are timed, on a GPU and in a rehearsal."""
+
+
+def step_attention(device: str, batch: int, keys: int, heads: int = 16, groups: int = 2, width: int = 128) -> dict[str, float]:
+    """Seconds of a decoding step's attention at the heads of 3B, fused and by products."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    q = torch.randn(batch, groups, heads // groups, width, device=device).to(dtype)
+    k, v = torch.randn(2, batch, groups, keys, width, device=device).to(dtype)
+    mask = torch.ones(batch, 1, 1, keys, dtype=torch.bool, device=device)
+    out = {"batch": batch, "keys": keys, "fused": seconds_of(lambda: scaled_dot_product_attention(q, k, v, mask), device)}
+    return out | {"products": seconds_of(lambda: products(q, k, v, mask), device)}
 
 
 def attention(device: str, length: int, heads: int = 16, groups: int = 2, width: int = 128) -> dict[str, float | str]:

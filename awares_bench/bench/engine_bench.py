@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 import time
@@ -12,31 +11,41 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import transformers
 from PIL import Image
 
 from awares_bench.evaluation.provenance import cpu_name, provenance
+from awares_bench.inference.batch import Batch
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
-from awares_bench.inference.padded_batch import PaddedBatch
-from awares_bench.methods.conversation import Sample
+from awares_bench.methods.conversation import Failure, Sample
 from awares_bench.methods.registry import build
 from awares_bench.methods.usage import Usage
 from awares_bench.models.flops import vision_flops
 from awares_bench.models.packaged import NANO
 
-from .contestants import PHASES, Contestant, Pages, alternate, load, matmul_rates
+from .contention import BUSY, contention
+from .contestants import PHASES, Contestant, Pages, alternate, load, matmul_rates, nano_samples
 from .synthetic_models import NAMES
 
 BATCH = 8
 """Documents in a batch of the nano suite."""
 
+SERVED_BATCH = 16
+"""Requests in flight to a server, or to vLLM in this process."""
+
 
 PARTS = ("vision", "turns", "stock", "suite")
+"""Measured where nothing else is asked for."""
+
+MORE_PARTS = ("contention", "served", "vllm")
+"""What is measured only when it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,10 @@ class Settings:
     """Which of the contestants; ``suite`` needs a checkpoint."""
     documents: int = 48
     """Of the nano suite."""
+    base_url: str | None = None
+    """Server of ``served``, which serves the checkpoint."""
+    served_model: str | None = None
+    """The checkpoint's name there."""
     json_file: Path | None = None
 
     def __post_init__(self):
@@ -84,8 +97,12 @@ class Settings:
         for name in ("tokens", "batch", "answer", "repeats", "documents"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if unknown := [part for part in self.parts if part not in PARTS]:
-            raise ValueError(f"--parts holds {unknown[0]!r}; known: {', '.join(PARTS)}")
+        if unknown := [part for part in self.parts if part not in PARTS + MORE_PARTS]:
+            raise ValueError(f"--parts holds {unknown[0]!r}; known: {', '.join(PARTS + MORE_PARTS)}")
+        if "served" in self.parts and not (self.base_url and self.served_model):
+            raise ValueError("--parts served needs a server: pass --base-url http://localhost:8000/v1 --served-model NAME")
+        if needy := [part for part in MORE_PARTS if part in self.parts and not self.pretrained]:
+            raise ValueError(f"--parts {needy[0]} needs a checkpoint; pass --pretrained and leave --geometry out")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +118,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer", type=int, default=8, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--documents", type=int, default=48, help="of the nano suite")
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; leave out what takes too long")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated; known: {', '.join(PARTS + MORE_PARTS)}")
+    parser.add_argument("--base-url", help="address of a server with the same checkpoint, for the part served")
+    parser.add_argument("--served-model", help="the checkpoint's name on that server")
     parser.add_argument("--json", type=Path, dest="json_file", help="write the result there")
 
 
@@ -119,8 +138,12 @@ def run(settings: Settings) -> dict:
     return measure(settings, load(settings.pretrained, *size, settings.dtype, settings.device, 1 if tower_only else None))
 
 
-def measure(settings: Settings, vlm: LocalModel, layouts: bool = False) -> dict:
-    """The same on a model that is loaded already. layouts: also time our turns in the padded rectangle."""
+def measure(settings: Settings, vlm: LocalModel, layouts: dict[str, type[Batch]] | None = None, twice: bool = True) -> dict:
+    """The same on a model that is loaded already.
+
+    layouts: name -> another layout, in which AwaRes' turns are timed too. twice: with ``stock`` also time two calls of ``generate``, which
+    take one page at a time whatever the batch.
+    """
     rates = matmul_rates(vlm, settings.tokens, settings.batch)
     about = _about(settings, vlm, rates)
     print("\n".join(f"{k:<16} {v}" for k, v in about.items()))
@@ -131,9 +154,13 @@ def measure(settings: Settings, vlm: LocalModel, layouts: bool = False) -> dict:
         _vision(vlm, settings.repeats, contestants, ratios)
     if "turns" in settings.parts:
         pages = Pages(vlm, settings.tokens, settings.batch, settings.call_rate, settings.answer)
-        _turns(pages, "stock" in settings.parts, settings.repeats, contestants, ratios, layouts)
+        _turns(pages, "stock" in settings.parts, settings.repeats, contestants, ratios, layouts or {}, twice)
     if "suite" in settings.parts and settings.pretrained:
         notes = _suite(vlm, settings.pretrained, settings.documents, settings.repeats, contestants, ratios)
+    if "contention" in settings.parts:
+        _contention(str(settings.pretrained), settings.documents, settings.repeats, ratios)
+    if {"served", "vllm"} & set(settings.parts):
+        notes += _external(vlm, settings, contestants, ratios)
     result = {
         "about": about,
         "rows": [c.as_dict(rates) for c in contestants],
@@ -212,19 +239,26 @@ def _exact(vlm: LocalModel, difference: float) -> tuple[str, bool | None]:
 
 
 def _turns(
-    pages: Pages, stock: bool, repeats: int, contestants: list[Contestant], ratios: list[Ratio], layouts: bool = False
+    pages: Pages,
+    stock: bool,
+    repeats: int,
+    contestants: list[Contestant],
+    ratios: list[Ratio],
+    layouts: dict[str, type[Batch]],
+    twice: bool,
 ) -> None:
-    """One turn at full resolution and two of AwaRes: by the engine, and with ``stock`` by ``model.generate``; with ``layouts`` also by
-    the engine with its rows in a rectangle."""
+    """One turn at full resolution and two of AwaRes: by the engine, and with ``stock`` by ``model.generate``; the two of AwaRes also in
+    other layouts."""
     full = Contestant("full: ours", pages.full, pages.flops("full"))
     kept = Contestant("AwaRes: ours, one cache", pages.low_then_crop, pages.flops("kept"))
     again = Contestant("AwaRes: ours, everything again", pages.low_then_everything, pages.flops("again"))
     stock_full = Contestant("full: model.generate", pages.generate_full, pages.flops("full"))
     stock_twice = Contestant("AwaRes: model.generate twice", pages.generate_low_then_everything, pages.flops("again"))
-    padded = [
-        Contestant(f"{c.name}, rectangle", partial(pages.laid_out, PaddedBatch, c.run), c.flops) for c in (full, kept) if layouts
+    others = [
+        Contestant(f"{kept.name}, {name}", partial(pages.laid_out, layout, kept.run), kept.flops)
+        for name, layout in layouts.items()
     ]
-    runners = [full, kept, again, *padded, *([stock_full, stock_twice] if stock else [])]
+    runners = [full, kept, again, *others, *([stock_full] if stock else []), *([stock_twice] if stock and twice else [])]
     alternate(runners, repeats, vlm=pages.vlm)
     contestants += runners
 
@@ -249,11 +283,12 @@ def _turns(
         ratio = passes[True] / passes[False]
         name = f"decode passes of the first turn, grammar ({passes[True]}) over none ({passes[False]})"
         ratios.append(Ratio(name, ratio, "<= 0.5", ratio <= 0.5))
-    for ours, other in zip((full, kept), padded, strict=False):
-        ratios.append(Ratio(f"{ours.name}, rectangle over the device's own layout, seconds", _ratio(other, ours), "", None))
+    for other in others:
+        ratios.append(Ratio(f"{other.name} over the device's own layout, seconds", _ratio(other, kept), "", None))
     if stock:
         ratios.append(Ratio("full resolution, model.generate over ours, seconds", _ratio(stock_full, full), "", None))
-        ratios.append(Ratio("AwaRes, model.generate twice over ours, seconds", _ratio(stock_twice, kept), "", None))
+        if twice:
+            ratios.append(Ratio("AwaRes, model.generate twice over ours, seconds", _ratio(stock_twice, kept), "", None))
         difference = pages.difference()
         ratios.append(Ratio("largest difference of a score from model.generate", difference, *_exact(pages.vlm, difference)))
 
@@ -273,7 +308,7 @@ def _suite(
 ) -> list[str]:
     """Documents per second on the nano suite at full resolution, beside lmms-eval's own model on the same weights."""
     folder, answers = Path(str(files("awares_bench.tasks.nano") / "nano_chart.yaml")).parent, {}
-    samples = _nano_samples(folder, documents)
+    samples = nano_samples(folder, documents)
     policy = build("full", {}).policy
 
     def outcomes_of(samples: list[Sample]) -> dict:
@@ -320,23 +355,79 @@ def _suite(
     ]
 
 
+def _contention(pretrained: str, documents: int, repeats: int, ratios: list[Ratio]) -> None:
+    """Documents per second on a quiet machine and beside two busy processes, with OpenMP's spin as it is set here and as it comes."""
+    found = contention(pretrained, documents, BATCH, repeats)
+    for name, states in found.items():
+        for state, rate in states.items():
+            beside = f"beside {BUSY} busy processes" if state == "busy" else "nothing beside"
+            aim, met = (">= 20", rate >= 20) if (name, state) == ("ours", "busy") and pretrained == NANO else ("", None)
+            ratios.append(Ratio(f"nano suite, documents per second, OpenMP's spin {name}, {beside}", rate, aim, met))
+    ours, other = found["ours"], found["as OpenMP comes"]
+    ratios.append(Ratio("the same, ours over as OpenMP comes, nothing beside", ours["quiet"] / other["quiet"], "", None))
+    ratios.append(Ratio("the same, ours over as OpenMP comes, busy", ours["busy"] / other["busy"], "", None))
+
+
+def _external(vlm: LocalModel, settings: Settings, contestants: list[Contestant], ratios: list[Ratio]) -> list[str]:
+    """Documents per second of this engine, and of a server or of vLLM in this process, on the same weights and documents.
+
+    Before each round every picture is changed a little, so that no cache knows it.
+    """
+    samples = nano_samples(Path(str(files("awares_bench.tasks.nano") / "nano_chart.yaml")).parent, settings.documents)
+    engines: dict[str, Any] = {"ours": vlm}
+    if "served" in settings.parts:
+        from awares_bench.inference.openai_server import Endpoint
+
+        served = Endpoint(str(settings.base_url), str(settings.served_model), str(settings.pretrained), SERVED_BATCH)
+        served.warm_up()
+        engines["served"] = served
+    if "vllm" in settings.parts:
+        from awares_bench.inference.vllm_model import VllmModel
+
+        engines["vllm in this process"] = VllmModel(str(settings.pretrained), SERVED_BATCH, dtype=settings.dtype)
+    notes = [
+        f"same documents: batches of {BATCH} here, {SERVED_BATCH} requests in flight elsewhere; whole seconds stand under decode"
+    ]
+    for method in ("full", "awares"):
+        policy, answers, runners = build(method, {}).policy, {}, []
+        for name, model in engines.items():
+            rounds = count()
+
+            def timed(name=name, model=model, rounds=rounds, policy=policy, answers=answers) -> list[list[Usage]]:
+                shown = [changed(sample, next(rounds)) for sample in samples]
+                batch = BATCH if model is vlm else SERVED_BATCH
+                with constrained(vlm, False):
+                    start = time.perf_counter()
+                    outcomes = dict(Engine(model, policy, batch).run(Job(s, 16) for s in shown))
+                    taken = time.perf_counter() - start
+                if failed := next((o for o in outcomes.values() if isinstance(o, Failure)), None):
+                    raise RuntimeError(f"{name}: {failed.error}")
+                answers[name] = [outcomes[i].answer for i in range(len(samples))]
+                usage = sum((o.usage for o in outcomes.values()), Usage())
+                return [[replace(usage, **{f"{p}_seconds": 0.0 for p in PHASES} | {"decode_seconds": taken})]]
+
+            runners.append(Contestant(f"nano suite, {method}: {name}", timed))
+        alternate(runners, settings.repeats)
+        contestants += runners
+        for name, other in zip(list(engines)[1:], runners[1:], strict=True):
+            ratio = _ratio(other, runners[0])
+            aim = (">= 1", ratio >= 1) if settings.pretrained == NANO else ("", None)
+            ratios.append(Ratio(f"nano suite, {method}, documents per second, ours over {name}", ratio, *aim))
+            equal = _alike(answers["ours"], answers[name])
+            ratios.append(Ratio(f"nano suite, {method}, share of equal answers, ours and {name}", equal, "= 1", equal == 1))
+    return notes
+
+
+def changed(sample: Sample, seed: int) -> Sample:
+    """A sample whose picture differs in one corner, by the seed."""
+    picture = sample.images[0].copy()
+    picture.paste((seed * 37 % 256, seed * 91 % 256, seed * 151 % 256), (0, 0, 6, 6))
+    return replace(sample, images=(picture, *sample.images[1:]))
+
+
 def _alike(ours: list[str], theirs: list[str]) -> float:
     """Share of equal answers."""
     return sum(a.strip() == b.strip() for a, b in zip(ours, theirs, strict=True)) / len(ours)
-
-
-def _nano_samples(folder: Path, documents: int) -> list[Sample]:
-    """The first documents of every task of the suite but V*, tasks in turn."""
-    import pandas as pd
-
-    frames = [
-        pd.read_parquet(path, columns=["image", "question"])
-        for path in sorted(folder.glob("nano_*.parquet"))
-        if "vstar" not in path.name
-    ]
-    rows = [row for together in zip(*(f.itertuples() for f in frames), strict=False) for row in together][:documents]
-    pictures = [Image.open(io.BytesIO(row.image["bytes"])).convert("RGB") for row in rows]
-    return [Sample((picture,), row.question, str(i)) for i, (picture, row) in enumerate(zip(pictures, rows, strict=True))]
 
 
 def _print(result: dict) -> None:

@@ -18,7 +18,10 @@ from awares_bench.awares import CALL_BUDGET, AwaRes
 from awares_bench.inference.batch import Batch
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.padded_batch import PaddedBatch
+from awares_bench.inference.ragged_batch import RaggedBatch
 from awares_bench.inference.session import Request, Session
+from awares_bench.inference.varlen_attention import kernel_for, kernels, trial
+from awares_bench.inference.varlen_batch import VarlenBatch
 from awares_bench.methods.conversation import Failure, Sample, Turn, chat_messages
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.models.families import host_of
@@ -28,8 +31,17 @@ from awares_bench.training.rendering import render
 from .contestants import Pages
 from .synthetic_models import geometry, random_model
 
+OWN, PLAIN = "own layout", "own layout, steps from Python"
+"""Questions whose answers decide what is measured further."""
+
 Scores = list[Tensor]
 """(steps, vocabulary) for each page's first turn, then for each page's second."""
+
+
+class PlainSteps(VarlenBatch):
+    """Every step from Python, none recorded."""
+
+    graphs = False
 
 
 def compare(ours: Scores, theirs: Scores) -> dict:
@@ -139,6 +151,17 @@ class Equality:
             }
             return out | self._errors({"ours": self.alone, "generate": self.generated})
 
+    @torch.inference_mode()
+    def tower(self) -> dict:
+        """Features of all pages in one call beside the tower as transformers runs it."""
+        host = self.vlm.host
+        views = [host.image_input(page.images[0]) for page in self.pages]
+        with exact_products():
+            ours = torch.cat([run.features for run in host.encode(views)])
+            patches, grids = (torch.cat([view.inputs[name] for view in views]) for name in ("pixel_values", "image_grid_thw"))
+            theirs = host.tower(patches.to(host.device, host.dtype), grid_thw=grids.to(host.device)).pooler_output
+        return compare([ours.cpu()], [theirs.cpu()]) | {"same_choice": None}  # there is none in a feature
+
     def layout(self, kind: type[Batch]) -> dict:
         """A batch of unequal pages beside one after the other."""
         with exact_products():
@@ -190,7 +213,25 @@ def questions(size: str, layers: int | None, device: str, tokens: tuple[int, ...
     for way in (exact, rounded):
         name = str(way.dtype).removeprefix("torch.")
         out[f"{name}: generate"] = way.generate
+        out[f"{name}: vision tower"] = way.tower
         out[f"{name}: rectangle"] = lambda way=way: way.layout(PaddedBatch)
-        out[f"{name}: own layout"] = lambda way=way: way.layout(way.vlm.own_layout())
+        # on a GPU float32 has no kernel, and the layout is tried with the reference in its place
+        if device != "cpu":
+            out[f"{name}: {PLAIN}"] = lambda way=way: way.layout(PlainSteps)
+        out[f"{name}: {OWN}"] = lambda way=way: way.layout(RaggedBatch if device == "cpu" else VarlenBatch)
         out[f"{name}: packed scoring"] = way.scoring
+    if device != "cpu":
+        out["bfloat16: kernels"] = lambda: kernels_here(rounded.vlm)
+    return out
+
+
+def kernels_here(vlm: LocalModel) -> dict:
+    """Each kernel for rows of different lengths: its difference from the reference, or why it refuses; and the one that is taken."""
+    found = kernel_for(vlm.device, vlm.host.dtype, *vlm.host.heads)
+    out: dict = {"taken": found and found[0], "differences": {}}
+    for name, kernel in kernels():
+        try:
+            out["differences"][name] = trial(kernel, vlm.device, vlm.host.dtype, *vlm.host.heads)
+        except (RuntimeError, TypeError, ValueError) as error:
+            out["differences"][name] = str(error).splitlines()[0]
     return out

@@ -29,7 +29,6 @@ from awares_bench.training.rollouts import banned_tokens
 from awares_bench.training.trainer import policy_of, prepare, training_arguments
 
 from .contestants import Pages, load
-from .trl_worker import Tokens
 
 
 class Forced(LocalModel):
@@ -49,10 +48,10 @@ class Forced(LocalModel):
 
 
 class Steps(TrainerCallback):
-    """Seconds, tokens and peak memory of each step."""
+    """Seconds, metrics and peak memory of each step. Nothing hooks onto the model, whose decoding steps would then not be recorded."""
 
     def __init__(self, trainer: grpo.GRPOTrainer):
-        self.trainer, self.tokens = trainer, Tokens(trainer.vlm.host.model)
+        self.trainer = trainer
         self.steps: list[dict] = []
 
     def on_train_begin(self, *_, **__):
@@ -69,9 +68,10 @@ class Steps(TrainerCallback):
         # what the sampler gave the tokens says nothing of those that were forced in their place
         metrics = {name: values[-1] for name, values in self.trainer.step_metrics.items() if name != "sampler_dlogp"}
         peak = vlm.peak_since_restart() if self.counted else None
-        tokens = self.tokens.take()
-        tokens["reference"] = tokens["loss"]  # the same model without its adapters, whose tokens were counted as prefill
-        tokens["prefill"] -= tokens["reference"]
+        recipe = self.trainer.recipe
+        scored = metrics["scored_tokens"] * recipe.prompts / recipe.micro_batch
+        tokens = {"prefill": metrics["prefilled_tokens"], "decode": metrics["reply_tokens"] * recipe.prompts * recipe.group}
+        tokens |= {"reference": scored, "loss": scored, "backward": scored}
         self.steps.append({"seconds": seconds, "tokens": tokens, "peak_memory_bytes": peak, "metrics": metrics})
         self._start()
 

@@ -114,7 +114,7 @@ def run(
     width = config.text_config.hidden_size
     contestants = [cls(retention, **weights_of(cls, width)) for cls in pruner_classes() if wanted(cls, only)]
     if not contestants:
-        raise ValueError(f"pruners is {only!r}; known: {', '.join(map(_name, pruner_classes()))}")
+        raise ValueError(f"pruners is {only!r}; known: {', '.join(map(name_of, pruner_classes()))}")
 
     # one conversation a picture: a system message, the picture, a question
     side = max(1, math.isqrt(tokens))
@@ -127,7 +127,7 @@ def run(
     ids = [20] * 16 + [marks[0]] + [vlm.host.image_token] * visual + [marks[1]] + [*range(20, 20 + TEXT)]
 
     # every round: a prefill without a pruner, then the work of each pruner
-    layers, costs = _Layers(vlm), [Cost(_name(type(p))) for p in contestants]
+    layers, costs = _Layers(vlm), [Cost(name_of(type(p))) for p in contestants]
     with onednn_linears(vlm.host.decoder):  # as where it answers
         for round_ in range(repeats + 1):  # the first warms up, and looks at memory instead of the clock; the others alternate
             chunks = [vlm.host.chunk(ids, pictures[:1], [image], 0) for image in vlm.see(pictures)]
@@ -175,13 +175,13 @@ def run(
     return result
 
 
-def _name(cls: type[Pruner]) -> str:
+def name_of(cls: type[Pruner]) -> str:
     return cls.__module__.rsplit(".", 1)[-1]
 
 
 def wanted(cls: type[Pruner], only: str) -> bool:
     """Whether a pruner is among the names, or none are named."""
-    return not only or _name(cls) in only.replace(" ", "").split(",")
+    return not only or name_of(cls) in only.replace(" ", "").split(",")
 
 
 def weights_of(cls: type[Pruner], width: int) -> dict[str, str]:

@@ -86,7 +86,7 @@ class Tokens:
         if self.inside:
             return
         rows, length = kwargs.get("rows"), args[0].shape[1]
-        one_each = all(n == 1 for _, n, _ in rows.segments) if rows is not None else length == 1
+        one_each = all(n == 1 for n in rows.fed_now) if rows is not None else length == 1
         self.counts["decode" if one_each else "prefill"] += args[0].shape[0] * length
 
     def _tower(self, model):

@@ -1,4 +1,4 @@
-"""Full, low and AwaRes on the nano suite through lmms-eval itself, then the table, the figure and the gallery."""
+"""Full, low and AwaRes on the nano suite through lmms-eval itself, then tables, figures, a gallery, and five lines that say what came out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 from awares_bench.methods.options import unknown_option
 
 from . import doctor
+from .progress import Follower, Progress
 
 MODELS = ("awares_full", "awares_low", "awares")
 
@@ -61,8 +64,10 @@ def run(
     except OSError as error:
         raise OSError(f"cannot write to {out}: {error.strerror}; pass --out FOLDER") from error
     for number, name in enumerate(methods, 1):
-        print(f"[{number}/{len(methods)}] {name} on the nano suite", file=sys.stderr)
-        _evaluate(name, out, suite, limit, pretrained, batch_size)
+        place = f"[{number}/{len(methods)}] {name.removeprefix('awares_')}"
+        if not sys.stderr.isatty():  # where the bar is not drawn
+            print(f"{place} on the nano suite", file=sys.stderr)
+        _evaluate(name, out, suite, limit, pretrained, batch_size, place)
     report(out)
 
 
@@ -76,7 +81,8 @@ def _same_suite(out: Path, suite: Path) -> None:
         )
 
 
-def _evaluate(name: str, out: Path, suite: Path, limit: int | None, pretrained: str, batch_size: int) -> None:
+def _evaluate(name: str, out: Path, suite: Path, limit: int | None, pretrained: str, batch_size: int, place: str = "") -> None:
+    """Run lmms-eval's command on one method, its messages in a log, our own bar instead. place: what the bar says before it."""
     results = out / "lmms" / name
     before = set(results.rglob("*_results.json"))
     arguments = f"pretrained={pretrained},output_dir={out / 'runs' / name}"
@@ -84,8 +90,8 @@ def _evaluate(name: str, out: Path, suite: Path, limit: int | None, pretrained: 
     command += ["--include_path", str(suite), "--batch_size", str(batch_size), "--log_samples", "--output_path", str(results)]
     command += ["--limit", str(limit)] if limit else []
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    with (out / f"{name}.log").open("w") as log:
-        status = subprocess.run(command, env=os.environ | quiet, stdout=log).returncode
+    log = out / f"{name}.log"
+    status = _watched(command, os.environ | quiet, log, out / "runs" / name, _documents(suite, limit), place or name)
     if status == 130 or status < 0:
         raise KeyboardInterrupt
     if not set(results.rglob("*_results.json")) - before:
@@ -93,8 +99,37 @@ def _evaluate(name: str, out: Path, suite: Path, limit: int | None, pretrained: 
         with redirect_stdout(sys.stderr):
             doctor.run()
         raise RuntimeError(
-            f"lmms-eval left no results for {name} (exit status {status}); its messages are above and in {out / f'{name}.log'}"
+            f"lmms-eval left no results for {name} (exit status {status}); its messages are in {log}, the last ones:\n{_end(log)}"
         )
+
+
+def _watched(command: Sequence[str], env: dict[str, str], log: Path, run: Path, documents: int, place: str) -> int:
+    """Run a command with all it prints in ``log`` and a bar of what it adds to the records of ``run`` -> its exit status."""
+    follower = Follower(run / "records.jsonl")
+    with log.open("w") as file, Progress(documents, place) as bar:
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                follower.tell(bar)
+                time.sleep(0.1)
+        except KeyboardInterrupt:  # the process hears it too
+            process.wait()
+            raise
+        follower.tell(bar)
+    return process.returncode
+
+
+def _documents(suite: Path, limit: int | None) -> int:
+    """How many documents a method is asked."""
+    from pyarrow.parquet import read_metadata
+
+    counts = [read_metadata(path).num_rows for path in suite.glob("nano_*.parquet")]
+    return sum(n if limit is None else min(n, limit) for n in counts)
+
+
+def _end(log: Path, lines: int = 15) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.is_file() else ""
 
 
 def report(out: Path) -> None:
@@ -107,11 +142,38 @@ def report(out: Path) -> None:
     shown = "awares" if "awares" in settings["methods"] else settings["methods"][0]
     suite = Path(settings["suite"])
     count = select.write(str(out / "runs" / shown), out / "gallery.html", images=suite, choose=markup.choose)
-    _, frame, said = reports.write(runs, out)
+    _, frame, said = reports.write(runs, out, gallery=24, images=suite)
     frame.to_csv(out / "documents.csv", index=False, float_format="%.9g")
-    print((out / "table.md").read_text(encoding="utf-8"))
     for sentence in said:
         print(f"note: {sentence}", file=sys.stderr)
-    print(f"{'gallery.html':<18} {out / 'gallery.html'} ({count} trajectories of {shown})")
-    for name in ("index.html", "accuracy_rtr.png", "summary.json"):
-        print(f"{name:<18} {out / name}")
+    print("\n".join(_in_words(json.loads((out / "summary.json").read_text()), shown)))
+    print(
+        f"Open {out / 'index.html'} for tables and figures, {out / 'gallery.html'} for {count} documents as {_name(shown)} saw them."
+    )
+
+
+def _name(method: str) -> str:
+    return {"awares_full": "full resolution", "awares_low": "half size", "awares": "AwaRes"}[method]
+
+
+def _in_words(summary: dict, shown: str) -> list[str]:
+    """What came out, for someone who meets the package first: a line a method, and what follows."""
+    lines = []
+    for method in MODELS:
+        if method not in summary:
+            continue
+        mean = summary[method]["mean"]
+        line = f"{_name(method) + ':':<17}{100 * mean['accuracy']:5.1f} % of the answers right"
+        if method == "awares_full":
+            line += ", shown every picture whole; its visual tokens are the 100 % of the others"
+        elif mean["rtr"] is not None:
+            line += f", with {100 * mean['rtr']:.0f} % of the visual tokens"
+            line += f"; it looked closer at {100 * mean['call_rate']:.0f} % of the documents" if method == "awares" else ""
+        lines.append(line)
+    if shown == "awares" and "awares_full" in summary and (rtr := summary["awares"]["mean"]["rtr"]) is not None:
+        lost = 100 * (summary["awares_full"]["mean"]["accuracy"] - summary["awares"]["mean"]["accuracy"])
+        lines.append(
+            f"So AwaRes saves {100 * (1 - rtr):.0f} % of the visual tokens and {'loses' if lost >= 0 else 'gains'} {abs(lost):.1f} points. "
+            "This is nano, a toy model: it shows that the code works, not how a 7B model does."
+        )
+    return lines

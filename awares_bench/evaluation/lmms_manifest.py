@@ -14,7 +14,9 @@ def manifests():
     from lmms_eval.models.registry_v2 import ModelManifest
 
     from awares_bench.methods.registry import names
+    from awares_bench.openmp import set_short_spin
 
+    set_short_spin()  # lmms-eval has loaded PyTorch: this is for the processes that it starts
     loading = sys.modules.get("lmms_eval.models")
     taken = {*getattr(loading, "AVAILABLE_SIMPLE_MODELS", ()), *getattr(loading, "AVAILABLE_CHAT_TEMPLATE_MODELS", ())}
     entries = [ModelManifest(model_id=COMPOSED, chat_class_path=f"awares_bench.evaluation.lmms_model.{COMPOSED}")]

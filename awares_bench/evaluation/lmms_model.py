@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial, reduce
@@ -28,7 +28,6 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from packaging.version import Version
-from tqdm import tqdm
 
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.generation import Settings, settings
@@ -42,15 +41,17 @@ from awares_bench.methods.images import whole_images
 from awares_bench.methods.policy import Policy
 from awares_bench.methods.pruner import Pruner
 from awares_bench.models.base import check_text
+from awares_bench.openmp import SLOW_BESIDE_OTHERS, set_short_spin
 
 from . import content, run_options, summary
 from .lmms_manifest import COMPOSED
+from .progress import Progress
 from .provenance import fingerprint
 from .records import Record, RunFolder
 from .run_options import RunOptions
 
 if TYPE_CHECKING:
-    from awares_bench.inference.openai_server import Endpoint
+    from awares_bench.inference.external_model import ExternalModel
 
 NOT_A_STOP = ("\n\n",)
 """lmms-eval stops every task that sets no stop string at a blank line, and its own Qwen2.5-VL leaves that out again (``models/simple/qwen2_5_vl.py``:
@@ -127,8 +128,10 @@ class MethodModel(lmms):
         self._vlms = {} if vlms is None else vlms
         auxiliary = auxiliary_checkpoints(self.policy)
         served = self._served()
-        self.vlm: Any  # a LocalModel, or an Endpoint where a server answers
+        self.vlm: Any  # a LocalModel, or an ExternalModel
         self.vlm, weights = (served, None) if served else self._load(options.pretrained, options.repetition_penalty)
+        if served and options.engine == "vllm" and Path(served.folder).is_dir():  # those of a server are not here
+            weights = fingerprint(Path(served.folder))
         if self.vlm.engine == "generic" and (options.engine != "generic" or not options.label):
             self.label += " engine=generic"  # where nobody asked for it, in the user's own label too
         if self.vlm.repetition_penalty != self.vlm.own_penalty and not options.label:
@@ -136,6 +139,8 @@ class MethodModel(lmms):
         loaded = {role: self._load(checkpoint) for role, checkpoint in auxiliary.items()}
         self.models = {role: vlm for role, (vlm, _) in loaded.items()}
         self._device = torch.device("cpu") if served else self.vlm.device
+        if not set_short_spin() and any(vlm.device.type == "cpu" for vlm in self._local_models()) and os.getloadavg()[0] >= 1:
+            print(f"{self.label}: {SLOW_BESIDE_OTHERS}", file=sys.stderr)
 
         # 3) the run folder, which refuses answers of another run
         limited = served or self.vlm.host
@@ -152,7 +157,7 @@ class MethodModel(lmms):
             "auxiliary": {role: digest for role, (_, digest) in loaded.items()},
             "engine": self.vlm.engine,
             "served": options.model,
-            "dtype": None if served else str(self.vlm.host.model.dtype).removeprefix("torch."),
+            "dtype": served.dtype if served else str(self.vlm.host.model.dtype).removeprefix("torch."),
             "attn_implementation": options.attn_implementation,
             "limits": limited.limits_name,
             "min_pixels": limited.limits["shortest_edge"],
@@ -161,36 +166,53 @@ class MethodModel(lmms):
             "repetition_penalty": self.vlm.repetition_penalty,
             "seed": options.seed,
         }
+        if options.engine == "vllm":
+            identity["vllm_options"] = options.vllm_options  # a quantised model answers otherwise
         new = Path("awares-runs") / f"{Path(name).name.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
         self.run = RunFolder(Path(options.output_dir or new), identity, self._rank, label=self.label)
 
-    def _served(self) -> Endpoint | None:
-        """The endpoint that ``engine=openai`` asks for; its weights are the server's and have no fingerprint."""
+    def _served(self) -> ExternalModel | None:
+        """What ``engine=openai`` or ``engine=vllm`` asks for; None where the model is to be loaded here."""
         options = self.options
-        names = [name for name in run_options.only_for("openai") if getattr(options, name)]
-        if options.engine != "openai":
-            if names:
-                raise ValueError(f"{names[0]} is an option of engine=openai; pass engine=openai, or leave it out")
+        for engine in run_options.ENGINES:
+            names = [name for name in run_options.only_for(engine) if getattr(options, name) is not None]
+            if names and options.engine != engine:
+                raise ValueError(f"{names[0]} is an option of engine={engine}; pass engine={engine}, or leave it out")
+        if options.engine not in ("openai", "vllm"):
             return None
-        if not (options.base_url and options.model):
-            raise ValueError(
-                "engine=openai needs base_url and model, such as base_url=http://localhost:8000/v1,model=NAME, and pretrained "
-                "for the processor that counts tokens"
-            )
         if self.pruner is not None:
-            raise ValueError(f"{type(self.pruner).__name__} cuts tokens inside the model; leave engine=openai out, or the pruner")
-        from awares_bench.inference.openai_server import Endpoint
+            raise ValueError(
+                f"{type(self.pruner).__name__} cuts tokens inside the model; leave engine={options.engine} out, or the pruner"
+            )
+        given = {name: value for name in run_options.only_for(options.engine) if (value := getattr(options, name)) is not None}
+        shared: dict[str, Any] = {
+            "min_pixels": options.min_pixels,
+            "max_pixels": options.max_pixels,
+            "repetition_penalty": options.repetition_penalty,
+            "limits": options.limits,
+        }
+        if options.engine == "openai":
+            if not (options.base_url and options.model):
+                raise ValueError(
+                    "engine=openai needs base_url and model, such as base_url=http://localhost:8000/v1,model=NAME, and pretrained "
+                    "for the processor that counts tokens"
+                )
+            from awares_bench.inference.openai_server import Endpoint
 
-        return Endpoint(
-            options.base_url,
-            options.model,
-            options.pretrained,
-            options.batch_size,
-            options.min_pixels,
-            options.max_pixels,
-            repetition_penalty=options.repetition_penalty,
-            limits=options.limits,
-        )
+            return Endpoint(pretrained=options.pretrained, concurrency=options.batch_size, **shared, **given)
+        if self._world_size > 1:
+            raise ValueError(
+                "engine=vllm runs in one process; for more GPUs pass tensor_parallel_size=N, or serve with --data-parallel-size N "
+                "and pass engine=openai,replicas=N"
+            )
+        from awares_bench.inference.vllm_model import VllmModel
+
+        more = given.pop("vllm_options", {}) | given
+        key = ("vllm", options.pretrained, options.batch_size, options.dtype, str(sorted(more.items())), *shared.values())
+        if key not in self._vlms:  # a sweep loads it once
+            vllm = VllmModel(options.pretrained, options.batch_size, dtype=options.dtype, options=more, **shared)
+            self._vlms[key] = vllm  # type: ignore[assignment]
+        return self._vlms[key]  # type: ignore[return-value]
 
     def _load(self, pretrained: str, penalty: float | None = None) -> tuple[LocalModel, str | None]:
         """A checkpoint under the options of the run -> the model, and a fingerprint of its folder.
@@ -268,6 +290,7 @@ class MethodModel(lmms):
             key: arguments
             for key, arguments in documents.items()
             if not self.run.holds(key, generation[arguments.task].decisive, partial(self._content, arguments))
+            or (self.options.keep_masks and self.run.done[key].keep_masks is None)
         }
         if self._rank == 0 and len(todo) < len(documents):
             print(
@@ -277,7 +300,7 @@ class MethodModel(lmms):
         if other := sum(key in self.run.done for key in todo):
             print(
                 f"{self.label}: {other} answers in {self.run.folder} are to other pictures, texts or generation arguments, or were "
-                "recorded without them by an earlier release; they are given again",
+                "recorded without them by an earlier release, or without the masks that keep_masks asks for; they are given again",
                 file=sys.stderr,
             )
         return todo
@@ -292,11 +315,12 @@ class MethodModel(lmms):
             pruner=self.pruner,
             models=self.models,
             max_batch_tokens=self.options.max_batch_tokens,
+            keep_masks=self.options.keep_masks,
         )
-        for vlm in self._local_models() if todo else []:
+        for vlm in (self.vlm, *self.models.values()) if todo else ():
             vlm.warm_up()
         order = list(todo.values())
-        with tqdm(total=len(order), desc=self.label, disable=self._rank != 0) as bar:
+        with Progress(len(order), self.label, shown=self._rank == 0) as bar:
             for i, outcome in engine.run(self._job(arguments) for arguments in order):
                 arguments = order[i]
                 place = arguments.task, arguments.doc_id, arguments.split, str(arguments.prompt)
@@ -304,10 +328,10 @@ class MethodModel(lmms):
                     failed[arguments.key] = outcome.error
                     record = Record(*place, None, error=outcome.error, batch_size=self.batch_size)
                 else:
-                    record = Record.of(outcome, *place, self.batch_size)
+                    record = Record.of(outcome, *place, self.batch_size, self.options.keep_masks)
                 decisive = generation[arguments.task].decisive
                 self.run.add(replace(record, content=self._content(arguments), generation=decisive))
-                bar.update()
+                bar.answered(outcome)
         return failed
 
     def _finish(self, generation: dict[str, Settings], keys: set[Key]) -> None:
@@ -417,10 +441,24 @@ class MethodModel(lmms):
                 document = self.task_dict[arguments.task][arguments.split][arguments.doc_id]
                 messages = arguments.to_messages(document)
             job = job_of(messages, dict(arguments.gen_kwargs), f"{arguments.task}/{arguments.doc_id}")
-            marks = {"evidence": _evidence(document.get("evidence")), "low_is_enough": document.get("low_is_enough")}
+            marks = {
+                "evidence": _evidence(document.get("evidence")),
+                "low_is_enough": document.get("low_is_enough"),
+                "other_pictures": partial(self._other_pictures, arguments),
+            }
             return replace(job, sample=replace(job.sample, **marks))
         except Exception as error:  # foreign code and data: recorded here, raised again at the end of the run
             return Failure(f"{type(error).__name__}: {error}")
+
+    def _other_pictures(self, arguments: ChatArguments) -> Iterator[tuple]:
+        """The images of the task's other documents, from the one half the split away: neighbours often share a picture."""
+        documents = self.task_dict[arguments.task][arguments.split]
+        for step in range(len(documents) - 1):
+            index = (arguments.doc_id + max(1, len(documents) // 2) + step) % len(documents)
+            if index != arguments.doc_id:
+                with whole_images():
+                    messages = arguments.to_messages(documents[index])
+                yield job_of(messages, dict(arguments.gen_kwargs), f"{arguments.task}/{index}").sample.images
 
 
 def __getattr__(name: str) -> type[MethodModel]:

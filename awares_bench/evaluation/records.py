@@ -29,10 +29,12 @@ class Record:
     one conversation is answered at a time. crops: names of the regions that were shown after a smaller view, or beside one.
     boxes: those that were shown so by a method that has boxes, in pixels of the image: left, top, right, bottom.
     malformed_call: why the model's call could not be read; None when it made none, or one that could.
+    answer_logprob: natural logarithm of the probability of the whole reply that holds the answer; None from servers and where not kept.
     models: who answered each turn, "" for the model under test; empty when no auxiliary model did.
     batch_size: conversations in flight; seconds of a batch above 1 are shares, not latencies.
     content: digest of what the document shows and asks. generation: the arguments that decided the answer. Both are None in
-    records of releases that did not keep them. attempt: records of the same document before this one; the last is in force.
+    records of releases that did not keep them. keep_masks: for each turn, which visual tokens a pruner let through, as dictionaries
+    of ``KeptTokens`` with bit masks; None where the run was not asked to keep them. attempt: records of the same document before this one; the last is in force.
     """
 
     task: str
@@ -55,10 +57,14 @@ class Record:
     attempt: int = 0
     boxes: list[list[int]] = field(default_factory=list)
     malformed_call: str | None = None
+    answer_logprob: float | None = None
     version: int = VERSION
+    keep_masks: list[list[dict]] | None = None
 
     @classmethod
-    def of(cls, trajectory: Trajectory, task: str, doc_id: int, split: str, question: str, batch_size: int) -> Record:
+    def of(
+        cls, trajectory: Trajectory, task: str, doc_id: int, split: str, question: str, batch_size: int, keep_masks: bool = False
+    ) -> Record:
         return cls(
             task=task,
             doc_id=doc_id,
@@ -79,6 +85,8 @@ class Record:
             models=[turn.model for turn in trajectory.turns] if any(turn.model for turn in trajectory.turns) else [],
             boxes=[list(box) for box in trajectory.boxes],
             malformed_call=trajectory.malformed_call,
+            answer_logprob=trajectory.answer_logprob,
+            keep_masks=[[kept.as_dict() for kept in r.kept] for r in trajectory.replies] if keep_masks else None,
         )
 
 

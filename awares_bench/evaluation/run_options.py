@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
 
 from awares_bench.methods.options import parse_bool, parse_int
 from awares_bench.models.limits import NAMES as LIMITS
@@ -16,6 +19,43 @@ def _text(name: str, value: object) -> str:
 
 def _count(least: int) -> Callable[[str, object], int]:
     return lambda name, value: parse_int(name, value, least)
+
+
+def _number(above: float, zero: bool = False) -> Callable[[str, object], float | None]:
+    """above: what the number must be larger than; zero: whether 0 will do too."""
+
+    def parse(name: str, value: object) -> float | None:
+        if value is None:
+            return None
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not (above < value < float("inf") or (zero and value == 0))
+        ):
+            raise ValueError(f"{name} is {value!r}; it must be a number above {above:g}{', or 0' if zero else ''}")
+        return float(value)
+
+    return parse
+
+
+def _optional(parse: Callable) -> Callable[[str, object], object]:
+    """None is left as it is."""
+    return lambda name, value: None if value is None else parse(name, value)
+
+
+def _mapping(name: str, value: object) -> dict | None:
+    """A mapping, its text as JSON or YAML, or the name of a file that holds it."""
+    given = value
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(Path(value).read_text(encoding="utf-8") if Path(value).is_file() else value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{name} is {given!r}, which is not YAML: {' '.join(str(error).split())}") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(
+            f'{name} is {given!r}; it must be a mapping such as {{"max_model_len": 8192}}, or a YAML file that holds one'
+        )
+    return value
 
 
 def _choice(*allowed: str) -> Callable[[str, object], str]:
@@ -35,6 +75,10 @@ def _option(default: object, parse: Callable = _text, *, decides_weights=False, 
     """
     metadata = {"parse": parse, "decides_weights": decides_weights, "of_checkpoint": of_checkpoint, "for_engine": for_engine}
     return field(default=default, metadata=metadata)
+
+
+ENGINES = ("transformers", "generic", "openai", "vllm")
+"""What may answer: the model in this process by our own loop or by its ``generate``, a server, vLLM in this process."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +120,35 @@ class RunOptions:
     reuse_features: int = _option(0, _count(0), decides_weights=True)
     """GiB of vision features that are kept for pictures which another method of the same process sees again"""
 
-    engine: str = _option("transformers", _choice("transformers", "generic", "openai"), decides_weights=True, of_checkpoint=True)
+    engine: str = _option("transformers", _choice(*ENGINES), decides_weights=True, of_checkpoint=True)
     """`generic`: answer by `model.generate`, for any image-text checkpoint, without pruners; what a checkpoint whose family is
-    not known here gets anyway ([model families](models.md)). `openai`: ask a server instead of loading the model
-    ([servers](servers.md))"""
+    not known here gets anyway ([model families](models.md)). `openai`: ask a server instead of loading the model; `vllm`: vLLM in
+    this process ([servers](servers.md))"""
 
     base_url: str | None = _option(None, decides_weights=True, for_engine="openai")
     """the server's address, for `engine=openai`"""
 
     model: str | None = _option(None, decides_weights=True, for_engine="openai")
     """the model's name on the server, for `engine=openai`"""
+
+    timeout: float | None = _option(None, _number(0), for_engine="openai")
+    """seconds that the server has for one try of one request. None: 600"""
+
+    retries: int | None = _option(None, _optional(_count(0)), for_engine="openai")
+    """tries of a request after the first, where the connection breaks or the server fails. None: 12, about a minute"""
+
+    wait_for_server: float | None = _option(None, _number(0, zero=True), for_engine="openai")
+    """minutes that a server which cannot be reached has to start, or to come back. None: 10"""
+
+    replicas: int | None = _option(None, _optional(_count(1)), for_engine="openai")
+    """engines behind the address (`--data-parallel-size` of vLLM): each conversation is sent to one of them, whose cache holds its
+    first turn. None: 1 ([servers](servers.md#more-than-one-replica))"""
+
+    tensor_parallel_size: int | None = _option(None, _optional(_count(1)), decides_weights=True, for_engine="vllm")
+    """GPUs that vLLM splits the model over. None: 1"""
+
+    vllm_options: Mapping | None = _option(None, _mapping, decides_weights=True, for_engine="vllm")
+    """further arguments of vLLM's `LLM`, such as `{"max_model_len": 8192}`, or a YAML file of them"""
 
     batch_size: int = _option(1, _count(1))
     """rows of a batch; predictions do not depend on it. Use 1 to measure latencies: nothing overlaps and nothing is reordered"""
@@ -96,6 +159,10 @@ class RunOptions:
 
     seed: int = _option(0, _count(0))
     """seeds Python's and PyTorch's random generators; recorded with the run"""
+
+    keep_masks: bool = _option(False, parse_bool)
+    """keep in the record which visual tokens a pruner let through, as a bit mask for each picture and cut; `awares-bench show`
+    draws them. Answers that were recorded without them are given again"""
 
     on_error: str = _option("stop", _choice("stop", "skip"))
     """what happens to documents that cannot be answered, once all others are: `stop` ends the run, `skip` leaves them out of

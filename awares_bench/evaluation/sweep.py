@@ -3,6 +3,7 @@
     OUT/runs/CELL/{run.json,records.jsonl}     what was spent
     OUT/lmms/CELL/…                            what was scored, as lmms-eval saves it
     OUT/sweep.json                             the cells and how they ended
+    OUT/claims/CELL.N                          who works on what, where several workers share the sweep (``claims``)
 
 Cells run in this process through lmms-eval's evaluator, not as lmms-eval commands: that loads each set of weights once for
 all its cells, and an exception names what failed (the command exits 0 on failure).
@@ -28,6 +29,7 @@ from awares_bench.methods import registry
 from awares_bench.methods.options import unknown_option
 
 from . import run_options
+from .claims import STALE_SECONDS, Claim, Claims, TakenOver
 from .provenance import fingerprint
 from .run_options import WEIGHTS, RunOptions
 
@@ -176,21 +178,108 @@ def run(recipe: Recipe, out: Path) -> list[dict]:
         spent = time.time() - began
         left = f", about {_clock(spent / (number - 1) * (len(todo) - number + 1))} left" if number > 1 else ""
         say(f"[{number}/{len(todo)}] {cell.label} on {','.join(cell.tasks)} ({_clock(spent)} so far{left})")
-        start, message = time.time(), None
+        start = time.time()
         try:
             index = index or _index(recipe)
-            _run_cell(cell, out, index, vlms)
-        except Exception as error:  # whatever a cell's method, data or device raises is reported, and the next cell runs
-            message = f"{type(error).__name__}: {error}"
-            _write(out / "lmms" / cell.name / "error.txt", traceback.format_exc())
+            message = _attempt(cell, out, index, vlms)
+        except Exception as error:  # processes that no longer agree cannot go on together
+            say(f"    failed: {type(error).__name__}: {error}")
+            raise
+        if message:
             say(f"    failed: {message}")
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # processes that no longer agree cannot go on together
-                raise
         status = {"status": "failed", "error": message} if message else {"status": "done"}
         results.append({"cell": cell.name, "label": cell.label, **cell.spec, **status, "seconds": round(time.time() - start, 1)})
     before = [{"cell": c.name, "label": c.label, **c.spec, "status": "done"} for c in recipe.cells if c not in todo]
     _write(out / "sweep.json", json.dumps({"cells": before + results}, indent=1, default=str))
     return before + results
+
+
+def share(recipe: Recipe, out: Path, stale: float = STALE_SECONDS) -> list[dict]:
+    """Run cells that no other worker runs, until none is left -> all cells as ``run`` gives them, those of others too; ``running`` is a status.
+
+    Any number of workers may share ``out``, on machines that all see it. A cell whose worker is dead is taken over, and goes on from its
+    records; so a worker that finds all cells taken stays until each of their workers has been seen alive, ``stale`` seconds at most.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("a worker is one process; start several workers on the same --out instead of several processes of one")
+    claims, index, loaded, vlms = Claims(out / "claims", stale), None, None, {}
+    say = _speaker()
+    while found := _next_cell(recipe, out, claims, loaded):
+        cell, path, before = found
+        if before:
+            say(
+                f"{cell.label}: taken over from a worker that {'failed' if before.ended else 'is gone'} ({before.owner.get('host')})"
+            )
+        if _weights(cell) != loaded:
+            vlms.clear()
+            loaded = _weights(cell)
+        say(f"{cell.label} on {','.join(cell.tasks)}")
+        start = time.time()
+        try:
+            with claims.held(cell.name, path):
+                index = index or _index(recipe)
+                message = _attempt(cell, out, index, vlms)
+        except TakenOver as error:
+            say(f"    {error}")
+            continue
+        if message:
+            say(f"    failed: {message}")
+        claims.end(path, "failed" if message else "done", time.time() - start, message)
+    cells = [{"cell": c.name, "label": c.label, **c.spec, **_status(out, c, claims)} for c in recipe.cells]
+    draft = out / f".sweep-{os.getpid()}.tmp"
+    draft.write_text(json.dumps({"cells": cells}, indent=1, default=str))
+    os.replace(draft, out / "sweep.json")
+    return cells
+
+
+def _next_cell(recipe: Recipe, out: Path, claims: Claims, loaded: tuple | None) -> tuple[Cell, Path, Claim | None] | None:
+    """A cell that this worker has claimed, its claim and the one before; None when all are done, ended, or run by workers that live.
+
+    loaded: weights in memory, whose cells come first.
+    """
+    waiting_since = None
+    while True:
+        todo = [c for c in recipe.cells if not _is_done(out, c)]
+        alive = True
+        for cell in sorted(todo, key=lambda c: _weights(c) != loaded):
+            claim = claims.on(cell.name)
+            if claims.may_take(claim):
+                path = claims.take(cell.name, claim)
+                if path and not _is_done(out, cell):
+                    return cell, path, claim
+                if path:
+                    claims.end(path, "done", 0)
+                alive = False  # look again
+            elif claim and not claim.ended:
+                alive = alive and waiting_since is not None and claim.touched > waiting_since
+        if alive:
+            return None
+        waiting_since = waiting_since or claims.now()
+        time.sleep(min(2.0, claims.stale / 20))
+
+
+def _status(out: Path, cell: Cell, claims: Claims) -> dict:
+    """How a cell ended, or that another worker runs it."""
+    claim = claims.on(cell.name)
+    said = {k: claim.owner[k] for k in ("status", "seconds", "error") if k in claim.owner} if claim else {}
+    if _is_done(out, cell):
+        return said | {"status": "done"}
+    return said if said.get("status") == "failed" else {"status": "running", "worker": claim.owner if claim else None}
+
+
+def _attempt(cell: Cell, out: Path, index, vlms: dict) -> str | None:
+    """Run a cell -> what went wrong with it, which also stands in its folder; None when it is done.
+
+    Raises it where several processes run the cell together: they no longer agree.
+    """
+    try:
+        _run_cell(cell, out, index, vlms)
+    except Exception as error:  # whatever a cell's method, data or device raises is reported, and the next cell runs
+        _write(out / "lmms" / cell.name / "error.txt", traceback.format_exc())
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _index(recipe: Recipe):
@@ -248,14 +337,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="documents per task, for a trial (default: the recipe's)")
     parser.add_argument("--pretrained", help="checkpoint of every cell, in place of the recipe's")
     parser.add_argument("--batch-size", type=int, help="conversations in flight, in place of the recipe's")
+    parser.add_argument(
+        "--worker", action="store_true", help="share the recipe with other workers on the same --out: a cell at a time"
+    )
+    parser.add_argument(
+        "--stale-after",
+        type=float,
+        default=STALE_SECONDS,
+        metavar="SECONDS",
+        help="with --worker: a cell whose worker gave no sign of life for so long is taken over (default: %(default)g)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     recipe = read(args.recipe, args.limit, pretrained=args.pretrained, batch_size=args.batch_size)
     out = args.out or Path("awares-runs") / Path(args.recipe).stem
-    cells = run(recipe, out)
+    if args.stale_after <= 0:
+        raise ValueError(f"--stale-after is {args.stale_after:g}; it must be a number of seconds above 0")
+    cells = share(recipe, out, args.stale_after) if args.worker else run(recipe, out)
     failed = [c for c in cells if c["status"] == "failed"]
     for cell in failed:
         print(f"failed: {cell['label']}: {cell['error']} (more in {out / 'lmms' / cell['cell'] / 'error.txt'})", file=sys.stderr)
-    print(f"{len(cells) - len(failed)} of {len(cells)} cells are done in {out}; awares-bench report {out}", file=sys.stderr)
+    running = [c["label"] for c in cells if c["status"] == "running"]
+    left = f"; other workers run {', '.join(running)}" if running else ""
+    done = len(cells) - len(failed) - len(running)
+    print(f"{done} of {len(cells)} cells are done in {out}{left}; awares-bench report {out}", file=sys.stderr)
     return 1 if failed else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,7 +80,8 @@ class Engine:
     vlm: the model under test. pruner: cuts what the conversation with it shows. models: the auxiliary ones by the names of
     ``Policy.models``; a turn to a name that is not among them goes to the model under test, at its own price.
     max_batch_tokens: rows times the longest, beside ``batch_size`` rows. workers: threads that prepare pictures and text
-    (None: half the processors; none for one row a batch, or for a model on the CPU).
+    (None: half the processors; none for one row a batch, or for a model on the CPU). keep_masks: replies say which visual
+    tokens the pruner let through (``Reply.kept``).
     """
 
     def __init__(
@@ -92,9 +93,10 @@ class Engine:
         models: dict | None = None,
         max_batch_tokens: int | None = None,
         workers: int | None = None,
+        keep_masks: bool = False,
     ):
         self.vlm, self.policy, self.batch_size = vlm, policy, batch_size
-        self.pruner, self.models = pruner, models or {}
+        self.pruner, self.models, self.keep_masks = pruner, models or {}, keep_masks
         if pruner is not None and hasattr(vlm, "cut_layers"):
             vlm.cut_layers(pruner)  # refuses now what would fail at every document
         self.limits = BatchLimits(batch_size, max_batch_tokens)
@@ -112,7 +114,12 @@ class Engine:
         Jobs are taken lazily, ``LOOKAHEAD_BATCHES`` batches of them, so that a benchmark's pictures are never all in memory and similar
         lengths find each other. While the model answers one batch, worker threads prepare the next. With one row a batch
         nothing overlaps and nothing is reordered: seconds are then latencies.
+
+        A model that answers requests one by one, as a server does, has no batches: each conversation goes on when its own reply is there.
         """
+        if getattr(self.vlm, "concurrency", None):
+            yield from self._run_unbatched(jobs)
+            return
         waiting: list[Exchange] = []
         ready: list[Exchange] = []
         todo = iter(enumerate(jobs))
@@ -124,21 +131,74 @@ class Engine:
                 if not ready:
                     return
                 batch, ready = ready, self._next(waiting, threads) if threads else []
-                for run, reply in self._answer(batch):
-                    if isinstance(reply, Failure):
-                        yield run.index, reply
-                        continue
-                    run.turns.append(run.turn)
-                    run.replies.append(reply)
-                    outcome = self._advance(run, reply)
-                    if outcome is None:
-                        waiting.append(run)
-                    else:
-                        yield run.index, outcome
+                yield from self._go_on(self._answer(batch), waiting)
 
-    def _fill(self, waiting: list[Exchange], todo: Iterator) -> Iterator[tuple[int, Trajectory | Failure]]:
+    def _run_unbatched(self, jobs: Iterable[Job | Failure]) -> Iterator[tuple[int, Trajectory | Failure]]:
+        """``run`` for a model that answers ``batch_size`` requests at a time, up to ``vlm.concurrency``, each in a thread of its own. Turns to auxiliary models in
+        this process are answered here in batches meanwhile. After a RunError nothing is asked any more; conversations that end all the same
+        are yielded before it is raised.
+        """
+        waiting: list[Exchange] = []
+        asked: dict[Future, Exchange] = {}
+        todo, error = iter(enumerate(jobs)), None
+        most = min(self.vlm.concurrency, self.batch_size)
+        room = max(most, self.window) if self.models else most  # conversations at a time
+        with ThreadPoolExecutor(most, "request") as threads:
+            while True:
+                # 1. requests, those that go on with a conversation first: the server may drop its cache
+                own = [run for run in waiting if run.turn.model not in self.models]
+                for run in sorted(own, key=lambda run: not run.session.turns)[: most - len(asked)] if error is None else ():
+                    waiting.remove(run)
+                    run.request = run.make_request()
+                    asked[threads.submit(self._answer, [run])] = run
+                # 2. one conversation more
+                if error is None and len(waiting) + len(asked) < room and len(asked) < most:
+                    before = len(waiting)
+                    yield from self._fill(waiting, todo, len(waiting) + 1)
+                    if len(waiting) > before:
+                        continue
+                # 3. what is to be answered here, then whatever was answered first
+                local = [run for run in waiting if run.turn.model in self.models]
+                if error is None and local and (len(local) >= self.batch_size or len(asked) < most):
+                    batch = self._next(local, None)
+                    for run in batch:
+                        waiting.remove(run)
+                    yield from self._go_on(self._answer(batch), waiting)
+                elif asked:
+                    for future in wait(asked, return_when=FIRST_COMPLETED).done:
+                        del asked[future]
+                        try:
+                            answered = future.result()
+                        except RunError as told:
+                            error = error or told
+                        else:
+                            yield from self._go_on(answered, waiting)
+                elif error is not None:
+                    raise error
+                else:
+                    return
+
+    def _go_on(
+        self, answered: list[tuple[Exchange, Reply | Failure]], waiting: list[Exchange]
+    ) -> Iterator[tuple[int, Trajectory | Failure]]:
+        """Hand replies to their policies; yield the conversations that end, put the others among those that wait."""
+        for run, reply in answered:
+            if isinstance(reply, Failure):
+                yield run.index, reply
+                continue
+            run.turns.append(run.turn)
+            run.replies.append(reply)
+            outcome = self._advance(run, reply)
+            if outcome is None:
+                waiting.append(run)
+            else:
+                yield run.index, outcome
+
+    def _fill(
+        self, waiting: list[Exchange], todo: Iterator, most: int | None = None
+    ) -> Iterator[tuple[int, Trajectory | Failure]]:
         """Start jobs until enough wait; yield those that end at once."""
-        while len(waiting) < self.window and (self.window > 1 or not waiting):
+        while len(waiting) < (self.window if most is None else most):
             index, job = next(todo, (0, None))
             if job is None:
                 return
@@ -157,7 +217,7 @@ class Engine:
         ]
         for run in batch:
             waiting.remove(run)
-            run.request = run.make_request()
+            run.request = replace(run.make_request(), keep_masks=self.keep_masks and run.turn.model not in self.models)
             if threads and run.turn.hidden_state_depth is None:
                 run.prepared = threads.submit(self.models.get(run.turn.model, self.vlm).prepare, run.request)
         return batch
@@ -254,10 +314,15 @@ class Engine:
             return Failure(f"{type(self.policy).__name__} returned a reply and asked nothing; it must yield a Turn before")
         events = run.events + run.session.events
         text, cap = answer.text, run.job.max_new_tokens
-        if answer.tokens and answer.usage.output > cap:  # a server's own count; its text may be other tokens when read again
+        if answer.tokens and answer.usage.output > cap:
+            if len(answer.tokens) != answer.usage.output:
+                return Failure(
+                    f"the answer had {answer.usage.output} tokens, the task allows {cap}, and where they end is not known: its text reads as "
+                    "other tokens, and the server does not say which it wrote (vLLM does)"
+                )
             text = self.vlm.text(answer.tokens[:cap], run.job.until)
             events.append(Event(EventKind.ANSWER_CUT, f"the answer had {answer.usage.output} tokens, the task allows {cap}"))
-        return Trajectory(tuple(run.turns), tuple(run.replies), text, tuple(events), run.full_tokens)
+        return Trajectory(tuple(run.turns), tuple(run.replies), text, tuple(events), run.full_tokens, answer.logprob)
 
 
 def _failure(error: Exception) -> Failure:

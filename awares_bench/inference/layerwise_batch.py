@@ -27,13 +27,20 @@ class _SeenError(Exception):
 class LayerwiseBatch(PaddedBatch):
     """Runs the decoder with a mask per layer, and cuts the chunks after the pruner's layers.
 
-    cuts: decoder layer after which to cut -> share of each image's tokens that go on.
+    cuts: decoder layer after which to cut -> share of each image's tokens that go on. noted: keep in the chunks which ones did.
     """
 
     def __init__(
-        self, host: HostModel, sessions: list[Session], chunks: list[PromptChunk], pruner: Pruner, cuts: dict[int, float]
+        self,
+        host: HostModel,
+        sessions: list[Session],
+        chunks: list[PromptChunk],
+        pruner: Pruner,
+        cuts: dict[int, float],
+        noted: bool = False,
     ):
         super().__init__(host, sessions, chunks)
+        self.noted = noted
         self.pruner, self.cuts, self.chunks = pruner, cuts, chunks
         self.renumber = quirks_of(pruner).renumber_positions
         self.prompt_columns = self.mask.shape[1]  # at the first layer
@@ -87,7 +94,7 @@ class LayerwiseBatch(PaddedBatch):
         new = len(chunk.embeds)
         rows = partial(self.attention_rows, layer, b, new, (rope[0][b], rope[1][b]))
         uncut = replace(chunk, embeds=hidden[-new:], positions=positions[:, -new:])
-        return uncut.cut(self.pruner, self.cuts[layer], rows)
+        return uncut.cut(self.pruner, self.cuts[layer], rows, layer, self.noted)
 
     def run_layers(self, hidden: Tensor, positions: Tensor, deepstack: Tensor | None = None) -> Tensor:
         rope = None

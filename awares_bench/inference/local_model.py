@@ -23,12 +23,14 @@ from torch import Tensor
 from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn
 from awares_bench.methods.crop_grid import CropGrid
+from awares_bench.methods.kept_tokens import KeptTokens
 from awares_bench.methods.pruner import OF_THE_TOWER, Pruner, VisualTokens
 from awares_bench.methods.usage import Usage
 from awares_bench.models.base import HostModel, ImageInput, joined
 from awares_bench.models.checkpoint import CheckpointError, first_line
 from awares_bench.models.cpu_kernels import onednn_linears
 from awares_bench.models.loading import load_host
+from awares_bench.models.prompt_chunk import PromptChunk
 
 from .batch import Batch
 from .call_grammar import CallGrammar
@@ -42,6 +44,8 @@ from .ragged_batch import RaggedBatch
 from .reply_decoder import ReplyDecoder
 from .session import Prepared, Request, Session
 from .token_choice import Greedy, Sampling, TokenChooser
+from .varlen_attention import kernel_for
+from .varlen_batch import VarlenBatch
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,8 @@ class LocalModel:
         self.host.check_text(question, what)
 
     def text(self, tokens: list[int] | tuple[int, ...], until: tuple[str, ...] = ()) -> str:
-        """Token ids -> text without special tokens, cut before the first stop string."""
-        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        """Token ids of a reply -> text without special tokens and the template's ``opening``, cut before the first stop string."""
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True).removeprefix(self.host.opening)
         return text[: min((text.find(s) for s in until if s in text), default=len(text))]
 
     def image_input(self, image: Image.Image, known: dict[str, ImageInput] | None = None, share: float = 1.0) -> ImageInput:
@@ -239,7 +243,7 @@ class LocalModel:
     ) -> list[Reply | Failure]:
         if pruner is not None and pruner.retention == 1:
             pruner = None
-        cuts = self.cut_layers(pruner)
+        cuts, noted = self.cut_layers(pruner), any(r.keep_masks for r in requests)
         before, inside = pruner.before_and_inside(self.host.layers) if pruner else (None, None)
         prepared = [r.prepared or self.prepare(r) for r in requests]
         clock, marks = time.perf_counter, [time.perf_counter()]
@@ -259,8 +263,11 @@ class LocalModel:
             chunk = self.host.chunk(ids, images, shown, session.next_position)
             if pruner and "question" in pruner.needs:
                 chunk = replace(chunk, question=self.host.question_of(ids))
-            chunks.append(chunk.cut(before, before.retention) if before else chunk)
-        batch = LayerwiseBatch(self.host, sessions, chunks, inside, cuts) if inside else self._batch(sessions, chunks)
+            chunks.append(chunk.cut(before, before.retention, noted=noted) if before else chunk)
+        if inside:
+            batch: Batch = LayerwiseBatch(self.host, sessions, chunks, inside, cuts, noted)
+        else:
+            batch = self._batch(sessions, chunks)
         scores = batch.prefill()
         if sampling:
             batch.share(copies)
@@ -272,7 +279,7 @@ class LocalModel:
         limited = [replace(r, max_reply_tokens=min(r.max_reply_tokens, p.room)) for r, p in zip(requests, prepared, strict=True)]
         grammars = [None if sampling else self._grammar(r) for r in requests]
         replies = [
-            ReplyDecoder(r, self.tokenizer, self.host.stop, grammar, self.trace is not None)
+            ReplyDecoder(r, self.tokenizer, self.host.stop, grammar, self.trace is not None, self.host.opening)
             for r, grammar in zip(limited, grammars, strict=True)
         ]
         penalty = [self.repetition_penalty if r.penalty is None else r.penalty for r in requests]
@@ -311,7 +318,10 @@ class LocalModel:
             )
             forced = r.turn.forced_reply
             content = self.text(decoder.tokens, r.until) if forced is None else forced
-            reply = Reply(content, () if decoder.forced else tuple(decoder.tokens), usage, decoder.ended)
+            reply = Reply(content, () if decoder.forced else tuple(decoder.tokens), usage, decoder.ended, logprob=decoder.logprob)
+            if noted:
+                chunk = (batch.chunks if isinstance(batch, LayerwiseBatch) else chunks)[copies[b]]
+                reply = replace(reply, kept=self._kept(r.turn, prepared[b], chunk))
             if sampling:
                 first = copies.index(copies[b]) == b
                 reply = _sampled(reply, decoder, prepared[b], len(r.session.unfed_tokens), first)
@@ -338,6 +348,17 @@ class LocalModel:
                 r.session.events.append(Event(EventKind.FEATURES_REUSED, detail))
         return out
 
+    def _kept(self, turn: Turn, prepared: Prepared, chunk: PromptChunk) -> tuple[KeptTokens, ...]:
+        """What the cuts of a turn's chunk noted, picture by picture."""
+        sizes = [self.host.accepted(image)[0].size for image in turn.images]
+        runs = [(i, run, image.runs) for i, image in enumerate(prepared.images) for run in range(len(image.runs))]
+        out = []
+        for (i, run, grids), span in zip(runs, chunk.spans, strict=True):
+            for layer, places, merged in span.cuts:
+                kept, averages = sorted(set(places.tolist())), sorted(set(places[merged].tolist()))
+                out.append(KeptTokens(i, layer, grids[run], sizes[i], tuple(kept), tuple(averages), run, len(grids)))
+        return tuple(out)
+
     def _reused(self, images: list[list[ImageInput]]) -> list[int]:
         """Per request, how many of its pictures the feature store holds, or an earlier request of the batch has."""
         if self.features is None:
@@ -353,8 +374,13 @@ class LocalModel:
         return (self.layout or self.own_layout())(self.host, sessions, chunks)
 
     def own_layout(self) -> type[Batch]:
-        """Rows without padding on a CPU; a rectangle of them elsewhere, or where another attention was asked for."""
-        return RaggedBatch if self.device.type == "cpu" and self.host.attention == "sdpa" else PaddedBatch
+        """Rows without padding, on a GPU in half precision where it has a kernel for them; else, or where another attention was asked
+        for, a padded rectangle."""
+        if self.host.attention != "sdpa":
+            return PaddedBatch
+        if self.device.type == "cpu":
+            return RaggedBatch
+        return VarlenBatch if kernel_for(self.device, self.host.dtype, *self.host.heads) else PaddedBatch
 
     def kernels(self) -> AbstractContextManager:
         """Within the block the model's layers run on this package's kernels, where there are any."""

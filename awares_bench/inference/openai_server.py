@@ -3,41 +3,79 @@
 Pictures go as PNG, so the server sees the same pixels; the whole conversation is sent at every turn, so a server should keep
 its prefix cache. Visual tokens are counted here, by the processor of ``pretrained``; text and output tokens are the server's
 where it reports them. A server's phases cannot be told apart: its seconds, queueing included, all stand under decode.
+
+Nothing is scored that the server did not finish: a reply that it cut before its budget, filtered, or turned into a tool call is a
+failure of its document.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Lock
 from typing import Any
 
 from openai import APIConnectionError, APIStatusError
 from PIL import Image
-from transformers import GenerationConfig
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Event, EventKind, Failure, Reply, Turn, chat_messages
-from awares_bench.methods.usage import Usage
-from awares_bench.models.base import HostModel, check_text, rendered
-from awares_bench.models.checkpoint import family_of, open_processor
-from awares_bench.models.limits import Limits
-from awares_bench.models.packaged import resolve
 
-from .decoding import own_penalty, penalty_of
-from .openai_client import RETRIES, image_part, is_refusal, open_client, reason, refusal, refuses_all
-from .session import Prepared, Request
+from .external_model import ExternalModel, Written, context_ended, cut
+from .openai_client import (
+    RETRIES,
+    TIMEOUT,
+    BadBody,
+    Completion,
+    complete,
+    image_part,
+    is_refusal,
+    listed_models,
+    open_client,
+    reason,
+    refusal,
+    refuses_all,
+)
+from .session import Request
+
+WAIT_FOR_SERVER = 10.0
+"""Minutes that a server which cannot be reached has to start: a 7B takes several to load."""
+
+POLL_SECONDS = 2.0
+"""Between looks whether a server is there."""
+
+OUTAGES = 3
+"""Times that a server may go away at one request before that is taken for the request's fault."""
+
+PROBE = (448, 448)
+"""Size of the picture that a server is asked about first: 256 visual tokens of 28 x 28 pixels."""
+
+_Unreachable = (APIConnectionError, APIStatusError, BadBody)
 
 
-class Endpoint:
-    """A served model. It answers what a ``VLM`` answers, except for pruners and probes.
+class Endpoint(ExternalModel):
+    """A served model. It answers what a ``LocalModel`` answers, except for pruners and probes.
 
     base_url: such as http://localhost:8000/v1. model: its name there. pretrained: whose processor counts tokens.
-    concurrency: requests in flight. retries, timeout: see ``openai_client``. The key is read from OPENAI_API_KEY.
+    concurrency: requests in flight. retries: of one request; timeout: seconds of one try. wait_for_server: minutes that a server which
+    cannot be reached has, at the start and after it went away. replicas: engines behind the address
+    (vLLM's ``--data-parallel-size``); all turns of a conversation are sent to one of them. The key is read from OPENAI_API_KEY.
     repetition_penalty: sent with every request unless it is 1; None: the one of ``pretrained``'s ``generation_config.json``. A server
     that refuses the field is trusted to apply the checkpoint's own, which is then an event.
     """
 
     engine = "openai"
+    who = "the server"
+    how_to_keep = (
+        "start vLLM with --enable-prompt-tokens-details, which makes it say so",
+        "start vLLM with --enable-prefix-caching, and pass replicas=N where it has --data-parallel-size N",
+    )
 
     def __init__(
         self,
@@ -48,53 +86,115 @@ class Endpoint:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         retries: int = RETRIES,
-        timeout: float = 600.0,
+        timeout: float = TIMEOUT,
         repetition_penalty: float | None = None,
         limits: str | None = None,
+        wait_for_server: float = WAIT_FOR_SERVER,
+        replicas: int = 1,
     ):
         self.client = open_client(base_url, retries, timeout)
-        self.processor = open_processor(resolve(pretrained))
-        self.family = family_of(resolve(pretrained))
-        self.own_penalty = _own_penalty(resolve(pretrained))
-        self.repetition_penalty = self.own_penalty if repetition_penalty is None else penalty_of(repetition_penalty)
-        self._takes_penalty = True
-        self.tokenizer = self.processor.tokenizer
-        asked, family = Limits(limits, min_pixels, max_pixels), self.family
-        (least, most), self.limits_name = asked.resolve(family.model_types[0], family.own_limits(self.processor))
-        self.limits = {"shortest_edge": least, "longest_edge": most}
+        super().__init__(pretrained, min_pixels, max_pixels, repetition_penalty, limits)
         self.base_url, self.model, self.concurrency, self.retries = base_url, model, concurrency, retries
+        self.wait_for_server, self.replicas = wait_for_server, replicas
+        self._refused: set[str] = set()
+        """Fields that the server does not take."""
+        self._same_size: set[tuple] = set()
+        """Sizes of pictures in which the server sees as many visual tokens as are counted here."""
+        self._waiting, self._ended = Lock(), None
 
-    def visual_tokens(self, image, share: float = 1.0) -> int:
-        """Merged visual tokens of ``image`` under this processor's limits; the server's limits should be the same.
+    # ------------------------------------------------------------------ before the first document
 
-        share: not read. A server cannot be told what a picture stands for: it shows every picture of a tiling family in all its tiles.
+    def warm_up(self) -> None:
+        """Ask the server for its models and about one picture, before any document is sent.
+
+        Waits for a server that cannot be reached. Raises RunError when it never comes, does not take the key or the model's name,
+        cannot be shown a picture, or sees another number of tokens in it.
         """
-        return self.family.count_tokens(self.processor, self.limits, image)
+        super().warm_up()
+        self._ended = None
+        names = self._models()
+        picture = Image.new("RGB", PROBE)
+        try:
+            made = self._probe(Turn((picture,), "?"))
+        except APIStatusError as error:
+            if error.status_code == 404:
+                has = f"it serves {', '.join(names)}" if names else "it lists no models; does the address end in /v1?"
+                said = f"{self.base_url} does not serve the model {self.model!r} (404: {reason(error)}); {has}"
+                raise RunError(said) from error
+            raise RunError(
+                f"{self.base_url}, model {self.model}: a question about a picture was not answered: {refusal(error)}"
+            ) from error
+        except BadBody as error:
+            raise RunError(f"what answers at {self.base_url} is no OpenAI-compatible server: it sent {error}") from error
+        except APIConnectionError as error:
+            raise self._gone(error, f"after {self.retries} retries") from error
+        self._check_limits([picture], made)
 
-    def check(self, question: str) -> None:
-        """Raise ValueError when a question holds the text of an image mark, or no text."""
-        check_text(question, (self.processor.image_token, *self.family.image_marks))
+    def _models(self) -> list[str] | None:
+        """Names of the models that the server lists, as soon as it answers; None where it has no list."""
+        try:
+            return listed_models(self.client.with_options(max_retries=0))
+        except APIStatusError as error:
+            if is_refusal(error):
+                if error.status_code in (401, 403):
+                    raise RunError(f"{self.base_url}: {refusal(error)}") from error
+                return None
+            self._wait(error, self._listed)
+        except APIConnectionError as error:
+            self._wait(error, self._listed)
+        return self._models()
 
-    def text(self, tokens, until: tuple[str, ...] = ()) -> str:
-        """Token ids -> text, cut before the first stop string."""
-        return _cut(self.tokenizer.decode(list(tokens), skip_special_tokens=True), until)
+    def _listed(self) -> None:
+        """Raises one of ``_Unreachable`` as long as the server is not there."""
+        try:
+            listed_models(self.client.with_options(max_retries=0))
+        except APIStatusError as error:
+            if not is_refusal(error):
+                raise
 
-    def prepare(self, request: Request) -> Prepared:
-        """Nothing: requests are made in the threads that send them."""
-        return Prepared([])
+    def _probe(self, turn: Turn) -> Completion:
+        """One token after one turn, from the last replica, which is there only where all are. Raises what ``complete`` raises."""
+        messages = [self._message(m) for m in chat_messages([turn], [])]
+        return self._create(messages, 1, (), self.own_penalty, self.replicas - 1)
 
-    def hidden_states(self, requests: list[Request]):
-        raise RunError("this policy reads the inside of a model; give it one of its own, or leave engine=openai out")
+    def _check_limits(self, images: list[Image.Image], made: Completion | None = None) -> None:
+        """Raise RunError when the server sees another number of visual tokens in pictures than are counted here.
 
-    def reply(self, requests: list[Request], pruner=None) -> list[Reply | Failure]:
+        made: what it said to the pictures with the text "?".
+        """
+        sizes = tuple(image.size for image in images)
+        if sizes in self._same_size or self.family.tiles:  # marks between tiles are text here and pictures there
+            return
+        shown, bare = Turn(tuple(images), "?"), Turn((), "?")
+        told = (made or self._probe(shown)).prompt_tokens
+        if told is None or told == self._text([shown], []) + self._visual([shown]):
+            self._same_size.add(sizes)
+            return
+        without = self._probe(bare).prompt_tokens or 0
+        own = self._text([shown], []) - self._text([bare], [])  # of the marks around pictures
+        seen, counted = told - without - own, self._visual([shown])
+        if seen == counted:  # its template differs, which every document will say
+            self._same_size.add(sizes)
+            return
+        shape = ", ".join(f"{image.width}x{image.height}" for image in images)
+        limits = json.dumps({"size": self.limits})
+        raise RunError(
+            f"the server at {self.base_url} sees {seen} visual tokens in a picture of {shape} where {counted} are counted here, so no ratio "
+            f"would be right: its pixel limits are others. Start vLLM with --mm-processor-kwargs '{limits}', or pass "
+            "the server's own limits as min_pixels and max_pixels"
+        )
+
+    # ------------------------------------------------------------------ answering
+
+    def _answer(self, requests: list[Request]) -> list[Reply | Failure]:
         """Answer one turn of each conversation. A request that the server refuses, or fails at while it answers others, is a
         failure of its document.
 
         Raises RunError when the server cannot be reached any more, or knows neither key nor model: what was answered is in the
         run folder.
         """
-        if pruner is not None:
-            raise RunError(f"{type(pruner).__name__} cuts tokens inside the model; leave engine=openai out, or the pruner")
+        if len(requests) == 1:
+            return [self._one(requests[0])]
         with ThreadPoolExecutor(self.concurrency, "request") as threads:
             return list(threads.map(self._one, requests))
 
@@ -103,160 +203,188 @@ class Endpoint:
             return self._ask(request)
         except RunError:
             raise
-        except Exception as error:  # a picture that cannot be packed, an answer that is none
+        except Exception as error:  # a picture that cannot be packed
             return Failure(f"{type(error).__name__}: {error}")
 
     def _ask(self, request: Request) -> Reply | Failure:
         start, session, turn = time.perf_counter(), request.session, request.turn
-        shown = [self.family.accepted(image) for image in turn.images]
-        events = [e for _, some in shown for e in some]
-        history = [*session.turns, turn]
-        visual, before = self._visual([turn]), self._visual(session.turns)
-        text, earlier = self._text(history, session.replies), self._text(session.turns, session.replies)
-        if self.family.tiles and any(share < 1 for _, share in turn.shown):
-            told = (
-                "a server cannot be told a picture's share of the original: views and crops take all the tiles of a whole picture"
+        counted = self._count(request)
+        history = chat_messages([*session.turns, turn], session.replies)
+        new = [self._message(message) for message in history[len(session.sent) :]]
+        messages = [*session.sent, *new]
+        written = None
+        if turn.forced_reply is None:
+            penalty = self.repetition_penalty if request.penalty is None else request.penalty
+            rank = request.conversation % self.replicas
+            asked = messages, request.max_reply_tokens, request.until, penalty, rank
+            preprocess = time.perf_counter() - start
+            made = self._until_answered(*asked)
+            if isinstance(made, Failure):
+                return made
+            if "repetition_penalty" in self._refused and penalty == self.own_penalty != 1:
+                told = f"the server takes no repetition_penalty; it is trusted to apply the checkpoint's own, {penalty:g}"
+                counted.events.append(Event(EventKind.REPETITION_PENALTY, told))
+            outcome = self._read(made, request, preprocess, counted.events)
+            if isinstance(outcome, Failure):
+                return outcome
+            written = outcome
+            beyond = (written.prompt_tokens or counted.prompt) - counted.prompt
+            if turn.images and beyond != session.uncounted:
+                self._check_limits(list(turn.images))
+        session.sent = messages
+        return self._conclude(request, counted, written)
+
+    def _read(self, made: Completion, request: Request, preprocess: float, events: list[Event]) -> Written | Failure:
+        """A completion -> what the model wrote, or why that is no reply."""
+        message, ending = made.choice["message"], made.choice.get("finish_reason")
+        content, count, budget = message.get("content"), made.completion_tokens, request.max_reply_tokens
+        # 1. what the server kept back
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        if message.get("tool_calls") or message.get("function_call") or ending in ("tool_calls", "function_call"):
+            return Failure(
+                "the server took the reply for a call of a tool, so the reply is not known; start vLLM without --enable-auto-tool-choice"
             )
-            events.append(Event(EventKind.SHARE_NOT_TOLD, told))
-        if turn.omit_newline:
-            events.append(
-                Event(EventKind.TEMPLATE, "the line break before this message is the server's; the checkpoint had none")
+        if ending == "content_filter":
+            return Failure("the server's content filter withheld the reply (finish_reason content_filter)")
+        if content is None and reasoning:
+            return Failure(
+                "the server took the whole reply for reasoning, so there is no answer; start vLLM without --reasoning-parser"
             )
-        if turn.forced_reply is not None:
-            answer, output, complete, seconds = turn.forced_reply, 0, True, (0.0, 0.0)
+        if content is None and (count is None or count > 1):
+            return Failure(f"the server's reply has no content (finish_reason {ending}, {count} tokens)")
+        if not isinstance(content or "", str):
+            return Failure(f"the server's reply is no text but {content!r:.100}")
+        if reasoning:
+            said = f"the server put {len(reasoning)} characters of the reply apart as reasoning; the answer is the rest"
+            events.append(Event(EventKind.REASONING_APART, said))
+        # 2. what it did not finish
+        whole = content or ""
+        text = cut(whole, request.until)
+        if ending not in ("stop", "length"):
+            return Failure(f"the server ended the reply for a reason that is not known here (finish_reason {ending!r})")
+        if ending == "length" and text == whole:
+            if count is None:
+                return Failure(
+                    "the reply was cut and the server does not count its tokens, so it cannot be told whether the task's limit or its context "
+                    "cut it; use a server that reports usage"
+                )
+            if count < budget:
+                return context_ended(count, budget, "the server's --max-model-len")
+        # 3. its tokens
+        stopped = text != whole or isinstance(made.choice.get("stop_reason"), str)
+        ended = ending == "stop" and not stopped
+        ids = made.choice.get("token_ids")
+        if ids:
+            tokens = tuple(ids[:-1] if ended else ids)
+            output = len(tokens)
         else:
-            payload = _payload(chat_messages(history, session.replies), self.family)
-            prepared = time.perf_counter()
+            tokens = tuple(self._ids(whole))  # the text may read as other tokens than those that were written
+            output = len(tokens) if count is None else max(0, count - ended)  # servers count the token that ends a reply
+        return Written(text, output, ended, stopped, tokens, made.prompt_tokens, made.cached_tokens, preprocess, made.seconds)
+
+    def _until_answered(self, *asked) -> Completion | Failure:
+        """The completion of a conversation. A request that fails at every retry is its own failure where the server answers another;
+        else the server is waited for."""
+        told = ""
+        for _ in range(OUTAGES):
             try:
-                made = self._create(payload, request, events)
+                return self._create(*asked)
             except APIStatusError as error:
                 if refuses_all(error):
                     raise RunError(f"{self.base_url}, model {self.model}: {refusal(error)}") from error
                 if is_refusal(error):
                     return Failure(refusal(error))
-                return self._failed(error, f"{error.status_code}: {reason(error)}")
-            except APIConnectionError as error:
-                return self._failed(error, str(error))
-            if not made.choices:
-                return Failure("the server's answer holds no choices")
-            seconds = (prepared - start, time.perf_counter() - prepared)
-            whole, complete = made.choices[0].message.content or "", made.choices[0].finish_reason == "stop"
-            answer = _cut(whole, request.until)
-            complete = complete or answer != whole
-            spent = made.usage
-            output = spent.completion_tokens if spent else len(self._ids(whole))
-            if spent and spent.prompt_tokens:
-                counted = text + visual + before
-                if spent.prompt_tokens != counted:
-                    said = f"the server counts {spent.prompt_tokens} prompt tokens, the processor here {counted}"
-                    events.append(Event(EventKind.TOKEN_COUNT, f"{said}: limits or templates differ"))
-                    text = spent.prompt_tokens - visual - before
-            if session.turns:
-                events += _cache_events(spent)
-        session.turns.append(turn)
-        session.replies.append(answer)
-        session.events += events
-        usage = Usage(visual, float(visual), max(0, text - earlier), output, seconds[0], 0.0, 0.0, seconds[1])
-        tokens = () if turn.forced_reply is not None else tuple(self._ids(answer))
-        return Reply(answer, tokens, usage, complete)
-
-    def _create(self, payload: list[dict], request: Request, events: list[Event]):
-        """The completion of a conversation. Raises what the client raises."""
-        penalty = self.repetition_penalty if request.penalty is None else request.penalty
-        asked: dict[str, Any] = {
-            "model": self.model,
-            "messages": payload,
-            "max_tokens": request.max_reply_tokens,
-            "temperature": 0.0,
-            "seed": 0,
-        }
-        create, own = self.client.chat.completions.create, penalty == self.own_penalty
-        if penalty == self.own_penalty == 1:
-            return create(**asked)
-        if self._takes_penalty or not own:
+                failed, told = error, f"{error.status_code}: {reason(error)}"
+            except (APIConnectionError, BadBody) as error:
+                failed, told = error, str(error)
             try:
-                return create(**asked, extra_body={"repetition_penalty": penalty})
+                self._alive()
+            except _Unreachable:
+                self._wait(failed, self._alive, f"after {self.retries} retries")
+            else:
+                return Failure(
+                    f"the server failed at this request {self.retries + 1} times ({told}) and answers others; exclude the document"
+                )
+        return Failure(f"the server went away {OUTAGES} times at this request (the last time: {told}); exclude the document")
+
+    def _create(self, messages: list[dict], budget: int, until: tuple[str, ...], penalty: float, rank: int) -> Completion:
+        """The completion of a conversation. Raises what ``complete`` raises.
+
+        A field that the server does not know is left out from then on, if the answer is the same without: a penalty that is the
+        checkpoint's own, stop strings, which are cut here too, and the ids of the reply's tokens.
+        """
+        asked: dict[str, Any] = {"model": self.model, "messages": messages, "max_tokens": budget, "temperature": 0.0, "seed": 0}
+        if self.replicas > 1:
+            asked["extra_headers"] = {"X-data-parallel-rank": str(rank)}
+        more: dict[str, Any] = {"return_token_ids": True}
+        if until:
+            more["stop"] = list(until)
+        if not penalty == self.own_penalty == 1:
+            more["repetition_penalty"] = penalty
+        if "enable_thinking" in str(self.processor.chat_template):  # as prompts are rendered and counted here
+            more["chat_template_kwargs"] = {"enable_thinking": False}
+        needed = {"chat_template_kwargs", *([] if penalty == self.own_penalty else ["repetition_penalty"])}
+        spare = set(more) - needed
+        while True:
+            sent = {name: value for name, value in more.items() if name not in self._refused & spare}
+            try:
+                return complete(self.client, self.retries, **asked, extra_body=sent)
             except APIStatusError as error:
-                if not own or error.status_code not in (400, 422) or "repetition_penalty" not in reason(error):
+                refused = {name for name in spare & set(sent) if re.search(rf"\b{name}\b", reason(error))}
+                if error.status_code not in (400, 422) or not refused:
                     raise
-                self._takes_penalty = False
-        told = f"the server takes no repetition_penalty; it is trusted to apply the checkpoint's own, {penalty:g}"
-        events.append(Event(EventKind.REPETITION_PENALTY, told))
-        return create(**asked)
+                self._refused |= refused
 
-    def _failed(self, error: Exception, told: str) -> Failure:
-        """What a request that failed at every retry means: its own failure where the server answers another, else the run's end."""
-        if not self._alive():
-            raise self._gone(error) from error
-        return Failure(
-            f"the server failed at this request {self.retries + 1} times ({told}) and answers others; exclude the document"
-        )
+    def _message(self, message: dict) -> dict:
+        """A chat message with pictures -> the same with PNG data URLs of the pictures as the family accepts them."""
+        content = message["content"]
+        if not isinstance(content, str):
+            parts = [p if p["type"] != "image" else image_part(self.family.accepted(p["image"])[0]) for p in content]
+            content = parts
+        return {"role": message["role"], "content": content}
 
-    def _alive(self) -> bool:
-        """Whether the server answers a small picture now."""
-        try:
-            talk: Any = _payload(chat_messages([Turn((Image.new("RGB", (56, 56)),), "?")], []), self.family)
-            once = self.client.with_options(max_retries=0)
-            once.chat.completions.create(model=self.model, messages=talk, max_tokens=1, temperature=0.0, seed=0)
-        except (APIStatusError, APIConnectionError):
-            return False
-        return True
+    # ------------------------------------------------------------------ a server that is not there
 
-    def _gone(self, error: Exception) -> RunError:
+    def _alive(self) -> None:
+        """Ask a small picture, once. Raises one of ``_Unreachable`` when there is no answer."""
+        messages: Any = [self._message(m) for m in chat_messages([Turn((Image.new("RGB", (56, 56)),), "?")], [])]
+        once = self.client.with_options(max_retries=0)
+        complete(once, 0, model=self.model, messages=messages, max_tokens=1, temperature=0.0, seed=0)
+
+    def _wait(self, error: Exception, look: Callable[[], None], tried: str = "") -> None:
+        """Wait for the server, as long as ``wait_for_server`` says; of several threads one looks. Raises RunError when it does not come.
+
+        look: raises one of ``_Unreachable`` as long as it is not there. tried: what was tried before.
+        """
+        with self._waiting:
+            if self._ended:  # another thread has waited
+                raise self._ended
+            waited = ""
+            again = Retrying(
+                retry=retry_if_exception_type(_Unreachable),
+                stop=stop_after_delay(60 * self.wait_for_server),
+                wait=wait_fixed(POLL_SECONDS),
+                reraise=True,
+            )
+            try:
+                with suppress(_Unreachable):
+                    return look()  # it was away, and another thread has waited
+                if self.wait_for_server:
+                    waited = f"within {self.wait_for_server:g} minutes"
+                    said = f"the server at {self.base_url} does not answer ({_short(error)}); waiting up to"
+                    print(f"{said} {self.wait_for_server:g} minutes for it (wait_for_server)", file=sys.stderr, flush=True)
+                again(look)
+            except _Unreachable as last:
+                self._ended = self._gone(last, " and ".join(filter(None, [tried, waited])))
+                raise self._ended from last
+
+    def _gone(self, error: Exception, tried: str) -> RunError:
         return RunError(
-            f"the server at {self.base_url} did not answer after {self.retries} retries ({error}); "
+            f"the server at {self.base_url} did not answer {tried} ({_short(error)}); "
             "start it again and run the same command with the same output_dir: it goes on where it stopped"
         )
 
-    def _visual(self, turns: list[Turn]) -> int:
-        return sum(self.visual_tokens(image) for turn in turns for image in turn.images)
 
-    def _text(self, turns: list[Turn], replies: list[str]) -> int:
-        """Tokens of the rendered conversation that are not visual."""
-        if not turns:
-            return 0
-        asks = len(turns) > len(replies)
-        text = rendered(self.processor, chat_messages(turns, replies), asks)
-        return len(self._ids(text)) - sum(len(turn.images) for turn in turns)
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _own_penalty(pretrained: str) -> float:
-    """The repetition penalty of a checkpoint's ``generation_config.json``; 1 where it has no such file."""
-    try:
-        return own_penalty(GenerationConfig.from_pretrained(pretrained))
-    except OSError:
-        return 1.0
-
-
-def _cache_events(spent) -> list[Event]:
-    details = getattr(spent, "prompt_tokens_details", None)
-    cached = getattr(details, "cached_tokens", None)
-    if cached is None:
-        return [
-            Event(
-                EventKind.PREFIX_CACHE, "the server does not say whether it kept the first turn; tokens are counted as if it had"
-            )
-        ]
-    return (
-        []
-        if cached
-        else [Event(EventKind.PREFIX_CACHE, "the server kept nothing of the first turn and prefilled it again, uncounted")]
-    )
-
-
-def _payload(talk: list[dict], family: type[HostModel]) -> list[dict]:
-    """Chat messages with pictures -> the same with PNG data URLs of the pictures as the family accepts them."""
-    out = []
-    for message in talk:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [image_part(family.accepted(part["image"])[0]) if part["type"] == "image" else part for part in content]
-        out.append({"role": message["role"], "content": content})
-    return out
-
-
-def _cut(text: str, until: tuple[str, ...]) -> str:
-    return text[: min((text.find(s) for s in until if s in text), default=len(text))]
+def _short(error: Exception) -> str:
+    """An error in at most 200 characters."""
+    return str(error)[:200]

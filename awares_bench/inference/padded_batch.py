@@ -1,4 +1,5 @@
-"""Rows side by side in a padded rectangle, on one key-value cache: for GPUs, and for attention other than PyTorch's own."""
+"""Rows side by side in a padded rectangle, on one key-value cache: for attention other than PyTorch's own, and for GPUs without a kernel
+for rows of different lengths."""
 
 from __future__ import annotations
 

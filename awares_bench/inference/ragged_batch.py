@@ -3,8 +3,8 @@ in place.
 
 A padded rectangle costs on a CPU what its padding costs, a copy of every cache at every step, and repeats key and value heads for
 grouped-query attention: at the heads of 3B one token attends to 1,300 without these copies in a tenth of the time (float32; a twentieth in
-bfloat16), and a prompt of 1,300 in 0.6 of it, since it needs no mask (measured). On a GPU a call for each row is what costs; there the
-rectangle stays.
+bfloat16), and a prompt of 1,300 in 0.6 of it, since it needs no mask (measured). On a GPU a call for each row is what costs; there
+``varlen_batch`` makes one call for all.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class RaggedBatch(Batch):
         embeds, positions = torch.cat([c.embeds for c in self.chunks]), torch.cat([c.positions for c in self.chunks], 1)
         deepstack = joined_deepstack(self.chunks)
         hidden = self.run_layers(embeds, positions, lengths, None if deepstack is None else torch.cat(deepstack, 1)[:, None])
-        return self.host.logits(hidden[torch.tensor(lengths).cumsum(0) - 1])[:, None]
+        return self.host.logits(hidden[torch.tensor(lengths, device=hidden.device).cumsum(0) - 1])[:, None]
 
     def step(self, inputs: list[list[int]]) -> Tensor:
         lengths = [len(tokens) for tokens in inputs]
@@ -88,16 +88,29 @@ class RaggedBatch(Batch):
 
     def run_layers(self, embeds: Tensor, positions: Tensor, lengths: list[int], deepstack: Tensor | None = None) -> Tensor:
         """Feed the rows ``lengths`` tokens each: (T, D) at positions (axes, T) -> (T, D) after the last layer. deepstack: (N, 1, T, D)."""
-        hidden = embeds[None]
-        caches = [self.caches[b] for b in self.rows]
-        self.segments = [(c, n, _causal_mask(c.length, n)) for c, n in zip(caches, lengths, strict=True)]
-        rope = self.host.rope(hidden, positions[:, None])
+        self.open(lengths)
+        hidden = self.through_layers(embeds, positions[:, None], deepstack)
+        self.close(lengths)
+        return hidden
+
+    def through_layers(self, embeds: Tensor, positions: Tensor, deepstack: Tensor | None = None) -> Tensor:
+        """All layers, whose attention is ``attend``: (T, D) at positions (axes, 1, T) -> (T, D)."""
+        hidden, rope = embeds[None], self.host.rope(embeds[None], positions)
         with own_attention(self.host.decoder.config):
             for layer in range(self.host.layers):
                 hidden = self.host.layer(layer, hidden, rope, deepstack, rows=self)
+        return hidden[0]
+
+    def open(self, lengths: list[int]) -> None:
+        """Rows of ``lengths`` tokens are about to be fed."""
+        self.fed_now = lengths
+        caches = [self.caches[b] for b in self.rows]
+        self.segments = [(c, n, _causal_mask(c.length, n)) for c, n in zip(caches, lengths, strict=True)]
+
+    def close(self, lengths: list[int]) -> None:
+        """They have been."""
         for cache, n, _ in self.segments:
             cache.length += n
-        return hidden[0]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Every row's queries on its own keys: (1, H, T, d) and twice (1, G, T, d), all rows in one line -> (1, T, H, d)."""

@@ -29,11 +29,14 @@ class ReplyDecoder:
     trace: bool = False
     """Keep the scores of every choice, for tests."""
 
+    opening: str = ""
+    """What stands before a reply that the turn says for the model (``HostModel.opening``)."""
+
     tokens: list[int] = field(default_factory=list)
     """The reply so far, without the token that ended it."""
 
     values: list[float] = field(default_factory=list)
-    """What the chooser gave with each token and with the end: scores, or log-probabilities where tokens are sampled."""
+    """Log-probabilities of each token and of the end, as the chooser has them."""
 
     end: int | None = None
     """The token that ended it."""
@@ -56,13 +59,19 @@ class ReplyDecoder:
 
     def __post_init__(self):
         if self.forced:
-            self.tokens = list(self.tokenizer(self.request.turn.forced_reply, add_special_tokens=False)["input_ids"])
+            said = self.opening + (self.request.turn.forced_reply or "")
+            self.tokens = list(self.tokenizer(said, add_special_tokens=False)["input_ids"])
             self.active, self.ended = False, True
 
     @property
     def forced(self) -> bool:
         """The turn says the reply for the model: it stands as it is, and its tokens open the next chunk."""
         return self.request.turn.forced_reply is not None
+
+    @property
+    def logprob(self) -> float | None:
+        """Of the whole reply; None where nothing was decoded."""
+        return sum(self.values) if self.values else None
 
     @property
     def events(self) -> list[Event]:
@@ -85,7 +94,9 @@ class ReplyDecoder:
         for j in range(len(inputs)):
             if self.trace:
                 self.scores.append(scores[j].clone())
-            self._write(self._overrule(chosen[j], scores[j]), values[j])
+            token = self._overrule(chosen[j], scores[j])
+            overruled = token != chosen[j]
+            self._write(token, float(scores[j, token] - scores[j].float().logsumexp(-1)) if overruled else values[j])
             if not self.active or j + 1 == len(inputs) or self.tokens[-1] != inputs[j + 1]:
                 return j + 1
         raise ValueError("nothing was fed")

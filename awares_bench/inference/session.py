@@ -40,7 +40,17 @@ class Session:
     """Token ids shown and written so far, where there is a repetition penalty."""
 
     history: tuple = ()
-    """All that was fed and written, where prefixes are shared: sessions with equal histories have equal caches."""
+    """All that was fed and written, where prefixes are shared: sessions with equal histories have equal caches. With vLLM in this process:
+    the token ids."""
+
+    sent: list[dict] = field(default_factory=list)
+    """Chat messages as a server was sent them, pictures encoded: the next turn sends them again."""
+
+    prompted: int = 0
+    """Tokens of the conversation up to its last reply, as a server or vLLM counted them: what its prefix cache may hold."""
+
+    uncounted: int = 0
+    """Tokens that the server's prompts held beyond those counted here."""
 
     events: list[Event] = field(default_factory=list)
 
@@ -100,6 +110,9 @@ class Request:
 
     penalty: float | None = None
     """Repetition penalty of this reply; None: the model's."""
+
+    keep_masks: bool = False
+    """Say in the reply which visual tokens a pruner let through."""
 
     conversation: int = 0
     """Number of the conversation among those of an engine's run, which names it where replies are sampled."""

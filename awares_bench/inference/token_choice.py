@@ -22,11 +22,13 @@ class TokenChooser(Protocol):
 
 
 class Greedy:
-    """The most probable token; its value is its score, NaN where any score is NaN."""
+    """The most probable token; its value is its log-probability, or the largest score where that is not finite (NaN where any is NaN)."""
 
     def __call__(self, scores: Tensor, rows: list[int], steps: list[int]) -> list[tuple[list[int], list[float]]]:
         top = scores.max(-1)
-        chosen = torch.stack([top.indices.double(), top.values.double()]).tolist()  # in one transfer from the device
+        value = top.values.float()
+        value = torch.where(value.isfinite(), value - scores.float().logsumexp(-1), value)
+        chosen = torch.stack([top.indices.double(), value.double()]).tolist()  # in one transfer from the device
         return [([int(token) for token in row], values) for row, values in zip(*chosen, strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import zip_longest
@@ -10,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from .crop_grid import Box, CropGrid
+from .kept_tokens import KeptTokens
 from .usage import Usage
 
 
@@ -37,6 +39,10 @@ class Sample:
 
     full_tokens: int | None = None
     """Visual tokens of the images at full size, as the model under test counts them; None where no engine has said."""
+
+    other_pictures: Callable[[], Iterable[tuple[Image.Image, ...]]] | None = field(default=None, compare=False)
+    """The images of other documents of its task, one document after the other, in an order that depends on the document alone; None
+    where the sample is of no task. For controls; opened only when called."""
 
     def __post_init__(self) -> None:
         if self.parts and len(self.parts) != len(self.images) + 1:
@@ -138,6 +144,12 @@ class Reply:
     peak_memory_bytes: int | None = None
     """Most in use while the batch of this reply was answered (see ``memory``); None where nobody can say."""
 
+    logprob: float | None = None
+    """Natural logarithm of the probability of the reply as it was chosen, its end included; None where nobody can say."""
+
+    kept: tuple[KeptTokens, ...] = ()
+    """Which visual tokens of the turn's pictures went on, cut by cut, where a pruner cut them and the request asks for it."""
+
 
 class EventKind(str, Enum):
     """The kinds of ``Event`` of this package. A kind is its value, a plain string; a method may use others of its own."""
@@ -166,10 +178,12 @@ class EventKind(str, Enum):
     OUT_OF_MEMORY = "out_of_memory"
     PREFIX_CACHE = "prefix_cache"
     PREFIX_RECOMPUTED = "prefix_recomputed"
+    REASONING_APART = "reasoning_apart"
     REPETITION_PENALTY = "repetition_penalty"
     RESOLUTION = "resolution"
     SEVERAL_IMAGES = "several_images"
     SHARE_NOT_TOLD = "share_not_told"
+    SWAPPED_PICTURE = "swapped_picture"
     TEMPLATE = "template"
     TOKEN_COUNT = "token_count"
 
@@ -213,6 +227,9 @@ class Trajectory:
 
     full_tokens: int
     """Visual tokens of the sample's images at full size."""
+
+    answer_logprob: float | None = None
+    """Natural logarithm of the probability of the reply that holds the answer; None where nobody can say."""
 
     @property
     def crops(self) -> tuple[str, ...]:

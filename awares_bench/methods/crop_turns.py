@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from itertools import islice
 
 from PIL import Image
 
 from .conversation import Event, EventKind, Reply, Sample, Turn
 from .crop_grid import PAPER_GRID, Box
-from .images import HALF_SHARE, SMALLEST_SIDE, half, share_of
+from .images import HALF_SHARE, SMALLEST_SIDE, as_rgb, half, share_of
 from .policy import TurnGenerator
 
 LOW_RATIO = 0.35
@@ -39,6 +40,30 @@ def note_half_view(sample: Sample, reply: Reply) -> Generator[Event, None, None]
     if share > LOW_RATIO:
         detail = f"the first view costs {share:.2f} of the full tokens: processor limits bite"
         yield Event(EventKind.LOW_VIEW_NOT_A_QUARTER, detail)
+
+
+SEARCHED = 50
+"""Documents that are opened in search of another picture."""
+
+
+def other_pictures(sample: Sample) -> list[Image.Image]:
+    """For each of the sample's images one of another document, unlike all of them, at its size, so that it costs the same.
+
+    Raises ValueError where the sample is of no task, or its task shows nothing else.
+    """
+    if sample.other_pictures is None:
+        raise ValueError("the control shows a picture of another document, and this sample is of no task; run it on a task")
+    own, out = {(image.size, image.tobytes()) for image in sample.images}, []
+    for pictures in islice(sample.other_pictures(), SEARCHED):
+        for picture in pictures:
+            image = as_rgb(picture)[0]
+            if (image.size, image.tobytes()) in own:
+                continue
+            size = sample.images[len(out)].size
+            out.append(image if image.size == size else image.resize(size, Image.Resampling.LANCZOS))
+            if len(out) == len(sample.images):
+                return out
+    raise ValueError("the task has no other document with another picture to show; raise its limit, or leave the control out")
 
 
 def show_crops_unasked(

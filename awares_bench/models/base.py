@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from inspect import signature
 from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
@@ -176,8 +176,13 @@ class HostModel(ABC):
 
     @property
     def tower(self) -> PreTrainedModel:
-        """The vision encoder with its projector: frozen in training."""
+        """The vision encoder, with its projector where that is a part of it."""
         return self.model.model.visual
+
+    @property
+    def vision_parts(self) -> tuple[nn.Module, ...]:
+        """All that runs before the decoder: the vision encoder, and what stands between the two. Frozen in training."""
+        return (self.tower,)
 
     def fast_tower(self) -> AbstractContextManager:
         """Within the block the vision encoder runs on this package's kernels, where there are any."""
@@ -199,6 +204,13 @@ class HostModel(ABC):
         return len(self.decoder.layers)
 
     @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, key heads and the width of a head of the decoder."""
+        config = self.decoder.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_attention_heads, config.num_key_value_heads, width
+
+    @property
     def context(self) -> int:
         """Positions that the checkpoint was trained for."""
         return self.decoder.config.max_position_embeddings
@@ -218,6 +230,15 @@ class HostModel(ABC):
         """What the chat template writes after a reply."""
         turns = [Turn((), "a"), Turn((), "b")]
         return rendered(self.processor, chat_messages(turns, [_HOLE])).split(_HOLE)[-1]
+
+    @cached_property
+    def opening(self) -> str:
+        """What the template writes between its prompt for a reply and the reply, such as a space; see ``opening_of``."""
+        return opening_of(lambda turns, replies: rendered(self.processor, chat_messages(turns, replies)))
+
+    def reply_tokens(self, reply: str) -> list[int]:
+        """The ids of a reply that somebody wrote, as the template has it after its prompt; without the end of the turn."""
+        return self.tokenizer(self.opening + reply, add_special_tokens=False)["input_ids"]
 
     @cached_property
     def end_of_turn(self) -> int:
@@ -269,10 +290,10 @@ class HostModel(ABC):
 
     def chunk(self, ids: list[int], images: list[ImageInput], visual: list[VisualTokens], start: int) -> PromptChunk:
         """What a turn adds, ready for the decoder. visual: of every run of the images, in order; start: the first position."""
-        tokens = torch.tensor(ids, device=self.device)
-        embeds = self.embed(tokens, torch.cat([v.features for v in visual]) if visual else None)
+        tokens = torch.tensor(ids)
+        places = (tokens == self.image_token).nonzero().squeeze(1).tolist()  # here: a GPU would have to be waited for
+        embeds = self.embed(moved(tokens, self.device), torch.cat([v.features for v in visual]) if visual else None)
         positions, after = self.positions(ids, images, start)
-        places = (tokens == self.image_token).nonzero().squeeze(1).tolist()
         spans, at = [], 0
         for run in visual:
             spans.append(ImageSpan(places[at], replace(run, deepstack=None), len(run.features)))
@@ -282,7 +303,7 @@ class HostModel(ABC):
             added = torch.cat([run.deepstack for run in visual], 1)  # (N, V, D)
             deepstack = embeds.new_zeros((len(added), *embeds.shape))
             deepstack[:, places] = added.to(embeds.dtype)
-        return PromptChunk(embeds, positions.to(self.device), after, tuple(spans), deepstack)
+        return PromptChunk(embeds, moved(positions, self.device), after, tuple(spans), deepstack)
 
     def question_of(self, ids: list[int]) -> slice:
         """Of the tokens of a turn after its last image, those that the user wrote: up to the end of the message, without marks."""
@@ -326,15 +347,48 @@ class HostModel(ABC):
 
 
 def rendered(processor: Any, messages: list[dict], asks: bool = True) -> str:
-    """Messages through a checkpoint's chat template, thinking off where the template asks (``enable_thinking``). asks: up to the reply."""
+    """Messages through a checkpoint's chat template, thinking off where the template asks (``enable_thinking``). asks: up to the reply.
+
+    Texts go as they are, or as parts of a message where the template shows nothing else, as those of SmolVLM and Idefics3.
+    """
     thinking = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+    if not _shows_text(processor, str(processor.chat_template)):
+        messages = [
+            m if not isinstance(m["content"], str) else {**m, "content": [{"type": "text", "text": m["content"]}]}
+            for m in messages
+        ]
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **thinking)
+
+
+@lru_cache(maxsize=16)
+def _shows_text(processor: Any, template: str) -> bool:
+    """Whether the template shows a message whose content is a text; those that want parts leave it out in silence, or fail."""
+    talk = chat_messages([Turn((), "a"), Turn((), "b")], [_HOLE])
+    try:
+        return _HOLE in processor.apply_chat_template(talk, tokenize=False)
+    except Exception:  # a template is anyone's code
+        return False
+
+
+def opening_of(render: Callable[[list[Turn], list[str]], str]) -> str:
+    """What a template writes between its prompt for a reply and the reply. render: turns and the replies between them -> text.
+
+    SmolVLM's prompt ends with ``Assistant:`` and its replies begin with a space, which the model writes itself.
+    """
+    asked = render([Turn((), "a")], [])
+    answered = render([Turn((), "a"), Turn((), "b")], [_HOLE]).split(_HOLE)[0]
+    return answered[len(asked) :] if answered.startswith(asked) else ""
 
 
 def joined(visual: list[VisualTokens]) -> Tensor:
     """Features of several runs as one tensor: (V, D), or (V, (1 + N) D) with what DeepStack adds after N layers beside them."""
     rows = [run.features if run.deepstack is None else torch.cat([run.features, *run.deepstack], 1) for run in visual]
     return torch.cat(rows)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """From the CPU to a device, which a GPU does not wait for: its copy comes from page-locked memory."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def check_text(text: str, marks: tuple[str, ...], what: str = "the question") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from transformers import PreTrainedModel
 from awares_bench.errors import CheckpointError, RunError
 from awares_bench.methods.conversation import Event, Turn, chat_messages
 
-from .base import check_text
+from .base import check_text, opening_of
+from .checkpoint import saying
 from .families import families
 from .limits import Limits
 from .qwen2_5_vl import within_aspect
@@ -44,7 +46,9 @@ class GenericHost:
         self.name = model.name_or_path or self.model_type
         # 1) limits
         known, edges = families().get(self.model_type), _pixel_edges(processor.image_processor)
-        self.tiles = known is not None and known.tiles
+        self.tiles = (
+            known.tiles if known else edges is None
+        )  # the processor decides what a picture costs, however many pixels it has
         if known and not self.tiles:
             own = known.own_limits(processor)
         else:
@@ -68,7 +72,8 @@ class GenericHost:
         self._counts: dict[tuple[int, int], int] = {}
         # 3) the chat template
         self._as_parts, self._shows_system = self._template_form()
-        made = self.inputs([Turn((Image.new("RGB", (PROBE, PROBE)),), "?")], [])["input_ids"][0]
+        with saying(self._refused("has a processor that cannot take a conversation with a picture")):
+            made = self.inputs([Turn((Image.new("RGB", (PROBE, PROBE)),), "?")], [])["input_ids"][0]
         if (found := int((made == self.image_token).sum())) < 2:
             raise CheckpointError(
                 self._refused(
@@ -81,6 +86,11 @@ class GenericHost:
         return f"{self.name!r} ({self.model_type}) {why}; known families: {known}; a family is one file, see docs/models.md"
 
     # ------------------------------------------------------------------ properties
+
+    @cached_property
+    def opening(self) -> str:
+        """What the template writes between its prompt for a reply and the reply; see ``opening_of``."""
+        return opening_of(self.render)
 
     @property
     def device(self) -> torch.device:

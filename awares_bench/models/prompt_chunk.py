@@ -23,6 +23,9 @@ class ImageSpan:
     full: int
     """Tokens that enter the decoder: what the shares of cuts inside it are of."""
 
+    cuts: tuple[tuple[int | None, Tensor, Tensor], ...] = ()
+    """Where cuts are noted: (decoder layer, raster places (m,) of what went on, whether each is no longer the token's own (m,))."""
+
     @property
     def stop(self) -> int:
         return self.start + len(self.visual.features)
@@ -56,9 +59,17 @@ class PromptChunk:
         return sum(len(s.visual.features) for s in self.spans)
 
     def cut(
-        self, pruner: Pruner, share: float, attention: Callable[[ImageSpan], DecoderAttention | None] | None = None
+        self,
+        pruner: Pruner,
+        share: float,
+        attention: Callable[[ImageSpan], DecoderAttention | None] | None = None,
+        layer: int | None = None,
+        noted: bool = False,
     ) -> PromptChunk:
-        """The chunk with every image reduced to its share; ``attention`` gives the attention on an image between decoder layers."""
+        """The chunk with every image reduced to its share; ``attention`` gives the attention on an image between decoder layers.
+
+        layer: the decoder layer after which it is cut. noted: keep in ``ImageSpan.cuts`` which tokens went on.
+        """
         embeds, positions, deepstack, spans, at, length = [], [], [], [], 0, 0
         told = {"text": self.embeds[self.spans[-1].stop :], "question": self.question} if self.spans else {}
         offset = quirks_of(pruner).span_offset
@@ -75,11 +86,22 @@ class PromptChunk:
                 deepstack += [self.deepstack[:, at:start], self.deepstack[:, start:stop][:, chosen]]
             length += start - at
             # what a cut before the decoder leaves is the whole for those inside
-            spans.append(ImageSpan(length - offset, _kept(image, features, chosen), span.full if attention else len(features)))
+            full = span.full if attention else len(features)
+            cuts = (*span.cuts, (layer, *_noted(image, features, chosen, offset))) if noted else span.cuts
+            spans.append(ImageSpan(length - offset, _kept(image, features, chosen), full, cuts))
             length, at = length + len(features), stop
         kept, places = torch.cat([*embeds, self.embeds[at:]]), torch.cat([*positions, self.positions[:, at:]], 1)
         added = None if self.deepstack is None else torch.cat([*deepstack, self.deepstack[:, at:]], 1)
         return PromptChunk(kept, places, self.next_position, tuple(spans), added, self.question)
+
+
+def _noted(image: VisualTokens, features: Tensor, chosen: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """Raster places of what goes on, and whether each is no longer the token's own. What is no token of the image is left out."""
+    count = len(image.features)
+    places = torch.arange(count, device=chosen.device) if image.places is None else image.places
+    inside = (chosen >= 0) & (chosen + offset < count)
+    own, chosen = (features == image.features[chosen]).all(1), chosen + offset
+    return places[chosen[inside]], ~own[inside]
 
 
 def _kept(image: VisualTokens, features: Tensor, chosen: Tensor) -> VisualTokens:

@@ -70,7 +70,8 @@ For each function call, return a json object with function name and arguments wi
     def region(self, call: Any, pictures: list[Picture], images: int, official: bool) -> tuple[int, Region]:
         target, box = argument(call, "target_image"), argument(call, "bbox_2d")
         box = numbers(box[:4] if official and isinstance(box, list) else box)
-        if isinstance(target, bool) or not isinstance(target, int if official else (int, float)) or target != int(target):
+        whole = isinstance(target, int) if official else isinstance(target, (int, float)) and not isinstance(target, bool)
+        if not whole or target != target // 1:
             raise CallError(f"`target_image` is {str(target)[:80]!r}, which is not a whole number")
         if target > len(pictures) or target < (1 - len(pictures) if official else 1):
             where = f"You can only pick an image within [1,{len(pictures)}]"

@@ -1,4 +1,4 @@
-"""Compact records of a sweep, small enough to commit: ``documents.csv.gz`` with a row per document, ``runs.json`` with what was run.
+"""Compact records of a sweep, small enough to commit: ``documents.csv.xz`` with a row per document, ``runs.json`` with what was run.
 
 They hold every number that tables and figures need and neither texts nor images, so the gallery needs the run folders.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import re
 from pathlib import Path
 
@@ -15,12 +16,14 @@ import pandas as pd
 from . import flops
 from .load import ReportError, Run, typed
 
-RUNS, DOCUMENTS = "runs.json", "documents.csv.gz"
+RUNS, DOCUMENTS = "runs.json", "documents.csv.xz"
+OLDER = "documents.csv.gz"
+"""What releases up to 0.1 wrote, which is read too."""
 VERSION = 1
 
 
 def write(runs: list[Run], folder: Path) -> None:
-    """Runs -> ``folder/runs.json`` and ``folder/documents.csv.gz``; the same runs give the same bytes.
+    """Runs -> ``folder/runs.json`` and ``folder/documents.csv.xz``; the same runs give the same bytes.
 
     Seconds are rounded to microseconds. Sums over phases, and RTR where it is prefill over full tokens, are taken again on reading.
     """
@@ -35,13 +38,16 @@ def write(runs: list[Run], folder: Path) -> None:
         seconds = [c for c in frame.columns if c.endswith("_seconds")]
         frames.append(frame.assign(**{c: frame[c].round(6) for c in seconds}).sort_values(["task", "doc_id"]))
     table = pd.concat(frames, ignore_index=True)
-    unknown = [c for c in table.columns if c == "content" and table[c].isna().all()]  # of records that did not keep it
+    kept_late = ("content", "answer_logprob")  # of records that did not keep them
+    unknown = [c for c in table.columns if c in kept_late and table[c].isna().all()]
+    if "answer_logprob" in table:
+        table["answer_logprob"] = table["answer_logprob"].astype(float).round(6)
     table = table.drop(columns=unknown)
     for column in table.select_dtypes("float").columns:
         if (table[column].dropna() % 1 == 0).all():
             table[column] = table[column].astype("Int64")
     text = table.to_csv(index=False, lineterminator="\n").encode()
-    (folder / DOCUMENTS).write_bytes(gzip.compress(text, 9, mtime=0))
+    (folder / DOCUMENTS).write_bytes(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
 
 
 def read(folder: Path) -> list[Run]:
@@ -49,8 +55,10 @@ def read(folder: Path) -> list[Run]:
     index = json.loads((folder / RUNS).read_text())
     if index.get("version") != VERSION:
         raise ReportError(f"{folder / RUNS} is of version {index.get('version')}; this release reads version {VERSION}")
+    older = (folder / OLDER).exists() and not (folder / DOCUMENTS).exists()
+    name, unpacked = (OLDER, gzip.open) if older else (DOCUMENTS, lzma.open)
     try:
-        with gzip.open(folder / DOCUMENTS, "rt", encoding="utf-8") as file:
+        with unpacked(folder / name, "rt", encoding="utf-8") as file:
             header = file.readline().rstrip("\n").split(",")
             file.seek(0)
             words = dict.fromkeys(("method", "task", "crops", "events"), str)
@@ -58,9 +66,9 @@ def read(folder: Path) -> list[Run]:
             table = pd.read_csv(file, keep_default_na=False, na_values=missing, dtype=words)
     except FileNotFoundError:
         raise ReportError(f"{folder} holds {RUNS} but no {DOCUMENTS}") from None
-    except (EOFError, gzip.BadGzipFile, pd.errors.ParserError) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, pd.errors.ParserError) as error:
         raise ReportError(
-            f"{folder / DOCUMENTS} is damaged ({error}); write it again: awares-bench report RUNS --records {folder}"
+            f"{folder / name} is damaged ({error}); write it again: awares-bench report RUNS --records {folder}"
         ) from error
     astray = set(index["runs"]) ^ set(table["method"])
     if astray:
@@ -71,7 +79,7 @@ def read(folder: Path) -> list[Run]:
 def _complete(frame: pd.DataFrame) -> pd.DataFrame:
     """Put back what follows from the rest: rtr, the sums over phases, zero where no turn came later."""
     frame = frame.reset_index(drop=True).dropna(axis="columns", how="all").copy()
-    for key in ("encoded", "prefill", "text", "output", "turns", "full_tokens", "batch_size", "content"):
+    for key in ("encoded", "prefill", "text", "output", "turns", "full_tokens", "batch_size", "content", "answer_logprob"):
         frame[key] = frame.get(key)
     frame["answer"] = None
     phases = [c for c in frame.columns if c.endswith("_seconds") and not c.startswith("later_")]

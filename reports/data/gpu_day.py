@@ -15,8 +15,8 @@ SECTIONS = ("device", "equality", "engine", "engine_large", "pruners", "grpo", "
 WAYS = {
     "full: ours": "full, ours",
     "AwaRes: ours, one cache": "AwaRes, ours",
-    "full: ours, rectangle": "full, ours in a rectangle",
     "AwaRes: ours, one cache, rectangle": "AwaRes, ours in a rectangle",
+    "AwaRes: ours, one cache, steps from Python": "AwaRes, ours, steps from Python",
     "AwaRes: ours, everything again": "AwaRes, ours without the cache",
     "full: model.generate": "full, generate",
     "AwaRes: model.generate twice": "AwaRes, generate twice",
@@ -50,7 +50,8 @@ class GpuDay:
         if missing:
             out.append(f"Not measured: {'; '.join(missing)}.")
         failed = [f"{key}: {i['error']}" for r in self.sections.values() for key, i in r["items"].items() if "error" in i]
-        return out + [f"Failed: {sentence}" for sentence in failed]
+        failed += [f"{name}: {error}" for result in self.items("pruners").values() for name, error in result["failed"].items()]
+        return out + [f"Failed: {sentence}" for sentence in dict.fromkeys(failed)]
 
 
 def holds(path: Path) -> bool:
@@ -125,6 +126,8 @@ def equality(day: GpuDay) -> pd.DataFrame:
     rows = []
     for key, result in day.items("equality").items():
         dtype, _, question = key.partition(": ")
+        if "differences" in result:  # of kernels
+            continue
         parts = {name: part for name, part in result.items() if isinstance(part, dict)} or {"": result}
         for name, part in parts.items():
             asked = ", ".join(word for word in (question, name) if word)

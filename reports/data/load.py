@@ -22,6 +22,9 @@ METRIC = {
     "pope": "pope_accuracy",
     "realworldqa": "exact_match",
     "vstar_bench": "vstar_overall_acc",
+    "ai2d": "exact_match",
+    "scienceqa_img": "exact_match",
+    "textvqa_val": "exact_match",
     "nano_chart": "relaxed_overall",
     "nano_doc": "anls",
     "nano_ocr": "ocrbench_accuracy",
@@ -77,8 +80,8 @@ def samples_files(folder: Path) -> dict[str, Path]:
 def load(method: str, run: Path | None, lmms_output: Path, metrics: dict[str, str] | None = None) -> pd.DataFrame:
     """One method's run folder (None for a foreign model) and lmms-eval output -> a row per document.
 
-    Columns: method, task, doc_id, score (0 to 1), rtr, full_tokens, called, malformed, crops, events (kinds), turns, answer,
-    batch_size, prompt (checksum of the task's question), content (checksum of the document; null where the record does not
+    Columns: method, task, doc_id, score (0 to 1), rtr, full_tokens, called, malformed, crops, events (kinds), turns, answer, answer_logprob
+    (of the reply that holds the answer), batch_size, prompt (checksum of the task's question), content (checksum of the document; null where the record does not
     know it), and what was spent over all turns (``encoded``, ``prefill``,
     ``text``, ``output``, ``*_seconds``, and whatever else the records hold), ``seconds`` in sum, and ``later_…``: the
     part spent after the first turn. Unknown is null, never 0. metrics: accuracy of tasks that METRIC does not know.
@@ -159,14 +162,18 @@ def _spent(record: dict) -> dict:
     keys = dict.fromkeys(("encoded", "prefill", "text", "output")) | {k: None for u in turns for k in u}
     kinds = [e["kind"] for e in record.get("events") or []]
     crops, malformed = record.get("crops") or [], EventKind.MALFORMED_CALL in kinds
+    asked = bool(record.get("boxes")) and not record.get(
+        "models"
+    )  # a box that an auxiliary model names is no call of the model's
     row = {
         "full_tokens": record.get("full_tokens"),
-        "called": bool(crops) or malformed,
+        "called": bool(crops) or malformed or asked,
         "malformed": malformed,
         "crops": ",".join(crops),
         "events": ",".join(kinds),
         "turns": len(turns) or None,
         "answer": record.get("answer"),
+        "answer_logprob": record.get("answer_logprob"),
         "batch_size": record.get("batch_size"),
         "prompt": zlib.crc32(str(record["question"]).encode()),
         "content": zlib.crc32(record["content"].encode()) if record.get("content") else None,

@@ -38,6 +38,9 @@ METHODS = {
     "all_crops": ("all crops", "#56b4e9", "H"),
     "oracle_crop": ("oracle crop", "#0173b2", "*"),
     "blank_crop": ("blank crop", "#0173b2", "X"),
+    "swapped_crop": ("swapped crop", "#949494", "X"),
+    "swapped_picture": ("swapped picture", "#949494", "P"),
+    "no_picture": ("no picture", "#949494", "v"),
 }
 
 TASKS = {
@@ -79,13 +82,32 @@ def label(method: str, identity: dict | None = None, run_label: str | None = Non
     other options that it names; one that a user gave stands as it is.
     """
     own = family(method, identity)
-    word = " + ".join(METHODS[part][0] if part in METHODS else part for part in own.split("+"))
+    word = " + ".join(METHODS[part][0] if part in METHODS else readable(part) for part in own.split("+"))
     retention = ((identity or {}).get("fields") or {}).get("retention")
     first, *options = (run_label or own).split(" ")
     if run_label and (first.rsplit(":", 1)[-1] != own or not all("=" in o for o in options)):
-        return run_label
+        return readable(run_label)
     kept = [] if retention is None else [f"{100 * float(retention):g} %"]
     return " ".join([word, *(o for o in options if not o.startswith("retention=")), *kept])
+
+
+ACRONYMS = ("sft", "grpo", "ddp", "fsdp", "lora", "vlm", "3b", "7b", "8b")
+"""Words that stand in capitals in print."""
+
+
+def readable(name: str) -> str:
+    """A name that a machine gave, such as ``awares_sft``, in print: ``AwaRes, SFT``; one of several words stands as it is.
+
+    A method that it begins with has its name in print, underscores are spaces.
+    """
+    if " " in name or (not any(c in name for c in "_-") and name not in METHODS):
+        return name
+    bare = name.removeprefix("awares_") if name.removeprefix("awares_") in METHODS else name
+    known = max((m for m in METHODS if bare == m or bare.startswith((f"{m}_", f"{m}-"))), key=len, default="")
+    rest = [w.upper() if w in ACRONYMS else w for w in bare[len(known) :].replace("_", " ").split()]
+    if known and rest and rest[0].startswith("-"):
+        rest = [w.upper() if w in ACRONYMS else w for w in bare[len(known) + 1 :].replace("-", " ").replace("_", " ").split()]
+    return ", ".join(filter(None, [METHODS[known][0] if known else "", " ".join(rest)])) or name
 
 
 def colour(family: str) -> str:

@@ -6,18 +6,34 @@ from importlib.resources import files
 
 import pandas as pd
 
-from .load import Run
+from .load import ReportError, Run
 
-COLUMNS = {"retention": float, "value": float}
-COMPARED = ("accuracy", "rtr", "seconds")
+COMPARED = ("accuracy", "rtr", "seconds", "kept")
+
+PAPER = "awares"
+"""Whose cells stand beside ours where nothing else is asked for."""
 
 
-def numbers() -> pd.DataFrame:
-    """Columns: source (table or figure), method (family), retention, variant (of an ablation), task or "mean", quantity, value,
-    doubt (why the cell should not be a target; empty where nothing speaks against it). Accuracies and shares are percents.
-    """
+def papers() -> list[str]:
+    """The tables that can be set beside ours."""
+    return list(dict.fromkeys(_all()["paper"]))
+
+
+def _all() -> pd.DataFrame:
     text = files("awares_bench.reports") / "paper_numbers.csv"
     return pd.read_csv(str(text), keep_default_na=False, na_values={"retention": [""]}, dtype={"variant": str})
+
+
+def numbers(paper: str = PAPER) -> pd.DataFrame:
+    """Columns: paper, source (table or figure), method (family), retention, variant (of an ablation), task or "mean", quantity, value,
+    limits (the preset of processor limits it was measured under, see ``docs/reports.md``; empty where nobody says), doubt (why the cell
+    should not be a target; empty where nothing speaks against it). Accuracies and shares are percents; ``kept`` is the mean over tasks of
+    the score's share of full resolution's; ``points`` is a score of another scale. Raises ReportError for an unknown paper.
+    """
+    published = _all()
+    if paper not in set(published["paper"]):
+        raise ReportError(f"no published table {paper!r}; known: {', '.join(papers())}")
+    return published[published["paper"] == paper].reset_index(drop=True)
 
 
 def retention(about: dict) -> float | None:
@@ -26,26 +42,30 @@ def retention(about: dict) -> float | None:
     return None if value is None else float(value)
 
 
-def cells(runs: list[Run], frame: pd.DataFrame) -> pd.DataFrame:
+def cells(runs: list[Run], frame: pd.DataFrame, paper: str = PAPER) -> pd.DataFrame:
     """The published cells of the runs' methods on the frame's tasks: ``numbers`` with the run's name as ``run``.
 
-    The mean is given where all six tasks are there. Empty on nano: nothing was published for it.
+    The mean is given where all of the paper's tasks are there, and no others. Empty on nano: nothing was published for it.
     """
-    published, tasks = numbers(), set(frame["task"].unique())
+    published, tasks = numbers(paper), set(frame["task"].unique())
+    every = set(published["task"]) - {"mean"}
     published = published[published["quantity"].isin(COMPARED)]
-    six = set(published["task"]) - {"mean"}
-    wanted = tasks & six | ({"mean"} if tasks == six else set())
+    wanted = tasks & every | ({"mean"} if tasks == every else set())
     families = frame.drop_duplicates("method").set_index("method")["family"]
     parts = []
     for run in runs:
-        keep, variant = retention(run.about), variant_of(run.name, families[run.name])
+        keep, variant = retention(run.about), variant_of(run.name, families[run.name], run.about, paper)
         same = published[(published["method"] == families[run.name]) & (published["variant"] == variant)]
         same = same[same["retention"].isna()] if keep is None else same[same["retention"] == keep]
         parts.append(same[same["task"].isin(wanted)].assign(run=run.name))
     return pd.concat(parts, ignore_index=True) if parts else published.head(0).assign(run=[])
 
 
-def variant_of(run: str, family: str) -> str:
-    """The ablation that a run's name ends in (``awares-sft`` -> ``sft``), "" for the method itself."""
-    variants = sorted(set(numbers()["variant"]) - {""}, key=len, reverse=True)
-    return next((v for v in variants if run.replace("-", "_").endswith(f"_{v}") or run == v), "") if family == "awares" else ""
+def variant_of(run: str, family: str, about: dict | None = None, paper: str = PAPER) -> str:
+    """The variant of a method that a run is: one that its name ends in (``awares-sft`` -> ``sft``), or an option (``cap=640``); "" for the
+    method itself."""
+    own = numbers(paper)
+    variants = sorted(set(own.loc[own["method"] == family, "variant"]) - {""}, key=len, reverse=True)
+    fields = ((about or {}).get("identity") or {}).get("fields") or {}
+    options = {f"{name}={value}" for name, value in fields.items()}
+    return next((v for v in variants if run.replace("-", "_").endswith(f"_{v}") or run == v or v in options), "")

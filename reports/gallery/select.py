@@ -22,7 +22,7 @@ from ..data import discover
 from ..data.load import ReportError, Run, samples_lines
 from . import markup
 
-SHOWN = ("question", "replies", "usage", "events", "image_sizes", "models", "boxes")
+SHOWN = ("question", "replies", "usage", "events", "image_sizes", "models", "boxes", "keep_masks")
 
 ALLOWED = (
     ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Compare,
@@ -31,10 +31,10 @@ ALLOWED = (
 
 
 def write(
-    run: str,
+    run: str | Run,
     out: Path,
     where: str | None = None,
-    compare: str | None = None,
+    compare: str | Run | None = None,
     images: Path | None = None,
     count: int = 60,
     metrics: dict[str, str] | None = None,
@@ -73,12 +73,12 @@ def write(
     for row in rows.to_dict("records"):
         key = row["task"], row["doc_id"]
         image = picture(*key, texts[0][key]["question"])
-        sides = [markup.Side(first.name, row, texts[0][key])]
+        sides = [markup.Side(_shown(first), row, texts[0][key])]
         if second:
             theirs = {k.removeprefix("other_"): v for k, v in row.items() if k.startswith("other_")}
-            sides.append(markup.Side(second.name, theirs, texts[1][key]))
+            sides.append(markup.Side(_shown(second), theirs, texts[1][key]))
         cards.append(markup.card(image, sides))
-    title = f"{first.name}{f' beside {second.name}' if second else ''}: {len(rows)} of {len(candidates)} documents{f' where {where}' if where else ''}"
+    title = f"{_shown(first)}{f' beside {_shown(second)}' if second else ''}: {len(rows)} of {len(candidates)} documents{f' where {where}' if where else ''}"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(markup.page(cards, title), encoding="utf-8")
     return len(rows)
@@ -113,11 +113,17 @@ def select(frame: pd.DataFrame, where: str | None) -> pd.DataFrame:
     return frame[matches]
 
 
-def _one(path: str, metrics: dict[str, str] | None) -> Run:
-    run = discover.one(path, metrics)
+def _one(path: str | Run, metrics: dict[str, str] | None) -> Run:
+    run = path if isinstance(path, Run) else discover.one(path, metrics)
     if run.folder is None or not run.samples:
-        raise ReportError(f"{path}: compact records hold no texts; show a run folder")
+        raise ReportError(f"{run.name if isinstance(path, Run) else path}: compact records hold no texts; show a run folder")
     return run
+
+
+def _shown(run: Run) -> str:
+    """A run's name, with its name in print where that is another."""
+    label = str(run.documents["label"].iloc[0])
+    return run.name if label == run.name else f"{label} ({run.name})"
 
 
 def _plain(documents: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,9 @@ from matplotlib.figure import Figure
 
 from . import scatter
 
+TITLE = "Accuracy against time"
+READING = "Up and to the left is better: more accurate in less time; no run beats one on the dashed line in both."
+
 
 def data(frame: pd.DataFrame) -> pd.DataFrame:
     """Documents -> what is plotted: method, label, family, seconds (mean over tasks), accuracy, low, high (fractions), front."""
@@ -17,7 +20,7 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
     return scatter.points(frame, costs).rename(columns={"cost": "seconds"})
 
 
-def draw(points: pd.DataFrame, title: str, machine: str, notes: tuple[str, ...] = ()) -> Figure:
+def draw(points: pd.DataFrame, on: str, machine: str, notes: tuple[str, ...] = ()) -> Figure:
     """Plot ``data``: milliseconds of a document on x, accuracy in percent on y. machine: what it ran on, for the footnote."""
     scaled = points.assign(cost=1000 * points["seconds"])
-    return scatter.draw_points(scaled, title, "milliseconds a document", None, (*notes, f"Times: {machine}."))
+    return scatter.draw_points(scaled, TITLE, on, "milliseconds a document", None, (*notes, f"Times: {machine}."))

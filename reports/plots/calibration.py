@@ -9,6 +9,12 @@ from ..data import names
 from ..data.summary import reference
 from . import style
 
+TITLE = "Looking closer: how often, and how often needed"
+READING = (
+    "A point for each task: to the right, tasks where full resolution helps more documents; higher, tasks where the method looks closer "
+    "more often. Near the line it looks about as often as needed."
+)
+
 MOST = 8
 """Runs whose points stay apart; the CSV has them all."""
 
@@ -38,7 +44,7 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure:
+def draw(table: pd.DataFrame, on: str, notes: tuple[str, ...] = ()) -> Figure:
     """Plot ``data``: share needed on x, share called on y, a point per run and task; on the diagonal as many calls as needed."""
     with style.house_style():
         figure, axes = style.subplots(2.75 + 0.13 * -(-min(MOST, table["method"].nunique()) // 2))
@@ -64,7 +70,7 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
         axes.set_ylim(-3, 103)
         axes.set_xlabel("full resolution beats half size (% of documents)")
         axes.set_ylabel("method looks closer (% of documents)")
-        style.title(figure, title)
+        style.title(figure, TITLE, on)
         handles, labels = axes.get_legend_handles_labels()
         style.legend(figure, handles, labels, 2, handletextpad=0.2)
         # Tasks are named at the first run's points, clear of the others'.

@@ -11,6 +11,9 @@ from awares_bench.methods.crop_grid import PAPER_GRID
 from ..data import names
 from . import style
 
+TITLE = "Which crops are asked for"
+READING = "A bar is all documents of a run: grey were answered from the half-size view, colours are the crop that was asked for."
+
 COLOURS = dict(
     zip(
         ["direct", *PAPER_GRID.names, "several", "all", "malformed"],
@@ -49,7 +52,7 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "label", "crop", "share"])
 
 
-def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure:
+def draw(table: pd.DataFrame, on: str, notes: tuple[str, ...] = ()) -> Figure:
     """Plot ``data``: a stacked bar per run; shares of 7 % and more are written in."""
     runs = list(table["method"].unique())
     methods = runs[:MOST]
@@ -77,7 +80,7 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
         axes.grid(visible=False)
         axes.set_xlim(0, 100)
         axes.set_xlabel("share of documents (%)")
-        style.title(figure, title)
+        style.title(figure, TITLE, on)
         seen = [c for c in COLOURS if table.loc[table["crop"] == c, "share"].any()]
         words = {"direct": "no crop", "all": "whole image", "several": "two or more"}
         handles = [Patch(color=COLOURS[c]) for c in seen]

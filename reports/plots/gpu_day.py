@@ -7,6 +7,12 @@ from matplotlib.figure import Figure
 
 from . import style
 
+READINGS = {
+    "gpu_engine_seconds": "Lower is better: the time of a page falls as more pages share a batch; dashed is transformers' generate.",
+    "gpu_pruners_share": "A bar is what a pruner adds to the prefill of the whole picture; its darker part is choosing the tokens.",
+}
+"""How to read each figure."""
+
 COLOURS = {
     "full, ours": "#949494",
     "full, generate": "#949494",

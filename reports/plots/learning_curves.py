@@ -14,6 +14,9 @@ from ..data import names
 from ..data.load import ReportError
 from . import style
 
+TITLE = "Learning curves"
+READING = "The losses of all training runs stand in the first panel, what each run was judged by in a panel of its own."
+
 WATCHED = ("reward", "answer_score", "call_rate", "rtr")
 """What a GRPO run is judged by while it runs; its loss says little."""
 
@@ -71,7 +74,7 @@ def data(curves: pd.DataFrame) -> pd.DataFrame:
     ]
 
 
-def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure:
+def draw(table: pd.DataFrame, on: str, notes: tuple[str, ...] = ()) -> Figure:
     """Plot ``data``: the losses of all runs, and the evaluations of each in a panel of its own."""
     runs = list(table["run"].unique())
     colours = "colorblind" if len(runs) <= 10 else "husl"  # the first has ten
@@ -98,7 +101,7 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
             top.yaxis.set_minor_formatter(NullFormatter())
         top.set_ylabel("loss")
         handles = [top.plot([], [], color=c)[0] for c in palette.values()]
-        style.legend(figure, handles, [names.short(r) for r in runs], 3 * columns, handlelength=1.2)
+        style.legend(figure, handles, [names.short(names.readable(r)) for r in runs], 3 * columns, handlelength=1.2)
         # Each run's evaluations, named at the end of their lines, to the right of the last step.
         for axes, run in zip(others, panels, strict=True):
             ends = []
@@ -108,13 +111,13 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
                 )
                 ends.append((line["step"].iloc[-1], line["value"].iloc[-1], names.short(series, 18), palette[run]))
             axes.margins(y=0.2)
-            axes.set_ylabel(f"{names.short(run, 16)}, evaluation")
+            axes.set_ylabel(names.short(names.readable(run), 24))
             axes.set_xlim(right=axes.get_xlim()[1] + 0.25 * (axes.get_xlim()[1] - axes.get_xlim()[0]))
             style.place_labels(
                 axes, sorted(ends, key=lambda e: -e[1]), offsets=[(5, dy) for s in range(0, 40, 2) for dy in (s, -s)]
             )
         for axes in [top, *others][-columns:]:
             axes.set_xlabel("step")
-        style.title(figure, title)
+        style.title(figure, TITLE, on)
         style.footnote(figure, [*notes, *cut, "An evaluation is each group's mean."])
     return figure

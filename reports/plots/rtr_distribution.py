@@ -9,6 +9,9 @@ from matplotlib.figure import Figure
 from ..data import names
 from . import style
 
+TITLE = "How many tokens a document takes"
+READING = "A step is a share of documents that take so many tokens: a line that rises early is cheap, one step means every document costs the same."
+
 MOST = 8
 """Lines that stay apart in a small panel."""
 
@@ -30,7 +33,7 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "label", "family", "task", "rtr", "share"])
 
 
-def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure:
+def draw(table: pd.DataFrame, on: str, notes: tuple[str, ...] = ()) -> Figure:
     """Plot ``data``: a panel per task, a cumulative line per method."""
     methods, tasks = list(table["method"].unique()), list(table["task"].unique())
     cut = [f"{MOST} of {len(methods)} runs; all are in the CSV."] if len(methods) > MOST else []
@@ -55,7 +58,7 @@ def draw(table: pd.DataFrame, title: str, notes: tuple[str, ...] = ()) -> Figure
         for axes in grid[-1]:
             axes.set_xlabel("retained token ratio")
         grid[rows // 2][0].set_ylabel("documents at or below (%)")
-        style.title(figure, title)
+        style.title(figure, TITLE, on)
         firsts = {m: table[table["method"] == m].iloc[0] for m in methods}
         lines = [
             grid.flat[0].plot([], [], color=names.colour(r["family"]), ls=LINES[i % len(LINES)])[0]

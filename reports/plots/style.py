@@ -24,6 +24,9 @@ WIDTH = 3.3
 
 FORMATS = ("pdf", "svg", "png")
 
+COLOURS = 48
+"""Of the palette of a PNG."""
+
 
 def subplots(height: float = 2.7, rows: int = 1, columns: int = 1, width: float = WIDTH, **options) -> tuple[Figure, Any]:
     """(figure, axes) in inches, laid out so that nothing is cut off; without pyplot, which would choose a window system.
@@ -40,9 +43,16 @@ def house_style() -> AbstractContextManager:
     return style.context(STYLE)
 
 
-def title(figure: Figure, text: str) -> None:
-    """A title at the figure's left edge, whatever the width of the axes."""
-    figure.suptitle("\n".join(textwrap.wrap(text, 52)), x=0.01, ha="left", fontsize=7.5, fontweight="bold")
+def title(figure: Figure, text: str, on: str = "") -> None:
+    """What is shown, at the figure's left edge whatever the width of the axes, and on what it was measured in a line below."""
+    size, small, pad = 7.5, 6.2, 3  # points; the pad is that of the layout
+    width = round(52 * figure.get_figwidth() / WIDTH)
+    lines, below = textwrap.wrap(text, width), textwrap.wrap(on, round(1.25 * width))
+    room = "\n\u00a0" * len(below)  # the layout knows the title alone
+    figure.suptitle("\n".join(lines) + room, x=0.01, ha="left", fontsize=size, fontweight="bold", linespacing=1.15)
+    y = 1 - (pad + 1.22 * size * len(lines)) / (72 * figure.get_figheight())
+    if below:
+        figure.text(0.01, y, "\n".join(below), fontsize=small, color="#444444", va="top", linespacing=1.25)
 
 
 def legend(figure: Figure, handles: list, labels: list[str], columns: int, **options) -> None:
@@ -59,7 +69,7 @@ def footnote(figure: Figure, notes: Iterable[str]) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure in the house style, with fonts embedded and without dates, so that a rebuild gives the same bytes.
 
-    A PNG gets a palette of 256 colours, which takes a third of the bytes and cannot be told apart; SVG and PDF are for print.
+    A PNG gets a palette, which takes a third of the bytes and cannot be told apart; SVG and PDF are for print.
     """
     metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}.get(path.suffix)
     with house_style():
@@ -70,7 +80,7 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, metadata=metadata, bbox_inches=box)
     if path.suffix == ".png":
         with Image.open(path) as picture:
-            small, dpi = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE), picture.info["dpi"]
+            small, dpi = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE), picture.info["dpi"]
         small.save(path, optimize=True, dpi=dpi)
 
 

@@ -44,6 +44,7 @@ def engine(day: GpuDay) -> Table | None:
             "generate / ours, full": ("full, generate seconds", "full, ours seconds"),
             "generate / ours, AwaRes": ("AwaRes, generate twice seconds", "AwaRes, ours seconds"),
             "rectangle / ours": ("AwaRes, ours in a rectangle seconds", "AwaRes, ours seconds"),
+            "steps from Python / recorded": ("AwaRes, ours, steps from Python seconds", "AwaRes, ours seconds"),
             "ours / floor": ("AwaRes, ours seconds", "AwaRes, ours floor"),
         }
         text["ratio", "RTR"] = number(row["rtr"], 2)
@@ -71,14 +72,17 @@ def equality(day: GpuDay) -> Table | None:
         {
             ("", "precision"): r.dtype,
             ("", "what is compared"): r.question,
-            ("", "scores of"): f"{r.compared} tokens",
+            ("", "scores of"): f"{r.compared:,} tokens",
             ("difference", "largest"): f"{r.largest:.2g}",
             ("difference", "relative"): DASH if pd.isna(r.relative) else f"{r.relative:.2g}",
             ("difference", "same choice"): DASH if pd.isna(r.same_choice) else f"{100 * r.same_choice:.1f} %",
         }
         for r in frame.itertuples()
     ]
-    notes = ["Relative: norm of the difference over that of the scores. Log-probabilities where it says packed scoring."]
+    notes = [
+        "Relative: norm of the difference over that of the scores. Log-probabilities where it says packed scoring, "
+        "features where it says vision tower."
+    ]
     return Table("gpu_equality", f"The same scores by every way: {day.device}", frame, printed(texts), [*notes, *day.notes])
 
 
@@ -154,6 +158,12 @@ def device(day: GpuDay) -> Table | None:
         known[f"attention of {result['attention_tokens']:,} tokens, {kernel.replace('_', ' ')}, microseconds"] = (
             value * 1e6 if isinstance(value, float) else None
         )
+    for step in result["step_attention"]:
+        for way in ("fused", "products"):
+            known[f"attention of a step, {step['batch']} rows on {step['keys']:,} keys, {way}, microseconds"] = step[way] * 1e6
+    kernels = day.items("equality").get("bfloat16: kernels", {"differences": {}})["differences"]
+    for kernel, value in kernels.items():
+        known[f"difference from the reference, {kernel}"] = value if isinstance(value, float) else None
     rows = [{"what": what, "value": value} for what, value in known.items()]
     texts = [{("", "what"): r["what"], ("", "value"): number(r["value"], 3)} for r in rows]
     return Table("gpu_device", f"What the device can do: {day.device}", pd.DataFrame(rows), printed(texts), day.notes)

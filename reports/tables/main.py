@@ -7,7 +7,7 @@ import pandas as pd
 
 from awares_bench.methods.crop_grid import PAPER_GRID
 
-from ..data import flops, names, stats
+from ..data import flops, hard_documents, names, stats
 from ..data.load import Run
 from ..data.summary import labels, reference, summary
 from .table import DASH, Table, chance, number, percent, printed, span, subtract, thousand
@@ -25,6 +25,7 @@ def accuracy(frame: pd.DataFrame, published: pd.DataFrame, level: float = stats.
     comparisons = {
         word: stats.compare(frame, run, level).query("task == 'mean'").set_index("method") for word, run in references.items()
     }
+    hard = hard_documents.data(frame).set_index("method")
     paper = published[published["task"] == "mean"].set_index(["run", "quantity"])
     tasks = [str(t) for t in frame["task"].unique()]
     rows, printed_rows = [], []
@@ -38,6 +39,10 @@ def accuracy(frame: pd.DataFrame, published: pd.DataFrame, level: float = stats.
             text |= {(names.task(task), "acc"): number(row[f"{task} acc"], 1), (names.task(task), "RTR"): number(cell["rtr"], 2)}
         row |= {"mean low": percent(means.at[method, "low"]), "mean high": percent(means.at[method, "high"])}
         text["mean", f"{100 * level:g} %"] = span(row["mean low"], row["mean high"])
+        # Where half size is wrong: a method that only looks at half size scores nothing there.
+        if len(hard):
+            row["where half size is wrong"] = percent(hard["accuracy"].get(method))
+            text["where half size is wrong", "acc"] = number(row["where half size is wrong"], 1)
         # Paired differences; a run is not compared with itself.
         for word, comparison in comparisons.items():
             against = references[word]
@@ -62,6 +67,11 @@ def accuracy(frame: pd.DataFrame, published: pd.DataFrame, level: float = stats.
         f"Accuracy in percent, RTR is the mean of per-document ratios, {100 * level:g} % bootstrap interval of the mean over documents, "
         "p of a paired sign-flip test, Holm-corrected over the methods."
     ]
+    if len(hard):
+        notes.append(
+            f"Where half size is wrong: the {int(hard['documents'].max()):,} documents that half size scores below 0.5 on, the only ones where "
+            "looking closer can help; mean over tasks."
+        )
     if len(paper) and paper["doubt"].any():
         notes.append("† the published cell is doubted; the paper table says why.")
     title = f"Accuracy and retained token ratio: {names.suite(frame)}"
@@ -75,35 +85,48 @@ def against_paper(frame: pd.DataFrame, published: pd.DataFrame) -> Table | None:
     summaries, name = summary(frame), labels(frame)
     intervals = stats.intervals(frame).set_index(["method", "task"])
     seconds = frame.groupby(["method", "task"], observed=True)["seconds"].mean()
+    full = reference(frame, "full")
     rows, printed_rows = [], []
     for p in published.itertuples():
         cell = summaries[p.run].get(p.task, {})
         ours = percent(cell.get("accuracy")) if p.quantity == "accuracy" else cell.get("rtr")
         if p.quantity == "seconds":
             ours = float(seconds.get((p.run, p.task), np.nan))
+        if p.quantity == "kept":
+            ours = _kept(summaries, p.run, full)
         low, high = (
             (percent(intervals.at[(p.run, p.task), k]) for k in ("low", "high")) if p.quantity == "accuracy" else (None, None)
         )
         row = {"method": p.run, "task": p.task, "quantity": p.quantity, "ours": ours, "low": low, "high": high, "paper": p.value}
-        row |= {"ours - paper": subtract(ours, p.value), "source": p.source, "doubt": p.doubt}
+        row |= {"ours - paper": subtract(ours, p.value), "source": p.source, "limits": p.limits, "doubt": p.doubt}
         rows.append(row)
         digits = 1 if p.quantity == "accuracy" else 2
         printed_rows.append(
             {
                 ("", "method"): name[p.run],
                 ("", "task"): names.task(p.task),
-                ("", "quantity"): {"rtr": "RTR"}.get(p.quantity, p.quantity),
+                ("", "quantity"): {"rtr": "RTR", "kept": "% of full"}.get(p.quantity, p.quantity),
                 ("", "ours"): number(ours, digits),
                 ("", "95 %"): span(low, high),
                 ("", "paper"): number(p.value, 2) + ("†" if p.doubt else ""),
                 ("", "ours − paper"): number(row["ours - paper"], digits, sign=True),
                 ("", "source"): p.source,
+                ("", "limits"): p.limits,
                 ("", "† why the cell is doubted"): p.doubt,
             }
         )
     return Table(
         "paper", "Published cells beside ours", pd.DataFrame(rows), printed(printed_rows), ["† doubted, see the last column."]
     )
+
+
+def _kept(summaries: dict, run: str, full: str | None) -> float | None:
+    """Mean over tasks of a run's accuracy as a share of full resolution's, in percent; None where either is unknown."""
+    if full is None:
+        return None
+    tasks = [t for t in summaries[full] if t != "mean"]
+    pairs = [(summaries[run].get(t, {}).get("accuracy"), summaries[full][t]["accuracy"]) for t in tasks]
+    return 100 * float(np.mean([a / b for a, b in pairs])) if all(a is not None and b for a, b in pairs) else None
 
 
 def cost(runs: list[Run], frame: pd.DataFrame, times: bool = True) -> Table:

@@ -370,6 +370,30 @@ def test_a_greedy_rollout_is_the_engines_answer(vlm):
     assert not set(banned_tokens(vlm.host)) & {vlm.host.end_of_turn}
 
 
+def test_a_reply_begins_as_the_template_writes_it(vlm):
+    """SmolVLM's template has a space between ``Assistant:`` and the reply: the model writes it, and so does who writes for the model."""
+    space = " " if isinstance(vlm.host, Idefics3) else ""
+    assert vlm.host.opening == GenericHost(vlm.host.model, vlm.host.processor).opening == space
+    said = PAPER_GRID.format(("left",))
+    ids = vlm.tokenizer(space + said, add_special_tokens=False)["input_ids"]
+    assert vlm.text(ids) == said and vlm.text(ids, ("[",)) == said.split("[")[0] and vlm.host.reply_tokens(said) == ids
+    sample = Sample((picture(224, 168),), "Which way?", "k")
+    conversation = render(vlm, AwaRes(), sample, [said, "42"])
+    assert conversation.ids[slice(*conversation.replies[0])] == [*ids, vlm.host.end_of_turn]
+    whole = vlm.tokenizer.decode(conversation.ids)
+    assert ("Assistant: GET" in whole and "Assistant: 42<end_of_utterance>" in whole) == bool(space)
+    ((_, outcome),) = Engine(vlm, AllCrops(), 1).run([Job(sample, 2)])
+    assert outcome.replies[0].text == PAPER_GRID.format(("all",))
+
+
+def test_all_that_runs_before_the_decoder_is_left_out_of_training(vlm):
+    host = vlm.host
+    every, before = (
+        {id(p) for p in module.parameters()} for module in (host.model.model, torch.nn.ModuleList(host.vision_parts))
+    )
+    assert every - before == {id(p) for p in host.decoder.parameters()}
+
+
 # ------------------------------------------------------------------ checkpoints
 
 
@@ -420,3 +444,21 @@ def test_proxies_that_cut_pictures_into_tiles(tmp_path):
         engine = Engine(vlm, Cares(str(tmp_path / "gate.safetensors"), "other"), 1, models={"proxy": proxy})
         ((_, outcome),) = engine.run([Job(sample, 4)])
         assert outcome.usage.aux_encoded == 5 * 16 and outcome.turns[0].shares == (0.25,) and outcome.rtr <= 1
+
+
+def test_a_decoder_that_is_not_known_is_refused(monkeypatch):
+    host = TINY["internvl"]()
+    monkeypatch.setattr(host.decoder.config, "layer_types", ["full_attention", "sliding_attention"])
+    with pytest.raises(CheckpointError, match=r"has a qwen2 decoder with sliding_attention; known decoders: llama, qwen2, qwen3"):
+        host.on(host.model)
+    monkeypatch.setattr(host.decoder.config, "model_type", "granite")
+    with pytest.raises(CheckpointError, match=r"this internvl checkpoint has a granite decoder.*engine=generic runs it"):
+        host.on(host.model)
+
+
+def test_smolvlm_without_num2words_is_refused_with_the_packages_name(tmp_path, monkeypatch):
+    pytest.importorskip("num2words")
+    folder = saved(smolvlm(), tmp_path)
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    with pytest.raises(CheckpointError, match=r"cannot load the processor of .*pip install num2words"):
+        LocalModel.load(folder, device="cpu")

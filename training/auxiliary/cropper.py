@@ -85,7 +85,7 @@ class FrozenTargetReward:
             images = [vlm.image_input(image, known_images, share) for image, share in turn.shown]
             conversation = Conversation()
             conversation.add_context(vlm.host.render([turn], [], images), images)
-            conversation.add_reply([*vlm.tokenizer(answer, add_special_tokens=False)["input_ids"], vlm.host.end_of_turn])
+            conversation.add_reply([*vlm.host.reply_tokens(answer), vlm.host.end_of_turn])
             conversations.append(conversation)
             out.append({"form": form})
         # 2) Score all of them in one pass, and add up the answer's tokens.

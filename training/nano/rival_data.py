@@ -1,20 +1,24 @@
-"""Rows from which nano learns its rivals' protocols, VisionThink's calls and CropVLM's boxes, before their GRPO.
+"""Rows from which nano learns its rivals' protocols before their GRPO: the calls of VisionThink and AdaptVision, the boxes of CropVLM and ERGO.
 
     awares-bench nano rival-data visionthink --data runs/nano-curate/labels.parquet \
         --out runs/nano-visionthink.parquet
     awares-bench nano rival-data cropvlm --data nano:4000 --out runs/nano-cropvlm.parquet
 
-``--data`` is a file of rows with ``label`` (visionthink) or ``boxes`` in pixels (cropvlm), or ``nano:COUNT``: new documents of
+``--data`` is a file of rows with ``label`` (visionthink, adaptvision) or ``boxes`` in pixels (the others, and adaptvision), or ``nano:COUNT``: new documents of
 the nano world, with its own labels and boxes. The result has ``replies`` and ``answers``, for ``train sft`` and ``train grpo``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from awares_bench.methods.crop_grid import hull
+from awares_bench.methods.registry import method_class
 
 from .. import examples, script
 from ..curation.crop_oracles import check_boxes
@@ -44,13 +48,51 @@ def visionthink(row: dict, size: tuple[int, int]) -> list[str]:
 
 def cropvlm(row: dict, size: tuple[int, int]) -> list[str]:
     """The reply of a row: the box around its evidence, widened to multiples of ``STEP``, in the authors' format."""
-    box, (width, height) = hull(check_boxes(row["boxes"], *size)), size
-    x1, y1 = (100 * v // side // STEP * STEP for v, side in zip(box[:2], (width, height), strict=True))
-    x2, y2 = (-(-100 * v // side // STEP) * STEP for v, side in zip(box[2:], (width, height), strict=True))
+    x1, y1, x2, y2 = widened(row, size)
     return [f"[{x1}, {y1}, {x2}, {y2}]."]
 
 
-STYLES = {"visionthink": (visionthink, "label"), "cropvlm": (cropvlm, "boxes")}
+def widened(row: dict, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The box around a row's evidence in percent of the sides, widened to multiples of ``STEP``."""
+    box, (width, height) = hull(check_boxes(row["boxes"], *size)), size
+    x1, y1 = (100 * v // side // STEP * STEP for v, side in zip(box[:2], (width, height), strict=True))
+    x2, y2 = (-(-100 * v // side // STEP) * STEP for v, side in zip(box[2:], (width, height), strict=True))
+    return x1, y1, x2, y2
+
+
+def in_view(row: dict, size: tuple[int, int], view: tuple[int, int]) -> list[int]:
+    """``widened`` in pixels of a view."""
+    return [percent * side // 100 for percent, side in zip(widened(row, size), view * 2, strict=True)]
+
+
+def adaptvision(row: dict, size: tuple[int, int]) -> list[str]:
+    """The replies of a row: for label HR a call for the box around its evidence and then the answer, else the answer."""
+    direct = visionthink(row | {"label": "LR"}, size)[0]
+    if row["label"] != "HR":
+        return [direct]
+    view = method_class("adaptvision")().view(Image.new("RGB", size)).size
+    call = {"name": "request_local_region", "arguments": {"bbox_2d": in_view(row, size, view)}}
+    thought = direct.partition("<answer>")[0]
+    return [f"{thought}<tool_call>\n{json.dumps(call)}\n</tool_call>", direct]
+
+
+ERGO_CAP = 16
+"""Tokens of ERGO's view on nano: a quarter of a nano picture."""
+
+
+def ergo(row: dict, size: tuple[int, int]) -> list[str]:
+    """The replies of a row: the box around its evidence, and then the answer."""
+    direct = visionthink(row | {"label": "LR"}, size)[0]
+    view = method_class("ergo")(cap=ERGO_CAP).shown(Image.new("RGB", size), Image.Resampling.BICUBIC).size
+    return [f"{direct.partition('<answer>')[0]}<zoom>{in_view(row, size, view)}</zoom>", direct]
+
+
+STYLES = {
+    "visionthink": (visionthink, ("label",)),
+    "cropvlm": (cropvlm, ("boxes",)),
+    "adaptvision": (adaptvision, ("label", "boxes")),
+    "ergo": (ergo, ("boxes",)),
+}
 
 
 def write(style: str, data: str, out: Path, seed: int = 0) -> int:
@@ -65,9 +107,11 @@ def write(style: str, data: str, out: Path, seed: int = 0) -> int:
         table = nano_rows(int(data[5:]), seed, labelled=True)
     else:
         table = examples.rows(data, ("image", "question", "answers"))
-        if needs not in table.column_names:
-            raise examples.DataError(f"{data!r} has no column {needs}; it has: {', '.join(table.column_names)}")
-    table = table.filter(lambda value: bool(value), input_columns=[needs])
+        for column in needs:
+            if column not in table.column_names:
+                raise examples.DataError(f"{data!r} has no column {column}; it has: {', '.join(table.column_names)}")
+    for column in needs:
+        table = table.filter(lambda value: bool(value), input_columns=[column])
     replies = [reply(row, examples.pictures(row, 10**9)[0].size) for row in table]
     table = (table.remove_columns("replies") if "replies" in table.column_names else table).add_column("replies", replies)
     out.parent.mkdir(parents=True, exist_ok=True)
