@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 
-def cosines(x: Tensor, block: int = 512) -> Tensor:
+def cosines(x: Tensor, block: int = 256) -> Tensor:
     """(V, D) -> (V, V) in float32, a block at a time, and symmetric to the bit.
 
     The two tokens of a closest pair are equally lonely: rounding that differs between (i, j) and (j, i) would choose between them.

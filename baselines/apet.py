@@ -61,10 +61,7 @@ class ApET(Pruner):
         basis = x[self.basis_of(x, k)]
         order = self.errors(x, basis).argsort(descending=True, stable=True)
         top, low, dropped = order[: n - k].sort().values, order[n - k : n].sort().values, x[order[n:]]
-        units = [normalize(x[some], dim=1).T for some in top.split(BLOCK)]
-        nearest = torch.cat(
-            [torch.cat([normalize(some, dim=1) @ u for u in units], 1).argmax(1) for some in dropped.split(BLOCK)]
-        )
+        nearest = _nearest(dropped, x, top)
         chosen = torch.cat([top, low]).sort().values
         features = image.features[chosen]
         features[torch.searchsorted(chosen, low)] = ((basis + x[low]) / 2).to(features.dtype)
@@ -74,3 +71,10 @@ class ApET(Pruner):
             merged = (x[some] + member @ dropped) / (1 + member.sum(1, keepdim=True))
             features[torch.searchsorted(chosen, some)] = merged.to(features.dtype)
         return features, chosen
+
+
+def _nearest(dropped: Tensor, x: Tensor, top: Tensor) -> Tensor:
+    """Which of ``top`` (K,) in x (V, D) each of dropped (M, D) is most like, by cosine: (M,)."""
+    units = [normalize(x[some], dim=1).T for some in top.split(BLOCK)]
+    alike = ([normalize(some, dim=1) @ unit for unit in units] for some in dropped.split(BLOCK))
+    return torch.cat([torch.cat(parts, 1).argmax(1) for parts in alike])

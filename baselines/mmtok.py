@@ -51,9 +51,9 @@ class MMTok(Pruner):
         alike = torch.cat([normalize(some.float(), dim=1) @ words.T for some in image.features.split(512)])  # (V, M)
         out = alike.new_empty(len(own), len(words) + len(own))
         out[:, : len(words)] = (alike / self.text_temperature).softmax(0) / len(words)
-        for i in range(0, len(own), 512):
-            some = (own[i : i + 512] @ own.T / self.vision_temperature).softmax(1)
-            out[:, len(words) + i : len(words) + i + len(some)] = some.T * (self.alpha / len(own))
+        for i in range(0, len(own), 128):
+            some = (own[i : i + 128] @ own.T).div_(self.vision_temperature).softmax(1).mul_(self.alpha / len(own))
+            out[:, len(words) + i : len(words) + i + len(some)] = some.T
         return out
 
     def order(self, image: VisualTokens, n: int) -> list[int]:

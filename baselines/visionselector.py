@@ -65,13 +65,17 @@ class VisionSelector(Pruner):
         """-> (n,) the tokens as ``mmr`` chooses them."""
         score, alike = self.score(image), cosines(image.features)
         value = self.mmr * (score - score.min()) / (score.max() - score.min() + 1e-6)
-        chosen, order = score.argsort(descending=True, stable=True)[: min(self.parallel, n)], []
-        nearest = torch.full_like(value, -torch.inf)
+        chosen, order = _best(score, min(self.parallel, n)), []
+        nearest, left = torch.full_like(value, -torch.inf), n
         while len(chosen):
             order.append(chosen)
             nearest = torch.maximum(nearest, alike[chosen].amax(0))
             value[chosen] = -torch.inf
-            worth = value - (1 - self.mmr) * nearest
-            left = n - sum(map(len, order))
-            chosen = worth.argsort(descending=True, stable=True)[: min(self.parallel, left)]
+            left -= len(chosen)
+            chosen = _best(value - (1 - self.mmr) * nearest, min(self.parallel, left))
         return torch.cat(order)
+
+
+def _best(value: Tensor, n: int) -> Tensor:
+    """Places of the ``n`` largest, the first of equals."""
+    return value.argmax(keepdim=True) if n == 1 else value.argsort(descending=True, stable=True)[:n]

@@ -43,19 +43,15 @@ class VisPruner(Pruner):
         most = int(n * self.important)
         return most + (most < n and (visual - most) % 2)  # an even number is left to be dealt
 
-    def score(self, image: VisualTokens) -> Tensor:
-        """Attention received."""
-        return image.attention
-
     def select(self, image: VisualTokens, n: int) -> Tensor:
         """Rounds of duplicate removal among what attention did not choose."""
-        order, most = self.score(image).argsort(descending=True, stable=True), self.counts(len(image.features), n)
+        order, most = image.attention.argsort(descending=True, stable=True), self.counts(len(image.features), n)
         rest, alike = order[most:], cosines(image.features)
         while (over := len(rest) - (n - most)) > 0:
             if self.compat == "angelslim":
                 rest = rest.sort().values
             a, b = rest[0::2], rest[1::2]
             drop = min(ROUND, len(b), over) if len(b) else over
-            near = alike[a[:, None], b].amax(1) if len(b) else self.score(image)[a]
+            near = alike[a[:, None], b].amax(1) if len(b) else image.attention[a]
             rest = torch.cat([a[near.argsort(descending=True, stable=True)[drop:]], b])
         return torch.cat([order[:most], rest]).sort().values

@@ -57,6 +57,13 @@ MUTATIONS = [
     ("a recording outlives its block", "awares_bench/inference/varlen_batch.py", "[self.lengths[s] for s in slots], room\n        self.forget_graph()", "[self.lengths[s] for s in slots], room", "inference/test_varlen"),
     ("a kernel is believed unseen", "awares_bench/inference/varlen_attention.py", "if difference <= AGREES[dtype]:", "if True:", "inference/test_varlen"),
     ("cut tokens keep the wrong positions", "awares_bench/models/prompt_chunk.py", "self.positions[:, start:stop][:, chosen]", "self.positions[:, start:stop][:, : len(chosen)]", "test_pruners"),
+    ("the layer that has run in place of the next", "awares_bench/inference/layerwise_batch.py", "rope = self.look_ahead(layer + 1, hidden, positions)", "rope = self.look_ahead(layer, hidden, positions)", "test_pruners"),
+    ("keys of the earlier turn forgotten where a pruner looks ahead", "awares_bench/inference/layerwise_batch.py", "keys = torch.cat([cached[b][:, left - past : left], keys], 1)", "pass", "test_pruners"),
+    ("shares of a second cut counted from the whole picture", "awares_bench/models/prompt_chunk.py", "span.full if attention else len(features)", "span.full", "test_composition"),
+    ("gains not computed again", "baselines/_greedy.py", "if known == len(chosen):", "if True:", "test_pruners"),
+    ("a chosen token's row not moved", "baselines/cdpruner.py", "kernel[at], place[at] = kernel[i].clone(), place[i].clone()", "place[at] = place[i].clone()", "test_pruners"),
+    ("the template read as the question", "awares_bench/models/base.py", "stop = text.index(self.end_of_turn) if self.end_of_turn in text else len(text)", "stop = len(text)", "test_pruners"),
+    ("both pruners keep the whole retention", "awares_bench/methods/composition.py", "(default if total is None else total) ** 0.5", "(default if total is None else total)", "test_composition"),
     ("missing score counted as wrong", "reports/data/load.py", "if not isinstance(value, (int, float)) or value != value:", "if False:", "test_reports"),
 ]  # fmt: skip
 
