@@ -41,7 +41,7 @@ EXAMPLE_SEED = 40
 
 STYLE = """
 .awares-card{max-width:none!important;margin:0!important} footer{display:none!important}
-.awares-card .turns{gap:.8rem} .awares-card table{font-size:.75rem} .awares-card td,.awares-card th{padding:.1rem .3rem}
+.awares-card .turns{gap:.8rem} .awares-card td,.awares-card th{border:0!important;border-top:1px solid #eef1f4!important;padding:.1rem .6rem!important}
 .refused{color:#8c1d18;background:#fde2e1;border-radius:6px;padding:.5rem .8rem} .asked table{border-collapse:collapse;font-size:.85rem}
 .asked td,.asked th{padding:.1rem .6rem;text-align:left;border-top:1px solid #d8dee4} .asked td{white-space:pre-wrap;overflow-wrap:anywhere}
 """
@@ -121,7 +121,9 @@ def log(lines: list[tuple[str, str, list[card.Answer]]]) -> str:
         told = [("", sentence)] if sentence else [(a.method, str(a)) for a in given]
         cells = "".join(f"<td><b>{html.escape(m)}</b> {html.escape(text)}</td>" for m, text in told)
         rows.append(f'<tr><td class="number">{number}</td><td>{html.escape(question)}</td>{cells}</tr>')
-    return f'<div class="asked"><table>{"".join(rows)}</table></div>' if rows else ""
+    if not rows:
+        return ""
+    return f'<details class="asked"><summary>asked so far: {len(rows)}</summary><table>{"".join(rows)}</table></details>'
 
 
 def page(model: api.Model, title: str) -> Any:
@@ -140,7 +142,7 @@ def page(model: api.Model, title: str) -> Any:
                 preview = gr.HTML(elem_id="preview")
             with gr.Column(scale=3, min_width=420):
                 gallery = gr.Gallery(
-                    [(image, None) for image, _ in shown], label="or an example", columns=6, height=170, allow_preview=False,
+                    [(image, None) for image, _ in shown], label="or an example", columns=6, height=150, allow_preview=False,
                     interactive=False, buttons=[], elem_id="examples",
                 )  # fmt: skip
                 question = gr.Textbox(label="question", lines=3, max_lines=6, max_length=QUESTION_CHARACTERS, elem_id="question")
@@ -154,8 +156,7 @@ def page(model: api.Model, title: str) -> Any:
                         gr.Textbox(option, label="options", placeholder="retention=0.25", max_lines=1, elem_id=f"options{i}")
                     )
                     cards.append(gr.HTML(elem_id=f"card{i}"))
-        with gr.Accordion("asked so far", open=False):
-            history = gr.HTML(elem_id="asked")
+        history = gr.HTML(elem_id="asked")
 
         def take(path: str | None) -> tuple[Image.Image | None, str]:
             image, sentence = picture_of(path)

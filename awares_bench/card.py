@@ -20,7 +20,6 @@ from awares_bench.methods.images import half_size
 if TYPE_CHECKING:
     from awares_bench.methods.conversation import Event, Reply, Turn
     from awares_bench.methods.kept_tokens import KeptTokens
-    from awares_bench.methods.usage import Usage
 
 COLOURS = ("#d6336c", "#1971c2", "#e8590c", "#2f9e44")
 """Of regions, in the order asked."""
@@ -178,25 +177,20 @@ def _caption(answer: Answer, turn: Turn, i: int) -> str:
 
 
 def _costs(answer: Answer) -> str:
-    """Tokens and milliseconds of each turn and of all, as a table."""
+    """Tokens and milliseconds of each turn and of all, a column each, as a table."""
     if not answer.replies:
         return ""
     usages = [reply.usage for reply in answer.replies]
-    auxiliary = any(u.aux_seconds for u in usages)
-    head = ["", "visual tokens", "text tokens", "output tokens", *(f"{phase} ms" for phase in PHASES)]
-    head += ["auxiliary ms"] if auxiliary else []
-    rows = [(f"turn {i + 1}", usage) for i, usage in enumerate(usages)]
-    rows += [("all", sum(usages[1:], usages[0]))] if len(usages) > 1 else []
-    lines = "".join(f"<tr><td>{name}</td>{_cells(usage, auxiliary)}</tr>" for name, usage in rows)
-    top = "".join(f"<th>{name}</th>" for name in head)
+    columns = [(f"turn {i + 1}", usage) for i, usage in enumerate(usages)]
+    columns += [("all", sum(usages[1:], usages[0]))] if len(usages) > 1 else []
+    rows = [("visual tokens", [f"{u.prefill:g}" for _, u in columns])]
+    rows += [("text tokens", [str(u.text) for _, u in columns]), ("output tokens", [str(u.output) for _, u in columns])]
+    rows += [(f"{phase} ms", [f"{1000 * getattr(u, phase + '_seconds'):.1f}" for _, u in columns]) for phase in PHASES]
+    if any(u.aux_seconds for u in usages):
+        rows.append(("auxiliary ms", [f"{1000 * u.aux_seconds:.1f}" for _, u in columns]))
+    top = "".join(f"<th>{name}</th>" for name, _ in [("", None), *columns])
+    lines = "".join(f"<tr><td>{name}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for name, cells in rows)
     return f"<table><tr>{top}</tr>{lines}</table>"
-
-
-def _cells(usage: Usage, auxiliary: bool) -> str:
-    cells = [f"{usage.prefill:g}", str(usage.text), str(usage.output)]
-    cells += [f"{1000 * getattr(usage, phase + '_seconds'):.1f}" for phase in PHASES]
-    cells += [f"{1000 * usage.aux_seconds:.1f}"] if auxiliary else []
-    return "".join(f"<td>{cell}</td>" for cell in cells)
 
 
 def _tag(text: str, kind: str = "") -> str:

@@ -74,14 +74,14 @@ def write(paths: Sequence[str | Path], out: Path, metrics: dict[str, str] | None
 def _ours(runs: list[Run], origin: str) -> tuple[list[dict], list[str]]:
     """Runs of one place -> their rows, and what is known of each as HTML. origin: the place, in a word."""
     frame = discover.together(runs)
-    summaries, suite = summary(frame), names.suite(frame)
+    summaries, suite = summary(frame), names.suite(frame).replace(" documents each", " each")
     means = stats.intervals(frame).query("task == 'mean'").set_index("method")
     labels = frame.drop_duplicates("method").set_index("method")["label"]
     rows, parts = [], []
     for run in runs:
         cell, identity = summaries[run.name]["mean"], run.about.get("identity") or {}
         place = f"{origin}/{run.name}"
-        limits = f"{identity['min_pixels']:,} to {identity['max_pixels']:,} pixels" if identity.get("max_pixels") else "not known"
+        limits = f"{identity['min_pixels']:,} to {identity['max_pixels']:,} px" if identity.get("max_pixels") else "not known"
         row = {"method": html.escape(str(labels[run.name])), "acc": number(percent(cell["accuracy"]), 1)}
         row |= {
             "95 %": span(percent(means.at[run.name, "low"]), percent(means.at[run.name, "high"])),

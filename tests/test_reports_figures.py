@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
+from awares_bench.methods import registry
 from awares_bench.reports.data import discover, load, names
 from awares_bench.reports.plots import (
     accuracy_rtr,
@@ -215,6 +216,7 @@ def test_two_hundred_methods_and_long_names_fit(tmp_path):
 
 
 def test_known_methods_look_different_and_unknown_ones_look_the_same_twice():
+    assert set(registry.own_names()) <= set(names.METHODS)  # none stands raw in print
     looks = [(names.colour(f), names.marker(f)) for f in names.METHODS]
     assert len(set(looks)) == len(looks)
     assert (names.colour("mine"), names.marker("mine")) == (names.colour("mine"), names.marker("mine"))

@@ -1,4 +1,4 @@
-"""Compact records of a sweep, small enough to commit: ``documents.csv.gz`` with a row per document, ``runs.json`` with what was run.
+"""Compact records of a sweep, small enough to commit: ``documents.csv.xz`` with a row per document, ``runs.json`` with what was run.
 
 They hold every number that tables and figures need and neither texts nor images, so the gallery needs the run folders.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import re
 from pathlib import Path
 
@@ -15,12 +16,14 @@ import pandas as pd
 from . import flops
 from .load import ReportError, Run, typed
 
-RUNS, DOCUMENTS = "runs.json", "documents.csv.gz"
+RUNS, DOCUMENTS = "runs.json", "documents.csv.xz"
+OLDER = "documents.csv.gz"
+"""What releases up to 0.1 wrote, which is read too."""
 VERSION = 1
 
 
 def write(runs: list[Run], folder: Path) -> None:
-    """Runs -> ``folder/runs.json`` and ``folder/documents.csv.gz``; the same runs give the same bytes.
+    """Runs -> ``folder/runs.json`` and ``folder/documents.csv.xz``; the same runs give the same bytes.
 
     Seconds are rounded to microseconds. Sums over phases, and RTR where it is prefill over full tokens, are taken again on reading.
     """
@@ -44,7 +47,7 @@ def write(runs: list[Run], folder: Path) -> None:
         if (table[column].dropna() % 1 == 0).all():
             table[column] = table[column].astype("Int64")
     text = table.to_csv(index=False, lineterminator="\n").encode()
-    (folder / DOCUMENTS).write_bytes(gzip.compress(text, 9, mtime=0))
+    (folder / DOCUMENTS).write_bytes(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
 
 
 def read(folder: Path) -> list[Run]:
@@ -52,8 +55,10 @@ def read(folder: Path) -> list[Run]:
     index = json.loads((folder / RUNS).read_text())
     if index.get("version") != VERSION:
         raise ReportError(f"{folder / RUNS} is of version {index.get('version')}; this release reads version {VERSION}")
+    older = (folder / OLDER).exists() and not (folder / DOCUMENTS).exists()
+    name, unpacked = (OLDER, gzip.open) if older else (DOCUMENTS, lzma.open)
     try:
-        with gzip.open(folder / DOCUMENTS, "rt", encoding="utf-8") as file:
+        with unpacked(folder / name, "rt", encoding="utf-8") as file:
             header = file.readline().rstrip("\n").split(",")
             file.seek(0)
             words = dict.fromkeys(("method", "task", "crops", "events"), str)
@@ -61,9 +66,9 @@ def read(folder: Path) -> list[Run]:
             table = pd.read_csv(file, keep_default_na=False, na_values=missing, dtype=words)
     except FileNotFoundError:
         raise ReportError(f"{folder} holds {RUNS} but no {DOCUMENTS}") from None
-    except (EOFError, gzip.BadGzipFile, pd.errors.ParserError) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, pd.errors.ParserError) as error:
         raise ReportError(
-            f"{folder / DOCUMENTS} is damaged ({error}); write it again: awares-bench report RUNS --records {folder}"
+            f"{folder / name} is damaged ({error}); write it again: awares-bench report RUNS --records {folder}"
         ) from error
     astray = set(index["runs"]) ^ set(table["method"])
     if astray:

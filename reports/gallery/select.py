@@ -78,7 +78,7 @@ def write(
             theirs = {k.removeprefix("other_"): v for k, v in row.items() if k.startswith("other_")}
             sides.append(markup.Side(_shown(second), theirs, texts[1][key]))
         cards.append(markup.card(image, sides))
-    title = f"{first.name}{f' beside {second.name}' if second else ''}: {len(rows)} of {len(candidates)} documents{f' where {where}' if where else ''}"
+    title = f"{_shown(first)}{f' beside {_shown(second)}' if second else ''}: {len(rows)} of {len(candidates)} documents{f' where {where}' if where else ''}"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(markup.page(cards, title), encoding="utf-8")
     return len(rows)

@@ -24,7 +24,7 @@ WIDTH = 3.3
 
 FORMATS = ("pdf", "svg", "png")
 
-COLOURS = 96
+COLOURS = 48
 """Of the palette of a PNG."""
 
 
