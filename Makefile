@@ -70,6 +70,7 @@ tested-set:
 
 figures: .venv/installed
 	.venv/bin/awares-bench report reports/published/nano/records --out reports/published/nano/figures --formats png --no-times --logs $(patsubst %,training/nano/logs/%.jsonl,tower base where joint read fetch sft grpo visionthink_sft visionthink_grpo cropvlm_sft cropvlm_grpo)
+	[ ! -d reports/published/gpu ] || .venv/bin/awares-bench report reports/published/gpu/records --out reports/published/gpu/figures --formats png
 
 # The parts that the code decides are written into docs/, then the site into site/. A warning, such as a dead link, is an error.
 docs: .venv/installed

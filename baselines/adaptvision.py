@@ -18,7 +18,7 @@ from PIL import Image
 from awares_bench import Event, EventKind, Policy, Sample, Turn, TurnGenerator
 from awares_bench.methods.crop_grid import Box
 from awares_bench.methods.crop_turns import note_half_view
-from awares_bench.methods.images import LONGEST_RATIO, enlarged, half, rounded
+from awares_bench.methods.images import HALF_SHARE, LONGEST_RATIO, enlarged, half, rounded
 from awares_bench.methods.options import parse_int
 from awares_bench.methods.tool_calls import (
     CallError,
@@ -29,6 +29,7 @@ from awares_bench.methods.tool_calls import (
     last_answer,
     numbers,
     read_json,
+    share_of_box,
     tagged,
 )
 
@@ -105,7 +106,8 @@ class AdaptVision(Policy):
         views = tuple(self.view(image) for image in sample.images)
         before = (BEFORE, *["\n"] * (len(views) - 1))
         question = f"\n{sample.question}" if views else BEFORE + sample.question
-        first = yield Turn(views, question, system=SYSTEM, image_prefixes=before, is_final=False, **how)
+        shares = (HALF_SHARE,) * len(views)
+        first = yield Turn(views, question, shares=shares, system=SYSTEM, image_prefixes=before, is_final=False, **how)
         yield from note_half_view(sample, first)
         if not sample.images:
             if tagged(first.text, "tool_call"):
@@ -127,8 +129,8 @@ class AdaptVision(Policy):
             crop = rounded(original.crop(box), LEAST, MOST_OF_A_CROP)
             scale = image.width / original.width, image.height / original.height
             place = enclosing(tuple(v * s for v, s in zip(box, scale * 2, strict=True)), *image.size)
-            boxes = (place,) if len(sample.images) == 1 else ()
-            second = yield Turn((crop,), CONTINUE, image_prefixes=(CROPPED,), omit_newline=True, boxes=boxes, **how)
+            said = {"boxes": (place,) if len(sample.images) == 1 else (), "shares": (share_of_box(place, *image.size),)}
+            second = yield Turn((crop,), CONTINUE, image_prefixes=(CROPPED,), omit_newline=True, **said, **how)
         if tagged(second.text, "tool_call"):
             yield Event(EventKind.CALL_IN_ANSWER, "a second call is not answered")
         return answered(second, last_answer(first.text + second.text))

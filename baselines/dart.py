@@ -26,7 +26,8 @@ class Dart(Pruner):
     """Every pivot in turn keeps the tokens least like it; pivots are the tokens with the largest keys.
 
     layer: layers that see every token.
-    image_pivots: of the visual tokens, which are kept; text_pivots: of the tokens after the last image.
+    image_pivots: pivots among the visual tokens, which are kept.
+    text_pivots: pivots among the tokens after the last image.
     compat: ``official``: as released, for one image.
     """
 

@@ -18,9 +18,9 @@ from PIL import Image
 from awares_bench import Event, EventKind, Failure, Policy, Sample, Turn, TurnGenerator
 from awares_bench.methods.crop_grid import Box
 from awares_bench.methods.crop_turns import without_crops
-from awares_bench.methods.images import rounded_size
+from awares_bench.methods.images import rounded_size, share_of
 from awares_bench.methods.options import parse_int
-from awares_bench.methods.tool_calls import CallError, answered, first_answer, tagged
+from awares_bench.methods.tool_calls import CallError, answered, first_answer, share_of_box, tagged
 
 # Quoted from the authors' code (Apache-2.0), slips of the pen included: the released checkpoint expects these strings exactly.
 SYSTEM = (
@@ -81,7 +81,8 @@ class Ergo(Policy):
         (image,) = sample.images
         how = {"min_reply_tokens": self.budget, "until": ()}
         view = self.shown(image, Image.Resampling.BICUBIC)
-        first = yield Turn((view,), sample.question + FIRST, system=SYSTEM, is_final=False, **how)
+        shares = (share_of(view, image),)
+        first = yield Turn((view,), sample.question + FIRST, shares=shares, system=SYSTEM, is_final=False, **how)
         box: Box = (0, 0, *image.size)
         try:
             asked = named_region(first.text, self.compat)
@@ -93,7 +94,8 @@ class Ergo(Policy):
             yield Event(EventKind.MALFORMED_BOX, f"{error}; the whole image is shown again")
             crop = image if self.compat == "official" else self.shown(image, Image.Resampling.LANCZOS)
         second = SECOND.format(closing=CLOSING[self.prompt])
-        reply = yield Turn((crop,), sample.question + second, boxes=(box,), **how)
+        share = min(share_of(crop, image), share_of_box(box, *image.size))
+        reply = yield Turn((crop,), sample.question + second, shares=(share,), boxes=(box,), **how)
         answer = first_answer(reply.text)
         return answered(reply, reply.text.strip() if answer is None else answer)
 

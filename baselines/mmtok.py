@@ -30,7 +30,8 @@ class MMTok(Pruner):
     """Greedy coverage of words, by the projected features, and of the picture's tokens, by the unprojected ones.
 
     alpha: weight of the picture beside the words, whose is 1.
-    text_temperature: of the softmax over visual tokens for each word; vision_temperature: for each visual token.
+    text_temperature: of the softmax over visual tokens for each word.
+    vision_temperature: of that for each visual token.
     compat: ``official``: small images stay whole.
     """
 

@@ -15,9 +15,9 @@ from typing import Literal
 from PIL import Image
 
 from awares_bench import Event, EventKind, Policy, Sample, Turn, TurnGenerator
-from awares_bench.methods.images import LONGEST_RATIO, TOKEN_SIDE, rounded
+from awares_bench.methods.images import LONGEST_RATIO, TOKEN_SIDE, rounded, share_of
 from awares_bench.methods.options import parse_int
-from awares_bench.methods.tool_calls import CallError, answered, enclosing
+from awares_bench.methods.tool_calls import CallError, answered, enclosing, share_of_box
 
 from .zoom_styles import TOKEN, Picture, Region, Style
 from .zoom_styles.chain_of_focus import ChainOfFocus
@@ -68,7 +68,8 @@ class ZoomLoop(Policy):
         how = {"min_reply_tokens": self.budget or style.budget, "until": ()}
         pictures = [self.picture(style.view(image), (0, 0, *image.size), self.view_tokens) for image in sample.images]
         asked = style.user.format(question=sample.question)
-        turn = Turn(tuple(p.shown for p in pictures), asked, system=style.system)
+        shares = tuple(share_of(p.shown, image) for p, image in zip(pictures, sample.images, strict=True))
+        turn = Turn(tuple(p.shown for p in pictures), asked, shares=shares, system=style.system)
         last = self.calls or style.calls
         for replies in range(1, last + 2):
             reply = yield replace(turn, is_final=replies > last, **how)
@@ -80,7 +81,7 @@ class ZoomLoop(Policy):
                     picture = self.cut(style, pictures[index], region)
             except CallError as error:
                 refused = error
-            if call is None and refused is None:
+            if refused is None and (call is None or style.answers_too(reply.text, official)):
                 return answered(reply, style.answer(reply.text))
             if not images:
                 yield Event(EventKind.NO_IMAGE, "a call for a region of an image that is not there counts as the answer")
@@ -97,7 +98,8 @@ class ZoomLoop(Policy):
                 continue
             pictures.append(picture)
             box = enclosing(picture.place, *sample.images[0].size)
-            turn = replace(style.after_crop(picture, replies), boxes=(box,) if images == 1 else ())
+            share = min(share_of_box(box, *sample.images[0].size), share_of(picture.shown, sample.images[0]))
+            turn = replace(style.after_crop(picture, replies), shares=(share,), boxes=(box,) if images == 1 else ())
         raise AssertionError("the last reply always ends the loop")
 
     def picture(self, made: tuple[Image.Image, Image.Image], place: Region, most: int) -> Picture:

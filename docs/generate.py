@@ -16,6 +16,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from awares_bench.evaluation.run_options import RunOptions
 from awares_bench.methods import registry
+from awares_bench.models.families import families
+from awares_bench.models.limits import NAMED, QWEN3
 
 DOCS = Path(__file__).parent
 
@@ -75,7 +77,68 @@ def method_options() -> str:
     return "\n".join(rows)
 
 
+def families_table() -> str:
+    """The model families of this package and what pruners and trainers may have of each, as a Markdown table."""
+    head = [
+        "family",
+        "`model_type`",
+        "a picture costs",
+        "limits",
+        "positions",
+        "pruners by",
+        "second turn",
+        "training",
+    ]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    hosts = [host for host in dict.fromkeys(families().values()) if host.__module__.startswith("awares_bench.")]
+    for host in hosts:
+        file = f"{host.__module__.rpartition('.')[2]}.py"
+        by = {
+            "features": True,
+            "vision attention": "attention" in host.provides,
+            "decoder attention": "decoder_attention" in host.provides,
+        }
+        cells = [
+            f"[`{file}`](../awares_bench/models/{file})",
+            ", ".join(f"`{kind}`" for kind in host.model_types),
+            "tiles, by its share" if host.tiles else "tokens, by its pixels",
+            "the checkpoint's" if host.tiles else f"{host.default_limits[0]:,} to {host.default_limits[1]:,} pixels",
+            f"M-RoPE, {host.position_axes} axes" if host.position_axes > 1 else "RoPE",
+            ", ".join(name for name, has in by.items() if has),
+            "kept cache",
+            "adapters, FSDP" if hasattr(host, "lora_targets") and hasattr(host, "decoder_layer") else "no",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    cells = [
+        "[`generic.py`](../awares_bench/models/generic.py)",
+        "any other",
+        "what its processor says",
+        "the checkpoint's",
+        "any",
+        "none",
+    ]
+    return "\n".join([*rows, "| " + " | ".join([*cells, "computed again", "no"]) + " |"])
+
+
+def limits_table() -> str:
+    """Sets of limits by name, as a Markdown table."""
+    rows = ["| `limits` | checkpoints | fewest pixels | most pixels | in tokens | source |", "|---|---|---|---|---|---|"]
+    for row in NAMED:
+        kinds = ", ".join(f"`{kind}`" for kind in row.families) or "any"
+        side = 32 if row.families == QWEN3 else 28
+        numbers = [f"{n:,}" for n in row.pixels] if row.pixels else ["the family's"] * 2
+        tokens = (
+            "{:g} to {:g} of {side} x {side}".format(*(n // side**2 for n in row.pixels), side=side)
+            if row.pixels
+            else "the family's"
+        )
+        rows.append(f"| `{row.name}` | {kinds} | {numbers[0]} | {numbers[1]} | {tokens} | {row.source} |")
+    return "\n".join(rows)
+
+
 PARTS = {
+    ("models.md", "families"): families_table,
+    ("options.md", "limits"): limits_table,
     ("methods.md", "methods"): registry.table,
     ("options.md", "run options"): run_options,
     ("options.md", "method options"): method_options,

@@ -73,7 +73,7 @@ def write(
     if names.is_nano(frame):
         notes.insert(0, f"{names.NANO[0].upper()}{names.NANO[1:]}.")
     identities = [r.about.get("identity") or {} for r in runs]
-    limits = sorted({f"{i['min_pixels']:,} to {i['max_pixels']:,}" for i in identities if i.get("max_pixels")})
+    limits = sorted({details.pixels(i) for i in identities if i.get("max_pixels")})
     if limits:
         notes.append(f"Processor limits (pixels): {'; '.join(limits)}.")
 

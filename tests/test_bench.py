@@ -166,3 +166,38 @@ def test_a_model_is_left_as_it_was_after_its_grammar_was_switched(vlm):
         assert not vlm.constrained
         raise KeyError
     assert vlm.constrained
+
+
+def test_a_server_is_measured_on_the_same_documents_each_round_new_to_every_cache(server, capsys):
+    server.state["seconds"] = 0
+    about = {"base_url": f"http://127.0.0.1:{server.server_port}/v1", "served_model": "m"}
+    result = run(Settings(pretrained="nano", parts=("served",), documents=3, repeats=1, **about))
+    figures = {f["name"]: f for f in result["figures"]}
+    for method in ("full", "awares"):
+        ratio = figures[f"nano suite, {method}, documents per second, ours over served"]
+        assert ratio["value"] > 0 and ratio["aim"] == ">= 1"
+        assert (
+            figures[f"nano suite, {method}, share of equal answers, ours and served"]["met"] is False
+        )  # the fake says what it says
+    pictures = [
+        part["image_url"]["url"]
+        for body in server.state["bodies"]
+        if len(body["messages"]) == 1
+        for part in body["messages"][0]["content"]
+        if part["type"] == "image_url"
+    ]
+    assert len(set(pictures)) == len(pictures) == 1 + 2 * 3  # the first question, and full twice
+
+
+def test_parts_that_need_something_say_what():
+    with pytest.raises(ValueError, match=r"pass --base-url .* --served-model NAME"):
+        Settings(pretrained="nano", parts=("served",))
+    with pytest.raises(ValueError, match="--parts contention needs a checkpoint"):
+        Settings(geometry="3b", parts=("contention",))
+
+
+@pytest.mark.slow
+def test_the_engine_beside_busy_processes_is_measured_in_processes_of_its_own(capsys):
+    result = run(Settings(pretrained="nano", parts=("contention",), documents=4, repeats=1))
+    figures = {f["name"]: f["value"] for f in result["figures"]}
+    assert len(figures) == 6 and all(value > 0 for value in figures.values())

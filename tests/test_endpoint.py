@@ -426,6 +426,17 @@ def test_the_checkpoints_penalty_is_sent_and_a_server_that_knows_none_is_trusted
     assert isinstance(outcome, Failure) and "repetition_penalty" in outcome.error
 
 
+def test_a_template_that_can_think_is_told_not_to_as_it_is_rendered_here(server):
+    model = endpoint(server)
+    one(model)
+    assert "chat_template_kwargs" not in server.state["bodies"][-1]
+    model.processor.chat_template += "{# enable_thinking #}"
+    one(model)
+    assert server.state["bodies"][-1]["chat_template_kwargs"] == {"enable_thinking": False}
+    server.state["refuses"] = {"chat_template_kwargs"}
+    assert "(422)" in one(model).error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("penalty", [1.05, 1.0])
 def test_a_served_stock_checkpoint_says_what_our_own_loop_says(tmp_path, penalty):
@@ -511,8 +522,8 @@ def test_options_that_do_not_fit_the_engine_say_what_to_do():
 
     model, pruned = (getattr(lmms_model, name) for name in ("awares", "visionzip"))
     address = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
-    with pytest.raises(ValueError, match="allowed: transformers, openai"):
-        model(engine="vllm")
+    with pytest.raises(ValueError, match="allowed: transformers, generic, openai, vllm"):
+        model(engine="sglang")
     with pytest.raises(ValueError, match="needs base_url and model"):
         model(engine="openai", model="m")
     with pytest.raises(ValueError, match="is an option of engine=openai"):

@@ -797,7 +797,7 @@ def ahead(layer: int, chunks: list[PromptChunk], pruner: Pruner) -> list[PromptC
     """States that enter ``layer`` of the text model, all rows in one batch -> what a cut before it leaves of them."""
     host = model("sparsevlm/tiny-lm").host
     batch = LayerwiseBatch(host, [Session() for _ in chunks], chunks, pruner, pruner.cut_layers(host.layers))
-    hidden, positions = batch.padded(chunks)
+    hidden, positions, _ = batch.padded(chunks)
     rope = batch.look_ahead(layer, hidden, positions)
     return [batch.cut(layer - 1, b, hidden[b], positions[:, b], rope) for b in range(len(chunks))]
 

@@ -22,7 +22,7 @@ LATER = 10**9
 
 
 def section(items, name="device"):
-    return Section(name, "a title", 1.0, lambda scale, device, out: items)
+    return Section(name, "a title", 1.0, lambda scale, device, out, seconds: items)
 
 
 def test_a_cut_section_goes_on_and_a_failure_is_tried_again(tmp_path):
@@ -144,7 +144,7 @@ def test_every_section_is_measured_at_the_smallest_geometry(rehearsed):
         assert day.sections[name]["status"] == "complete", day.sections[name]["items"]
     frame = read_gpu_day.equality(day)
     exact = frame[frame["dtype"] == "float32"]
-    assert len(exact) == 5 and (exact["largest"] < 1e-4).all() and (exact["same_choice"].dropna() == 1).all()
+    assert len(exact) == 6 and (exact["largest"] < 1e-4).all() and (exact["same_choice"].dropna() == 1).all()
     rounded = frame[frame["dtype"] == "bfloat16"]
     assert rounded["relative"].max() < 0.02 and rounded["question"].str.contains("beside float32").sum() == 6
     (step,) = day.items("grpo").values()
@@ -164,7 +164,7 @@ def test_a_pruner_that_fails_is_named_and_the_others_are_measured(monkeypatch, t
         return {"pruners": [{"pruner": only}]}
 
     monkeypatch.setattr(gpu_sections.pruner_bench, "run", run)
-    result = gpu_sections.pruners(TINY, "cpu", tmp_path)[0].measure()
+    result = gpu_sections.pruners(TINY, "cpu", tmp_path, 60.0)[0].measure()
     names = {p["pruner"] for p in result["pruners"]}
     assert "fastv" not in names and {"divprune", "visionzip"} <= names
     assert result["failed"] == {"fastv": "RuntimeError: indices should be on the same device"}

@@ -439,3 +439,21 @@ def test_the_gate_s_training_runs_from_pictures_to_a_gate_that_the_policy_opens(
     assert max(t.turns[1].images[0].size) in range(112, 225, 28)
     with pytest.raises(ValueError, match="holds labels of another run"):
         training.main(parser.parse_args([*command, "--sizes", "56", "224"]))
+
+
+def test_a_task_s_other_pictures_begin_half_the_split_away_and_leave_the_document_out():
+    from types import SimpleNamespace
+
+    from awares_bench.evaluation.lmms_model import ChatArguments, MethodModel
+
+    split = [{"image": picture(56, 56 + 28 * i, i)} for i in range(5)]
+
+    def messages(document):
+        content = [{"type": "image", "url": document["image"]}, {"type": "text", "text": "q"}]
+        return [{"role": "user", "content": content}]
+
+    model = SimpleNamespace(task_dict={"t": {"test": split}})
+    for doc_id, order in ((0, [2, 3, 4, 1]), (3, [0, 1, 2, 4]), (4, [1, 2, 3, 0])):
+        arguments = ChatArguments("q", messages, {}, doc_id, "t", "test")
+        found = [images[0].size for images in MethodModel._other_pictures(model, arguments)]
+        assert found == [split[i]["image"].size for i in order]

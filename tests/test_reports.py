@@ -14,6 +14,7 @@ from scipy.stats import permutation_test
 
 from awares_bench import cli
 from awares_bench.models.flops import decoder_flops, vision_flops
+from awares_bench.models.limits import NAMES as LIMITS
 from awares_bench.reports import report
 from awares_bench.reports.data import compact, discover, flops, published, stats, summary
 from awares_bench.reports.data.load import ReportError
@@ -227,6 +228,7 @@ def test_the_share_kept_that_angelslim_prints_is_the_mean_of_its_cells():
         shares = [values[t] / full[t] for t in full.index if t != "mean"]
         assert len(shares) == 11 and values["mean"] == pytest.approx(100 * sum(shares) / 11, abs=0.02), key
     assert set(cells["limits"]) == {"angelslim"}
+    assert set(pd.concat(map(published.numbers, published.papers()))["limits"]) <= {"", *LIMITS}
 
 
 def test_whichever_table_is_asked_for_stands_beside_ours(tmp_path):
@@ -244,7 +246,7 @@ def test_whichever_table_is_asked_for_stands_beside_ours(tmp_path):
     with pytest.raises(ReportError, match="no published table 'visionzip'; known: awares, angelslim, adaptvision, ergo"):
         published.numbers("visionzip")
     about = {"identity": {"fields": {"cap": 640}}}
-    assert published.variant_of("ergo", "ergo", about, "ergo") == "640" and published.variant_of("ergo", "ergo") == ""
+    assert published.variant_of("ergo", "ergo", about, "ergo") == "cap=640" and published.variant_of("ergo", "ergo") == ""
     assert published.variant_of("awares-sft", "awares") == "sft"
 
 

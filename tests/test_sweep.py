@@ -74,6 +74,9 @@ def test_the_shipped_recipes_hold_what_they_promise():
         "AwaRes",
     } <= {c.label for c in table}
     assert len(table) == 10 and len({sweep._weights(c) for c in table}) == 3
+    slim = sweep.read("angelslim_11").cells
+    assert len(slim) == 19 and {c.options["retention"] for c in slim if c.method != "full"} == {0.25, 0.1}
+    assert {c.options["limits"] for c in slim} == {"angelslim"}
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,13 @@ def test_options_that_cannot_be_are_refused(wrong):
         build("zoom_loop", {"style": "thyme"})
 
 
+def test_the_released_deepeyes_cuts_for_nothing_after_an_answer_and_fails_on_a_box_that_cannot_be_cut():
+    good, bad = (f"<answer>7</answer>{call('deepeyes', box)}" for box in ("[40, 60, 200, 160]", "[200, 160, 40, 60]"))
+    options = {"style": "deepeyes", "compat": "official"}
+    assert play("zoom_loop", options, [good]).answer == "7" and play("zoom_loop", options, [bad]).answer == bad
+    assert play("zoom_loop", {"style": "deepeyes"}, [bad]).answer == "7"  # in its training an answer wins over a call
+
+
 def test_an_enclosing_box_is_in_the_image_and_not_empty():
     assert enclosing((-5.0, 2.2, 7.1, 9.9), 100, 8) == (0, 2, 8, 8)
     assert enclosing((200.0, 200.0, 300.0, 300.0), 100, 100) == (99, 99, 100, 100)
@@ -288,3 +295,42 @@ def test_a_tiny_model_runs_every_policy_to_its_end():
         policy = method_class(name)(**options, budget=4)
         ((_, t),) = Engine(vlm, policy, 1).run([Job(Sample((picture(112, 84),), "What?", "k"), 4)])
         assert not isinstance(t, Failure) and t.usage.prefill > 0
+
+
+def seen(t: Played):
+    """All that a model is shown, asked and allowed."""
+    turns = [([i.tobytes() for i in x.images], x.text, x.system, x.image_prefixes, x.min_reply_tokens, x.boxes) for x in t.turns]
+    return turns, t.answer, t.kinds
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "box"),
+    [
+        ("adaptvision", "budget", 7, "[40, 60, 200, 160]"),
+        ("adaptvision", "largest", 140, "[10, 10, 60, 60]"),
+        ("adaptvision", "compat", "official", "[40,\n 60, 200, 160]"),
+        ("ergo", "cap", 64, "[40, 60, 100, 100]"),
+        ("ergo", "budget", 7, "[40, 60, 100, 100]"),
+        ("ergo", "prompt", "demo", "[40, 60, 100, 100]"),
+        ("ergo", "compat", "official", "[ 40, 60, 100, 100 ]"),
+        ("zoom_loop", "style", "chain-of-focus", "[40, 60, 200, 160]"),
+        ("zoom_loop", "calls", 1, "[40, 60, 200, 160]"),
+        ("zoom_loop", "budget", 7, "[40, 60, 200, 160]"),
+        ("zoom_loop", "view_tokens", 48, "[40, 60, 200, 160]"),
+        ("zoom_loop", "crop_tokens", 9, "[40, 60, 200, 160]"),
+        ("zoom_loop", "compat", "official", "[200, 160, 40, 60]"),
+    ],
+    ids=lambda v: str(v)[:14],
+)
+def test_every_option_changes_what_is_shown_asked_or_answered(name, option, value, box):
+    asked = call({"zoom_loop": "deepeyes"}.get(name, name), box)
+    replies = [asked, asked if name == "zoom_loop" else "<answer>x</answer>", "<answer>x</answer>"]
+    assert seen(play(name, {}, replies)) != seen(play(name, {option: value}, replies))
+
+
+def test_the_options_of_that_test_are_all_there_are():
+    from awares_bench.methods.options import options
+
+    (marks,) = test_every_option_changes_what_is_shown_asked_or_answered.pytestmark
+    tried = {(name, option) for name, option, *_ in marks.args[1]}
+    assert tried == {(n, o) for n in ("adaptvision", "ergo", "zoom_loop") for o in options(method_class(n))}

@@ -34,7 +34,14 @@ INTERNVL_TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SMOLVLM_TEMPLATE = (  # as the releases have it
+IDEFICS3_TEMPLATE = (  # as Idefics3 and the first SmolVLMs have it: contents are lists of parts, and a text alone is not shown
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+SMOLVLM_TEMPLATE = (  # as transformers has it
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
     "{% if message['content'] is string %}{{ ': ' + message['content'] }}"
     "{% else %}{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
@@ -101,10 +108,11 @@ SMOLVLM_MARKS = (
 def smolvlm_processor(kind: str, tokens, edge: int = 448, side: int = 112, length: int = 16):
     """edge: longest edge of a picture; side: pixels of a tile; length: its tokens. The released SmolVLM2-2.2B: 1536, 384, 81."""
     sizes = {"size": {"longest_edge": edge}, "max_image_size": {"longest_edge": side}, "do_image_splitting": True}
-    how = {"image_seq_len": length, "chat_template": SMOLVLM_TEMPLATE}
     if kind == "idefics3":
-        return T.Idefics3Processor(T.Idefics3ImageProcessor(**sizes), tokens, **how)
-    return T.SmolVLMProcessor(T.SmolVLMImageProcessor(**sizes), tokens, T.SmolVLMVideoProcessor(), **how)
+        ip = T.Idefics3ImageProcessor(**sizes)
+        return T.Idefics3Processor(ip, tokens, image_seq_len=length, chat_template=IDEFICS3_TEMPLATE)
+    ip, video = T.SmolVLMImageProcessor(**sizes), T.SmolVLMVideoProcessor()
+    return T.SmolVLMProcessor(ip, tokens, video, image_seq_len=length, chat_template=SMOLVLM_TEMPLATE)
 
 
 @cache

@@ -320,7 +320,7 @@ def _shard_decoder_only(plugin, vlm: LocalModel) -> None:
             "and fsdp_cpu_ram_efficient_loading false: see training/launch/fsdp2.yaml"
         )
     plugin.transformer_cls_names_to_wrap = [vlm.host.decoder_layer]
-    plugin.ignored_modules = [vlm.host.tower]  # frozen, and called outside of the model's forward pass
+    plugin.ignored_modules = list(vlm.host.vision_parts)  # frozen, and called outside of the model's forward pass
     plugin.mixed_precision_policy = None  # autocast, as with DDP: gradients are summed in float32
 
 

@@ -244,20 +244,21 @@ class Pages:
     def flops(self, kind: str) -> tuple[float, float, float]:
         """(encode, prefill, decode) of ``full``, ``kept`` or ``again``, from the shapes of the turns."""
         total = np.zeros(3)
-        for i, calls in enumerate(self.calls):
+        for calls in dict.fromkeys(self.calls):  # pages are of one size: one of each kind tells the others
+            i, pages = self.calls.index(calls), self.calls.count(calls)
             if kind == "full":
-                total += self._cost([self.full_turns[i].images[0]], self.full_turns[i], Session(), 0, self.answer)
+                total += pages * self._cost([self.full_turns[i].images[0]], self.full_turns[i], Session(), 0, self.answer)
                 continue
             low, crop = [self.first[i].images[0]], list(self.second[i].images)
-            total += self._cost(low, self.first[i], Session(), 0, self.call if calls else self.answer)
+            total += pages * self._cost(low, self.first[i], Session(), 0, self.call if calls else self.answer)
             if calls:
                 one = len(self._ids(low, self.first[i], Session())) + len(self.call)
                 first = Session(turns=[self.first[i]], replies=[PAPER_GRID.format(CROP)])
                 if kind == "kept":
-                    total += self._cost(crop, self.second[i], first, one, self.answer)
+                    total += pages * self._cost(crop, self.second[i], first, one, self.answer)
                 else:
                     new = one + len(self._ids(crop, self.second[i], first))
-                    total += self._spent([*low, *crop], new, 0, self.answer)
+                    total += pages * self._spent([*low, *crop], new, 0, self.answer)
         return float(total[0]), float(total[1]), float(total[2])
 
     def _ids(self, images: list, turn: Turn, session: Session) -> list[int]:

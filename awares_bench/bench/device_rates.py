@@ -47,8 +47,8 @@ def matmul(device: str, size: int, dtype: torch.dtype) -> float:
 def rates(device: str, size: int, copied: int) -> dict:
     """Operations and bytes per second, and what the device is. size: of the matrices; copied: bytes of each copy."""
     out: dict = {name: matmul(device, size, getattr(torch, name)) for name in ("bfloat16", "float32")}
-    here = torch.randint(0, 255, (copied,), dtype=torch.uint8)
-    there, other = here.to(device), torch.empty(copied, dtype=torch.uint8, device=device)
+    there = torch.randint(0, 255, (copied,), dtype=torch.uint8, device=device)
+    here, other = there.cpu(), torch.empty_like(there)
     few = torch.zeros(8, device=device)
     result: dict = {
         "matmul_flops": out,

@@ -138,8 +138,12 @@ def run(settings: Settings) -> dict:
     return measure(settings, load(settings.pretrained, *size, settings.dtype, settings.device, 1 if tower_only else None))
 
 
-def measure(settings: Settings, vlm: LocalModel, layouts: dict[str, type[Batch]] | None = None) -> dict:
-    """The same on a model that is loaded already. layouts: name -> another layout, in which AwaRes' turns are timed too."""
+def measure(settings: Settings, vlm: LocalModel, layouts: dict[str, type[Batch]] | None = None, twice: bool = True) -> dict:
+    """The same on a model that is loaded already.
+
+    layouts: name -> another layout, in which AwaRes' turns are timed too. twice: with ``stock`` also time two calls of ``generate``, which
+    take one page at a time whatever the batch.
+    """
     rates = matmul_rates(vlm, settings.tokens, settings.batch)
     about = _about(settings, vlm, rates)
     print("\n".join(f"{k:<16} {v}" for k, v in about.items()))
@@ -150,7 +154,7 @@ def measure(settings: Settings, vlm: LocalModel, layouts: dict[str, type[Batch]]
         _vision(vlm, settings.repeats, contestants, ratios)
     if "turns" in settings.parts:
         pages = Pages(vlm, settings.tokens, settings.batch, settings.call_rate, settings.answer)
-        _turns(pages, "stock" in settings.parts, settings.repeats, contestants, ratios, layouts or {})
+        _turns(pages, "stock" in settings.parts, settings.repeats, contestants, ratios, layouts or {}, twice)
     if "suite" in settings.parts and settings.pretrained:
         notes = _suite(vlm, settings.pretrained, settings.documents, settings.repeats, contestants, ratios)
     if "contention" in settings.parts:
@@ -241,6 +245,7 @@ def _turns(
     contestants: list[Contestant],
     ratios: list[Ratio],
     layouts: dict[str, type[Batch]],
+    twice: bool,
 ) -> None:
     """One turn at full resolution and two of AwaRes: by the engine, and with ``stock`` by ``model.generate``; the two of AwaRes also in
     other layouts."""
@@ -253,7 +258,7 @@ def _turns(
         Contestant(f"{kept.name}, {name}", partial(pages.laid_out, layout, kept.run), kept.flops)
         for name, layout in layouts.items()
     ]
-    runners = [full, kept, again, *others, *([stock_full, stock_twice] if stock else [])]
+    runners = [full, kept, again, *others, *([stock_full] if stock else []), *([stock_twice] if stock and twice else [])]
     alternate(runners, repeats, vlm=pages.vlm)
     contestants += runners
 
@@ -282,7 +287,8 @@ def _turns(
         ratios.append(Ratio(f"{other.name} over the device's own layout, seconds", _ratio(other, kept), "", None))
     if stock:
         ratios.append(Ratio("full resolution, model.generate over ours, seconds", _ratio(stock_full, full), "", None))
-        ratios.append(Ratio("AwaRes, model.generate twice over ours, seconds", _ratio(stock_twice, kept), "", None))
+        if twice:
+            ratios.append(Ratio("AwaRes, model.generate twice over ours, seconds", _ratio(stock_twice, kept), "", None))
         difference = pages.difference()
         ratios.append(Ratio("largest difference of a score from model.generate", difference, *_exact(pages.vlm, difference)))
 

@@ -151,6 +151,17 @@ class Equality:
             }
             return out | self._errors({"ours": self.alone, "generate": self.generated})
 
+    @torch.inference_mode()
+    def tower(self) -> dict:
+        """Features of all pages in one call beside the tower as transformers runs it."""
+        host = self.vlm.host
+        views = [host.image_input(page.images[0]) for page in self.pages]
+        with exact_products():
+            ours = torch.cat([run.features for run in host.encode(views)])
+            patches, grids = (torch.cat([view.inputs[name] for view in views]) for name in ("pixel_values", "image_grid_thw"))
+            theirs = host.tower(patches.to(host.device, host.dtype), grid_thw=grids.to(host.device)).pooler_output
+        return compare([ours.cpu()], [theirs.cpu()]) | {"same_choice": None}  # there is none in a feature
+
     def layout(self, kind: type[Batch]) -> dict:
         """A batch of unequal pages beside one after the other."""
         with exact_products():
@@ -202,6 +213,7 @@ def questions(size: str, layers: int | None, device: str, tokens: tuple[int, ...
     for way in (exact, rounded):
         name = str(way.dtype).removeprefix("torch.")
         out[f"{name}: generate"] = way.generate
+        out[f"{name}: vision tower"] = way.tower
         out[f"{name}: rectangle"] = lambda way=way: way.layout(PaddedBatch)
         # on a GPU float32 has no kernel, and the layout is tried with the reference in its place
         if device != "cpu":

@@ -22,6 +22,9 @@ import torch
 from .gpu_records import DEVICE_FAILED, SCALES, Record, Scale, Section, measure
 from .gpu_sections import SECTIONS
 
+LEAST = 90.0
+"""Seconds that a section has at the least, since a process and its model take their time to start."""
+
 GRACE = 30.0
 """Seconds that a section's process may go on after its time is up before it is ended."""
 
@@ -66,9 +69,9 @@ def run(
             continue
         left = end - time.monotonic()
         # time that a section leaves over is the others'
-        share = left * section.minutes / sum(s.minutes for s in sections[i:])
+        share = min(left, max(LEAST, left * section.minutes / sum(s.minutes for s in sections[i:])))
         if here:
-            measure(records[section.name], section.items(scale, device, out), time.monotonic() + share)
+            measure(records[section.name], section.items(scale, device, out, share), time.monotonic() + share)
         else:
             in_a_process(section, out, scale, device, share)
         print(records[section.name].sentence(), flush=True)

@@ -90,8 +90,8 @@ class Section:
     title: str
     minutes: float
     """Its share of the time, as minutes of 25."""
-    items: Callable[[Scale, str, Path], list[Item]]
-    """(scale, device, folder of the records) -> its measurements, the most telling first. Loads nothing."""
+    items: Callable[[Scale, str, Path, float], list[Item]]
+    """(scale, device, folder of the records, seconds that there are) -> its measurements, the most telling first. Loads nothing."""
 
 
 class Record:
@@ -187,7 +187,8 @@ def measure(record: Record, items: list[Item], deadline: float) -> None:
             print(f"{item.key}: left out, {left:.0f} s are left", file=sys.stderr, flush=True)
             continue
         record.begin(item.key)
-        start, outcome = time.monotonic(), {}
+        outcome: dict = {}
+        start = time.monotonic()
         try:
             outcome = {"result": item.measure()}
         except (Exception, SystemExit) as error:  # one measurement never ends the others

@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import math
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -31,25 +32,26 @@ AGREE = 0.02
 """Norm of the difference of two ways in bfloat16, relative to the scores', up to which they are the same but for rounding."""
 
 
-def device(scale: Scale, device: str, out: Path) -> list[Item]:
+def device(scale: Scale, device: str, out: Path, seconds: float) -> list[Item]:
     return [Item("rates", partial(rates, device, scale.matrix, scale.copied))]
 
 
-def equality(scale: Scale, device: str, out: Path) -> list[Item]:
+def equality(scale: Scale, device: str, out: Path, seconds: float) -> list[Item]:
     asked = questions(scale.small, scale.layers, device, scale.unequal, scale.answer)
     return [Item(name, ask) for name, ask in asked.items()]
 
 
-def engine(scale: Scale, device: str, out: Path) -> list[Item]:
+def engine(scale: Scale, device: str, out: Path, seconds: float) -> list[Item]:
     return engine_of(scale.small, scale, device, out)
 
 
-def engine_large(scale: Scale, device: str, out: Path) -> list[Item]:
+def engine_large(scale: Scale, device: str, out: Path, seconds: float) -> list[Item]:
     return engine_of(scale.large, scale, device, out)
 
 
 def engine_of(size: str, scale: Scale, device: str, out: Path) -> list[Item]:
-    """Every page size at the smallest batch, then the others; a batch of one calls, larger ones at every call rate."""
+    """Every page size at the smallest batch, then the others; a batch of one calls, larger ones at every call rate. ``generate`` takes a
+    second turn one page at a time, so it is timed at the batch of one."""
 
     @cache
     def model() -> LocalModel:
@@ -69,7 +71,7 @@ def engine_of(size: str, scale: Scale, device: str, out: Path) -> list[Item]:
             answer=scale.answer, repeats=repeats, parts=("turns", "stock"),
         )  # fmt: skip
         try:
-            return engine_bench.measure(settings, vlm, layouts=others)
+            return engine_bench.measure(settings, vlm, others, twice=batch == 1)
         except (MemoryError, torch.cuda.OutOfMemoryError) as error:
             why = str(error).splitlines()[0]
         # outside of the handler, whose traceback holds what was computed
@@ -103,7 +105,7 @@ def trusted_layout(vlm: LocalModel, out: Path) -> type[Batch] | None:
     return PlainSteps if agrees(PLAIN) else PaddedBatch
 
 
-def pruners(scale: Scale, device: str, out: Path) -> list[Item]:
+def pruners(scale: Scale, device: str, out: Path, seconds: float) -> list[Item]:
     """All pruners at once, so that they share a prefill; one by one where one of them fails, which is then named in the result."""
     dtype = "bfloat16" if device.startswith("cuda") else "float32"
 
@@ -128,7 +130,7 @@ def pruners(scale: Scale, device: str, out: Path) -> list[Item]:
     return [Item(f"{scale.pruned} tokens, retention {retention:g}", partial(every, retention)) for retention in (0.5, 0.25)]
 
 
-def grpo(scale: Scale, device: str, out: Path) -> list[Item]:
+def grpo(scale: Scale, device: str, out: Path, seconds: float) -> list[Item]:
     def measured() -> dict:
         from .grpo_step import step
 
@@ -144,13 +146,13 @@ def grpo(scale: Scale, device: str, out: Path) -> list[Item]:
     return [Item("LoRA step", measured)]
 
 
-def nano(scale: Scale, device: str, out: Path) -> list[Item]:
+def nano(scale: Scale, device: str, out: Path, seconds: float) -> list[Item]:
     """A larger nano: its vision tower, as far as the time goes."""
-    return [Item("tower", partial(train_tower, scale, device, out / "nano-tower"))]
+    return [Item("tower", partial(train_tower, scale, device, out / "nano-tower", 0.8 * seconds))]
 
 
-def train_tower(scale: Scale, device: str, out: Path, seconds: float = 240.0) -> dict:
-    """Train the tower of a larger nano for so many seconds, or ``scale.nano_steps`` steps -> its log and its speed.
+def train_tower(scale: Scale, device: str, out: Path, seconds: float) -> dict:
+    """Train the tower of a larger nano from nothing for about so many seconds, or ``scale.nano_steps`` steps -> its log and its speed.
 
     A few steps tell the speed, which tells how many steps the learning rate's schedule has.
     """
@@ -161,13 +163,15 @@ def train_tower(scale: Scale, device: str, out: Path, seconds: float = 240.0) ->
         width=width, layers=depth, heads=width // 32, kv_heads=width // 96, mlp=width * 7 // 3, vision_width=width * 2 // 3,
         vision_depth=depth, vision_heads=max(1, width // 96), vision_mlp=2 * width,
     )  # fmt: skip
+    shutil.rmtree(out, ignore_errors=True)
     few, start = 60, time.perf_counter()
-    args = argparse.Namespace(start=None, scenes=scale.nano_scenes, walls=0, lr=1e-3, seed=0, device=device, out=out)
-    args.steps = scale.nano_steps or 10**6
+    args = argparse.Namespace(start=None, scenes=scale.nano_scenes, lr=1e-3, seed=0, device=device, out=out)
+    args.steps, args.walls = scale.nano_steps or 10**6, few
     if not scale.nano_steps:
         tower.main(args, geometry, stop=few, workers=scale.workers)
         taken = time.perf_counter() - start
         args.steps = few + max(few, math.floor((seconds - taken) / (taken / few) * 0.8))
+    args.walls = args.steps * 700 // 2600  # the share of the shipped tower's steps
     tower.main(args, geometry, workers=scale.workers)
     taken = time.perf_counter() - start
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

@@ -194,7 +194,7 @@ def _processor(config: PreTrainedConfig):
     if config.model_type != "qwen3_vl":
         return nano
     pictures = Qwen2VLImageProcessor(
-        size={"shortest_edge": 64 * 32 * 32, "longest_edge": 16384 * 32 * 32},
+        size=dict(zip(("shortest_edge", "longest_edge"), families()[config.model_type].default_limits, strict=True)),
         patch_size=16,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,

@@ -140,7 +140,8 @@ class GenericModel(LocalModel):
             )
             forced = r.turn.forced_reply
             content = self.text(reply.tokens, r.until) if forced is None else forced
-            out.append(Reply(content, () if reply.forced else tuple(reply.tokens), usage, reply.ended))
+            tokens = () if reply.forced else tuple(reply.tokens)
+            out.append(Reply(content, tokens, usage, reply.ended, logprob=reply.logprob))
             self._keep(r, prepared[b], reply, content)
         return out
 

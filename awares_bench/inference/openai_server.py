@@ -321,7 +321,10 @@ class Endpoint(ExternalModel):
             more["stop"] = list(until)
         if not penalty == self.own_penalty == 1:
             more["repetition_penalty"] = penalty
-        spare = {name for name in more if name != "repetition_penalty" or penalty == self.own_penalty}
+        if "enable_thinking" in str(self.processor.chat_template):  # as prompts are rendered and counted here
+            more["chat_template_kwargs"] = {"enable_thinking": False}
+        needed = {"chat_template_kwargs", *([] if penalty == self.own_penalty else ["repetition_penalty"])}
+        spare = set(more) - needed
         while True:
             sent = {name: value for name, value in more.items() if name not in self._refused & spare}
             try:

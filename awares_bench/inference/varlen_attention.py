@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from inspect import signature
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
         pass
     else:
         known = signature(varlen_attn).parameters
-        words = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}  # since 2.11, before
+        words: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}  # since 2.11, before
         # before it had ``enable_gqa`` it did not look at the numbers of heads
         words |= {"enable_gqa": True} if "enable_gqa" in known else {}
         yield "torch.nn.attention.varlen", partial(varlen_attn, **words)

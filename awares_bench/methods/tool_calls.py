@@ -69,6 +69,12 @@ def enclosing(box: tuple[float, ...], width: int, height: int) -> Box:
     return left, top, max(min(math.ceil(box[2]), width), left + 1), max(min(math.ceil(box[3]), height), top + 1)
 
 
+def share_of_box(box: Box, width: int, height: int) -> float:
+    """The share of a (width, height) image that a box within it covers, at least that of a pixel (``Turn.shares``)."""
+    area = max(1, box[2] - box[0]) * max(1, box[3] - box[1])
+    return min(1.0, area / (width * height))
+
+
 def last_answer(text: str) -> str:
     """What stands after the last ``<answer>`` and before the ``</answer>`` that follows it; all of the text without the tag."""
     return text.rpartition("<answer>")[2].split("</answer>")[0].strip()

@@ -13,14 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from inspect import signature
 from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
@@ -176,8 +176,13 @@ class HostModel(ABC):
 
     @property
     def tower(self) -> PreTrainedModel:
-        """The vision encoder with its projector: frozen in training."""
+        """The vision encoder, with its projector where that is a part of it."""
         return self.model.model.visual
+
+    @property
+    def vision_parts(self) -> tuple[nn.Module, ...]:
+        """All that runs before the decoder: the vision encoder, and what stands between the two. Frozen in training."""
+        return (self.tower,)
 
     def fast_tower(self) -> AbstractContextManager:
         """Within the block the vision encoder runs on this package's kernels, where there are any."""
@@ -342,9 +347,27 @@ class HostModel(ABC):
 
 
 def rendered(processor: Any, messages: list[dict], asks: bool = True) -> str:
-    """Messages through a checkpoint's chat template, thinking off where the template asks (``enable_thinking``). asks: up to the reply."""
+    """Messages through a checkpoint's chat template, thinking off where the template asks (``enable_thinking``). asks: up to the reply.
+
+    Texts go as they are, or as parts of a message where the template shows nothing else, as those of SmolVLM and Idefics3.
+    """
     thinking = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+    if not _shows_text(processor, str(processor.chat_template)):
+        messages = [
+            m if not isinstance(m["content"], str) else {**m, "content": [{"type": "text", "text": m["content"]}]}
+            for m in messages
+        ]
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **thinking)
+
+
+@lru_cache(maxsize=16)
+def _shows_text(processor: Any, template: str) -> bool:
+    """Whether the template shows a message whose content is a text; those that want parts leave it out in silence, or fail."""
+    talk = chat_messages([Turn((), "a"), Turn((), "b")], [_HOLE])
+    try:
+        return _HOLE in processor.apply_chat_template(talk, tokenize=False)
+    except Exception:  # a template is anyone's code
+        return False
 
 
 def opening_of(render: Callable[[list[Turn], list[str]], str]) -> str:

@@ -46,7 +46,9 @@ class GenericHost:
         self.name = model.name_or_path or self.model_type
         # 1) limits
         known, edges = families().get(self.model_type), _pixel_edges(processor.image_processor)
-        self.tiles = known is not None and known.tiles
+        self.tiles = (
+            known.tiles if known else edges is None
+        )  # the processor decides what a picture costs, however many pixels it has
         if known and not self.tiles:
             own = known.own_limits(processor)
         else:

@@ -1,7 +1,7 @@
 """InternVL 3 and 3.5 as transformers has them (``internvl``; decoders of Qwen2 or Qwen3): tiles of 448 pixels, 256 tokens each.
 
 A picture is stretched to the grid of at most ``max_patches`` tiles whose shape is nearest to its own (12 in the releases), and a small copy of
-the whole is added where there is more than one (InternVL 1.5, arXiv 2404.16821, section 3.2). Its tokens are one line in the prompt.
+the whole is added where there is more than one (dynamic resolution of InternVL 1.5, arXiv 2404.16821). Its tokens are one line in the prompt.
 """
 
 from __future__ import annotations

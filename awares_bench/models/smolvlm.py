@@ -1,7 +1,7 @@
 """SmolVLM and SmolVLM2 (``smolvlm``; the first SmolVLM is ``idefics3``) and Idefics3: tiles with text between them.
 
 A picture is resized to a longest edge, up or down, cut into square tiles, and a small copy of the whole is added where there is more than
-one (Idefics3, arXiv 2408.12637, section 2; SmolVLM, arXiv 2504.05299, section 2). Each tile has a mark of its row and column before it in
+one (Idefics3, arXiv 2408.12637; SmolVLM, arXiv 2504.05299). Each tile has a mark of its row and column before it in
 the prompt, so that its tokens are a run of their own: 81 of 384 pixels (2.2B), 64 of 512 (256M and 500M), 169 of 364 (Idefics3-8B).
 """
 
@@ -76,7 +76,7 @@ class Idefics3(TilingHost):
     def budget(cls, processor, limits: dict[str, int], share: float) -> dict[str, Any]:
         tile, most = cls.tile_side(processor), processor.image_processor.size["longest_edge"]
         if limits["longest_edge"] != cls.own_limits(processor)[1]:
-            most = min(LARGEST, isqrt(limits["longest_edge"])) // tile * tile
+            most = max(1, min(LARGEST, isqrt(limits["longest_edge"])) // tile) * tile
         if share < 1:
             most = max(1, round(most / tile * share**0.5)) * tile
         return {"size": {"longest_edge": most}}

@@ -25,6 +25,9 @@ from .attention_scores import column_attention
 from .base import HostModel, ImageInput
 from .cpu_kernels import onednn_linears
 
+DECODERS = ("llama", "qwen2", "qwen3")
+"""``model_type`` of the decoders that are run a layer at a time here; others scale or mask in ways of their own."""
+
 TOGETHER = 32
 """Tiles in one call of the vision encoder: a page and its views, and no more memory than that for a batch of many."""
 
@@ -48,6 +51,14 @@ class TilingHost(HostModel):
         limits: str | None = None,
     ) -> None:
         super().__init__(model, processor, min_pixels, max_pixels, limits)
+        text = self.decoder.config
+        slides = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+        if text.model_type not in DECODERS or slides:
+            kind = f"{text.model_type} decoder" + (f" with {', '.join(sorted(slides))}" if slides else "")
+            raise CheckpointError(
+                f"this {self.model_types[0]} checkpoint has a {kind}; known decoders: {', '.join(DECODERS)}, every layer with full attention. "
+                "engine=generic runs it as it is"
+            )
         tile, least, most = self.tile_side(processor) ** 2, self.limits["shortest_edge"], self.limits["longest_edge"]
         if not least <= tile <= most:
             raise ValueError(
@@ -115,11 +126,6 @@ class TilingHost(HostModel):
     def runs(self, tiles: int) -> tuple[tuple[int, int], ...]:
         """Rows and columns of the runs of so many tiles."""
         return ((self.side, self.side),) * tiles
-
-    @property
-    def vision_parts(self) -> tuple[nn.Module, ...]:
-        """The vision encoder, and what stands between it and the decoder."""
-        return (self.tower,)
 
     def fast_tower(self) -> AbstractContextManager:
         return onednn_linears(*self.vision_parts)

@@ -65,6 +65,10 @@ class Style:
         """Which picture a call names, and the region of its source. Raises CallError."""
         raise NotImplementedError
 
+    def answers_too(self, text: str, official: bool) -> bool:
+        """Whether a reply that calls is the answer all the same, its crop cut for nothing."""
+        return False
+
     def after_crop(self, picture: Picture, replies: int) -> Turn:
         raise NotImplementedError
 

@@ -53,8 +53,7 @@ Return a json object with function name and arguments within <tool_call></tool_c
     def read(self, text: str, official: bool) -> Any:
         if official:
             _, opened, rest = text.partition("<tool_call>")
-            call = read_json(rest.partition("</tool_call>")[0].strip()) if opened else None
-            return None if "</answer>" in text else call
+            return read_json(rest.partition("</tool_call>")[0].strip()) if opened else None
         contents = tagged(text, "tool_call")
         if first_answer(text) or not contents or not contents[-1].strip():
             return None
@@ -73,6 +72,9 @@ Return a json object with function name and arguments within <tool_call></tool_c
         if min(width, height) <= 30 or max(width, height) > 100 * min(width, height):
             raise CallError("ZOOM IN ARGUMENTS ARE INVALID")
         return 0, (left, top, right, bottom)
+
+    def answers_too(self, text: str, official: bool) -> bool:
+        return official and "</answer>" in text
 
     def after_crop(self, picture: Picture, replies: int) -> Turn:
         return Turn((picture.shown,), f"{self.think}</tool_response>", image_prefixes=("<tool_response>",))

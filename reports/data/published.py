@@ -62,9 +62,10 @@ def cells(runs: list[Run], frame: pd.DataFrame, paper: str = PAPER) -> pd.DataFr
 
 
 def variant_of(run: str, family: str, about: dict | None = None, paper: str = PAPER) -> str:
-    """The variant of a method that a run is: that its name ends in (``awares-sft`` -> ``sft``), or the value of one of its options
-    (``cap=640`` -> ``640``); "" for the method itself."""
+    """The variant of a method that a run is: one that its name ends in (``awares-sft`` -> ``sft``), or an option (``cap=640``); "" for the
+    method itself."""
     own = numbers(paper)
     variants = sorted(set(own.loc[own["method"] == family, "variant"]) - {""}, key=len, reverse=True)
-    options = {str(v) for v in ((about or {}).get("identity") or {}).get("fields", {}).values()} if paper != PAPER else set()
+    fields = ((about or {}).get("identity") or {}).get("fields") or {}
+    options = {f"{name}={value}" for name, value in fields.items()}
     return next((v for v in variants if run.replace("-", "_").endswith(f"_{v}") or run == v or v in options), "")

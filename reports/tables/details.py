@@ -184,7 +184,7 @@ def provenance(runs: list[Run], frame: pd.DataFrame) -> Table:
         rows.append(row)
         text = {"run": run.name, "status": row["status"], "settings": row["fields"]}
         text["weights"] = f"{row['pretrained']} {row['weights'] or ''}".strip()
-        text["pixels"] = None if row["max_pixels"] is None else f"{row['min_pixels']:,} to {row['max_pixels']:,}"
+        text["pixels"] = None if row["max_pixels"] is None else pixels(identity)
         text |= {"dtype": row["dtype"], "attention": row["attn_implementation"], "seed": row["seed"]}
         text |= {"batch": row["batch size"], "machine": machine}
         text |= {k: row[k] for k in ("lmms-eval", "transformers", "torch")}
@@ -192,6 +192,12 @@ def provenance(runs: list[Run], frame: pd.DataFrame) -> Table:
         text["started"] = row["started"]
         printed_rows.append({("", k): DASH if v in (None, "", "None") else str(v) for k, v in text.items()})
     return Table("provenance", "Where the numbers come from", pd.DataFrame(rows), printed(printed_rows))
+
+
+def pixels(identity: dict) -> str:
+    """A run's processor limits: both numbers, and the set that they are, where the run says it."""
+    name = f" (limits={identity['limits']})" if identity.get("limits") else ""
+    return f"{identity['min_pixels']:,} to {identity['max_pixels']:,}{name}"
 
 
 def _pairs(fields: dict) -> str:

@@ -72,14 +72,17 @@ def equality(day: GpuDay) -> Table | None:
         {
             ("", "precision"): r.dtype,
             ("", "what is compared"): r.question,
-            ("", "scores of"): f"{r.compared} tokens",
+            ("", "scores of"): f"{r.compared:,} tokens",
             ("difference", "largest"): f"{r.largest:.2g}",
             ("difference", "relative"): DASH if pd.isna(r.relative) else f"{r.relative:.2g}",
             ("difference", "same choice"): DASH if pd.isna(r.same_choice) else f"{100 * r.same_choice:.1f} %",
         }
         for r in frame.itertuples()
     ]
-    notes = ["Relative: norm of the difference over that of the scores. Log-probabilities where it says packed scoring."]
+    notes = [
+        "Relative: norm of the difference over that of the scores. Log-probabilities where it says packed scoring, "
+        "features where it says vision tower."
+    ]
     return Table("gpu_equality", f"The same scores by every way: {day.device}", frame, printed(texts), [*notes, *day.notes])
 
 

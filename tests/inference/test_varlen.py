@@ -232,7 +232,7 @@ def test_a_recording_that_fails_is_said_and_decoding_goes_on():
     class Fails(VarlenBatch):
         graphs = True
 
-        def recorder(self, *_):
+        def recorder(*_):
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
     vlm, (one, same) = tiny_vlm(), asked(1, 12) + asked(1, 12)

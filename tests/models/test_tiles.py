@@ -386,6 +386,14 @@ def test_a_reply_begins_as_the_template_writes_it(vlm):
     assert outcome.replies[0].text == PAPER_GRID.format(("all",))
 
 
+def test_all_that_runs_before_the_decoder_is_left_out_of_training(vlm):
+    host = vlm.host
+    every, before = (
+        {id(p) for p in module.parameters()} for module in (host.model.model, torch.nn.ModuleList(host.vision_parts))
+    )
+    assert every - before == {id(p) for p in host.decoder.parameters()}
+
+
 # ------------------------------------------------------------------ checkpoints
 
 
@@ -436,3 +444,21 @@ def test_proxies_that_cut_pictures_into_tiles(tmp_path):
         engine = Engine(vlm, Cares(str(tmp_path / "gate.safetensors"), "other"), 1, models={"proxy": proxy})
         ((_, outcome),) = engine.run([Job(sample, 4)])
         assert outcome.usage.aux_encoded == 5 * 16 and outcome.turns[0].shares == (0.25,) and outcome.rtr <= 1
+
+
+def test_a_decoder_that_is_not_known_is_refused(monkeypatch):
+    host = TINY["internvl"]()
+    monkeypatch.setattr(host.decoder.config, "layer_types", ["full_attention", "sliding_attention"])
+    with pytest.raises(CheckpointError, match=r"has a qwen2 decoder with sliding_attention; known decoders: llama, qwen2, qwen3"):
+        host.on(host.model)
+    monkeypatch.setattr(host.decoder.config, "model_type", "granite")
+    with pytest.raises(CheckpointError, match=r"this internvl checkpoint has a granite decoder.*engine=generic runs it"):
+        host.on(host.model)
+
+
+def test_smolvlm_without_num2words_is_refused_with_the_packages_name(tmp_path, monkeypatch):
+    pytest.importorskip("num2words")
+    folder = saved(smolvlm(), tmp_path)
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    with pytest.raises(CheckpointError, match=r"cannot load the processor of .*pip install num2words"):
+        LocalModel.load(folder, device="cpu")
