@@ -36,14 +36,14 @@ class ApET(Pruner):
 
     def start(self, x: Tensor) -> Tensor:
         """The first basis token of features (V, D)."""
-        return (vector_norm(x, dim=1).square() - 2 * x @ x.mean(0)).argmax()
+        return (vector_norm(x, dim=1).square() - 2 * (x @ x.mean(0))).argmax()
 
     def basis_of(self, x: Tensor, k: int) -> Tensor:
         """-> (k,) the farthest points of x (V, D), in the order found."""
         square, found = vector_norm(x, dim=1).square(), [self.start(x)]
         nearest = torch.full_like(square, torch.inf)
         while len(found) < k:
-            nearest = torch.minimum(nearest, square + square[found[-1]] - 2 * x @ x[found[-1]])
+            nearest = torch.minimum(nearest, square + square[found[-1]] - 2 * (x @ x[found[-1]]))
             found.append(nearest.argmax())
         return torch.stack(found)[:k]
 
