@@ -1,6 +1,6 @@
 """How long PyTorch's threads wait for each other awake: OpenMP's barriers spin, and beside other busy processes they spin for cores that
-somebody else has. Measured on two cores beside two busy processes: 1.1 documents of nano a second as libgomp comes, 25 with a short spin,
-which costs nothing on a quiet machine.
+somebody else has. Beside two busy processes on two cores nano is answered several times as fast with a short spin, and on a quiet machine
+no slower (docs/speed.md has the figures).
 
 OpenMP reads its variables when PyTorch is loaded, so they must be set before.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-SHORT_SPIN = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+SHORT_SPIN = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
 """libgomp (PyTorch's on Linux): turns of a loop, tens of microseconds. libomp and Intel's: milliseconds; 200 are its default."""
 
 OF_THE_USER = (*SHORT_SPIN, "OMP_WAIT_POLICY")
@@ -20,7 +20,7 @@ TOO_LATE = "AWARES_BENCH_OPENMP_TOO_LATE"
 """Holds the number of a process in which PyTorch was loaded first."""
 
 SLOW_BESIDE_OTHERS = (
-    "this machine is busy, and PyTorch's threads spin for its cores; start lmms-eval with GOMP_SPINCOUNT=10000 (docs/speed.md), or run "
+    "this machine is busy, and PyTorch's threads spin for its cores; start lmms-eval with GOMP_SPINCOUNT=3000 (docs/speed.md), or run "
     "the same by awares-bench run, which sets it"
 )
 """For a process that loaded PyTorch before it could be told."""

@@ -25,7 +25,7 @@ from ._greedy import cosines
 class VisionSelector(Pruner):
     """Rank by a trained score; or greedily by score against likeness to what is chosen (maximal marginal relevance).
 
-    scorer: safetensors file of the scorer, a folder or hub name of a checkpoint with one, or ``nano``: the one in the package.
+    scorer: safetensors file of the scorer, or a folder or hub name of a checkpoint with one. None is in the package: nano has none.
     mmr: weight of the score beside the likeness, whose is one less it (IDPruner's default 0.5); none: the score alone.
     parallel: with mmr, tokens that are chosen at a time.
     """
@@ -43,7 +43,7 @@ class VisionSelector(Pruner):
     def check(self, width: int) -> None:
         if not self.scorer:
             raise ValueError(
-                "visionselector needs scorer=FILE, trained for this checkpoint; scorer=nano is that of the nano weights"
+                "visionselector needs scorer=FILE, trained for this checkpoint (the authors release theirs); nano has none"
             )
         if (reads := load_scorer(self.scorer).width) != width:
             raise ValueError(

@@ -12,6 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 MUTATIONS = [
+    ("a box of the view doubled and not scaled", "baselines/adaptvision.py", 'limits = original if self.compat == "corrected" else', 'limits = original if self.compat == "nothing" else', "test_zoom_policies"),
+    ("an unread region shown at any size", "baselines/ergo.py", 'crop = image if self.compat == "official" else', "crop = image if True else", "test_zoom_policies"),
+    ("a crop of a crop placed as one of the view", "baselines/zoom_loop.py", "of.inside(region), self.crop_tokens", "region, self.crop_tokens", "test_zoom_policies"),
+    ("infinite coordinates read", "awares_bench/methods/tool_calls.py", "-FARTHEST <= v <= FARTHEST", "v == v", "test_zoom_policies"),
+    ("the crop's advantage in every turn", "training/rewards.py", "*[a] * (n - 1)) for a, b, n", "*[a + share * b] * (n - 1)) for a, b, n", "test_crop_rewards"),
+    ("calls and answers counted together", "training/grpo.py", "tool_tokens / max(calls, 1.0)", "tool_tokens / max(answers, 1.0)", "test_crop_rewards"),
+    ("flips counted one way", "reports/data/agreement.py", '"gained": float((~was & now).mean())', '"gained": float((was & ~now).mean())', "test_reports_measures"),
     ("positions one off after an image", "awares_bench/models/qwen2_5_vl.py", "at + max(rows, columns)", "at + max(rows, columns) + 1", "test_vlm"),
     ("rows and columns swapped in M-RoPE", "awares_bench/models/qwen2_5_vl.py", "torch.zeros_like(r), r, c", "torch.zeros_like(r), c, r", "test_vlm"),
     ("decode position one off", "awares_bench/inference/padded_batch.py", "(filled.cumsum(1) - 1)", "filled.cumsum(1)", "test_vlm"),

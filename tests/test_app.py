@@ -137,7 +137,7 @@ def test_in_a_browser_two_pages_ask_twenty_questions_and_all_are_answered_in_ord
             browser = playwright.chromium.launch(executable_path=which("chromium"), args=["--no-sandbox"])
             pages, elsewhere = [browser.new_page(), browser.new_page()], set()
             for page in pages:
-                page.set_default_timeout(300_000)
+                page.set_default_timeout(900_000)
                 page.on("request", lambda r: elsewhere.add(r.url) if f"127.0.0.1:{port}" not in r.url else None)
                 page.goto(f"http://127.0.0.1:{port}")
                 page.set_input_files("#upload input[type=file]", hostile)

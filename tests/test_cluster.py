@@ -20,8 +20,10 @@ def started(script: str, tmp_path: Path, *arguments: str) -> list[list[str]]:
     programs, log = tmp_path / "bin", tmp_path / "log"
     programs.mkdir()
     stand_ins = {"scontrol": 'printf "node1\\nnode2\\n"', "srun": '"$@"'}
-    for name in ("accelerate", "vllm", "awares-bench"):
-        stand_ins[name] = f'printf "%q " {name} "$@" >> {log}; echo >> {log}'
+    for name in ("accelerate", "vllm", "awares-bench"):  # each writes a line at once: they may run beside each other
+        stand_ins[name] = f'line=$(printf "%q " {name} "$@"); printf "%s\\n" "$line" >> {log}'
+    if script == "vllm_replicas.sbatch":  # the client waits for the server
+        stand_ins["awares-bench"] += f"; for _ in $(seq 600); do grep -q ^vllm {log} && break; sleep 0.1; done"
     for name, body in stand_ins.items():
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (programs / name).chmod(0o755)

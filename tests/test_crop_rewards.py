@@ -75,7 +75,7 @@ def test_the_mean_in_two_parts_is_the_authors_loss(case):
         gains += [a * torch.tensor(log_ratio).exp().item() for a in spread]
         calls += grpo.call_tokens(row)
     gain, is_call = torch.tensor(gains), torch.tensor(calls)
-    share = torch.where(is_call, 0.5 / max(int(is_call.sum()), 1), 1 / max(int((~is_call).sum()), 1))
+    share = grpo.part_shares(is_call, float(is_call.sum()), float((~is_call).sum()), 0.5)
     assert -(gain * share).sum().item() == pytest.approx(case["loss"], abs=1e-5)
 
 

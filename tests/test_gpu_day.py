@@ -1,6 +1,7 @@
 """The GPU day: sections resume and survive what fails, every one is rehearsed at tiny geometry, and the report names the device."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from time import monotonic
@@ -122,6 +123,18 @@ def test_words_that_cannot_be_are_refused(tmp_path, capsys):
     assert "--sections holds 'speed'; known: device, equality, engine," in capsys.readouterr().err
     assert main(["bench", "gpu-day", "--out", str(tmp_path), "--geometry", "tiny", "--minutes", "0"]) == 1
     assert "it must be above 0" in capsys.readouterr().err
+
+
+def test_a_machine_without_our_other_packages_can_run_it():
+    """The packages that the machine with the GPU lacks are taken away."""
+    code = """
+import sys
+for name in ("lmms_eval", "datasets", "openai", "rapidfuzz"):
+    sys.modules[name] = None
+import awares_bench.bench.gpu_day, awares_bench.bench.grpo_step, awares_bench.training.nano.tower, awares_bench.reports.report
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------------- a rehearsal

@@ -93,7 +93,7 @@ def test_the_methods_page_holds_the_current_table_and_the_layout_page_names_ever
     assert all(p.name in layout for p in files("awares_bench") if p.name != "__init__.py")
 
 
-HOST_WORDS = re.compile(r"qwen|smolvlm|1176|<\|im_|rotary_emb|model\.visual\b", re.IGNORECASE)
+HOST_WORDS = re.compile(r"qwen|smolvlm|internvl|idefics|1176|<\|im_|rotary_emb|model\.visual\b", re.IGNORECASE)
 
 
 def code_of(path: Path) -> str:

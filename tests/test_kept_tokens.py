@@ -47,7 +47,12 @@ def test_the_told_tokens_are_the_pruners_own_indices_cut_by_cut(cls):
     answer = reply(observed(cls(retention=0.4, **weights_of(cls, 64)), seen), picture(170, 113), picture(84, 140, 1))
     layers = sorted({cut.layer for cut in answer.kept}, key=lambda layer: -1 if layer is None else layer)
     by_call = sorted(answer.kept, key=lambda cut: (layers.index(cut.layer), cut.image))
-    assert [(list(cut.kept), list(cut.merged)) for cut in by_call] == seen
+    assert [list(cut.kept) for cut in by_call] == [kept for kept, _ in seen]
+    for image in (0, 1):  # an average stays one
+        averages: set[int] = set()
+        for cut, (kept, altered) in [pair for pair in zip(by_call, seen, strict=True) if pair[0].image == image]:
+            averages = averages & set(kept) | set(altered)
+            assert set(cut.merged) == averages
     assert {cut.image for cut in answer.kept} == {0, 1} and all(set(cut.merged) <= set(cut.kept) for cut in answer.kept)
     for image in (0, 1):  # a later cut keeps a part of what the one before left
         chain = [set(cut.kept) for cut in by_call if cut.image == image]
@@ -69,6 +74,13 @@ def test_a_batch_of_several_turns_tells_what_each_alone_does():
         engine = Engine(tiny_vlm(), built.policy, size, built.pruner, keep_masks=True)
         told.append({i: [r.kept for r in outcome.replies] for i, outcome in engine.run(jobs)})
     assert told[0] == told[1] and all(turns[0] for turns in told[0].values())
+
+
+def test_two_pruners_are_told_apart_by_where_they_cut():
+    built = registry.build("visionzip+pyramiddrop", {"retention": 0.3})
+    before, *inside = reply(built.pruner, picture(170, 113)).kept
+    assert before.layer is None and before.merged and inside and all(cut.layer is not None for cut in inside)
+    assert all(set(later.kept) <= set(earlier.kept) for earlier, later in pairwise([before, *inside]))
 
 
 def test_masks_are_read_as_they_were_written():

@@ -36,7 +36,7 @@ def test_what_the_user_set_stands(name):
 def test_after_torch_it_is_set_for_other_processes_only_and_the_plugin_can_tell():
     code = "import sys; sys.modules['torch'] = sys; from awares_bench.openmp import set_short_spin as s; done = [s(), s()]"
     done, variables = told(code)
-    assert done == [False, False] and variables["GOMP_SPINCOUNT"] == "10000"
+    assert done == [False, False] and variables["GOMP_SPINCOUNT"] == "3000"
     assert told("from awares_bench.openmp import set_short_spin as s; done = s()", AWARES_BENCH_OPENMP_TOO_LATE="1")[0]
 
 

@@ -1,5 +1,6 @@
 """Every pruner in ``baselines``: the contract of ``awares_bench.methods.pruner.Pruner``, on logits."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -116,7 +117,9 @@ def test_a_mixed_batch_with_second_turns_has_the_logits_of_each_row_alone(cls):
     check_batch(made(cls, 0.4))
 
 
-@pytest.mark.parametrize("pruner", VARIANTS, ids=repr)
+@pytest.mark.parametrize(
+    "pruner", VARIANTS, ids=lambda p: re.sub(r"scorer='[^']*/", "scorer='", repr(p))
+)  # processes name files alike
 def test_the_other_versions_hold_in_batches_and_second_turns_too(pruner):
     check_batch(pruner)
 

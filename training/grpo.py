@@ -288,8 +288,7 @@ class GRPOTrainer(ResumableTrainer):
         # 5) Mean over a rollout's tokens, then over rollouts; Trainer averages over processes, which the last factor undoes.
         if recipe.token_mean == "parts":
             is_call = torch.tensor([c for r in sampled for c in call_tokens(r)], device=device, dtype=torch.bool)
-            calls, answers = (max(n, 1.0) for n in self.part_tokens)
-            share = torch.where(is_call, recipe.tool_tokens / calls, 1 / answers)
+            share = part_shares(is_call, *self.part_tokens, recipe.tool_tokens)
             return -((gain - recipe.beta * divergence) * share).sum() * self.args.world_size
         share = 1 / length if recipe.scaling != "dr_grpo" else 1 / recipe.max_new_tokens
         return -((gain - recipe.beta * divergence) * share).sum() / num_items_in_batch * self.args.world_size
@@ -364,6 +363,11 @@ def call_tokens(rollout: Rollout) -> list[bool]:
     """Of each sampled token, whether it is of a call: of any reply but the last."""
     last = len(rollout.conversation.replies) - 1
     return [bool(x) for x in per_token(rollout, [float(i < last) for i in range(last + 1)])]
+
+
+def part_shares(is_call: Tensor, calls: float, answers: float, tool_tokens: float) -> Tensor:
+    """The weight of each token (N,) in a mean over all ``calls`` tokens of calls, times ``tool_tokens``, plus one over all of answers."""
+    return torch.where(is_call, tool_tokens / max(calls, 1.0), 1 / max(answers, 1.0))
 
 
 def _reward_weights(recipe: GRPO) -> rewards.RewardWeights:

@@ -66,7 +66,9 @@ class Scale:
 
 
 TINY = Scale(
-    "tiny", "nano", "nano", 2, 256, 2**22, (16, 36, 4), (36,), (1, 2), (1.0,), 3, 1, 64, 2, 2, 36, 1, 96, 4, 1, 2, 1
+    name="tiny", small="nano", large="nano", layers=2, matrix=256, copied=2**22, unequal=(16, 36, 4), pages=(36,), batches=(1, 2),
+    call_rates=(1.0,), answer=3, repeats=1, pruned=64, prompts=2, group=2, page=36, steps=1, nano_width=96, nano_depth=4, nano_scenes=1,
+    nano_steps=2, workers=1,
 )  # fmt: skip
 """Every section in seconds: nano's decoder and tower, cut to two layers."""
 

@@ -453,7 +453,7 @@ class MethodModel(lmms):
     def _other_pictures(self, arguments: ChatArguments) -> Iterator[tuple]:
         """The images of the task's other documents, from the one half the split away: neighbours often share a picture."""
         documents = self.task_dict[arguments.task][arguments.split]
-        for step in range(len(documents) - 1):
+        for step in range(len(documents)):
             index = (arguments.doc_id + max(1, len(documents) // 2) + step) % len(documents)
             if index != arguments.doc_id:
                 with whole_images():

@@ -30,7 +30,9 @@ def _commit() -> dict | None:
     here = Path(__file__).resolve().parent
     try:
         head = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        state = subprocess.run(["git", "-C", str(here), "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+        state = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(here), "status", "--porcelain"], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return {"head": head.stdout.strip(), "dirty": bool(state.stdout.strip())} if head.returncode == 0 else None

@@ -354,9 +354,13 @@ class LocalModel:
         runs = [(i, run, image.runs) for i, image in enumerate(prepared.images) for run in range(len(image.runs))]
         out = []
         for (i, run, grids), span in zip(runs, chunk.spans, strict=True):
+            averages: set[int] = set()
             for layer, places, merged in span.cuts:
-                kept, averages = sorted(set(places.tolist())), sorted(set(places[merged].tolist()))
-                out.append(KeptTokens(i, layer, grids[run], sizes[i], tuple(kept), tuple(averages), run, len(grids)))
+                kept = set(places.tolist())
+                averages = averages & kept | set(places[merged].tolist())  # an average stays one
+                out.append(
+                    KeptTokens(i, layer, grids[run], sizes[i], tuple(sorted(kept)), tuple(sorted(averages)), run, len(grids))
+                )
         return tuple(out)
 
     def _reused(self, images: list[list[ImageInput]]) -> list[int]:

@@ -258,7 +258,10 @@ class Endpoint(ExternalModel):
             said = f"the server put {len(reasoning)} characters of the reply apart as reasoning; the answer is the rest"
             events.append(Event(EventKind.REASONING_APART, said))
         # 2. what it did not finish
+        ids, stop = made.choice.get("token_ids"), made.choice.get("stop_reason")
         whole = content or ""
+        if ids and not reasoning:  # vLLM's own text leaves out bytes at the end that are no whole character yet
+            whole = self.text(ids[:-1] if ending == "stop" and not isinstance(stop, str) else ids)
         text = cut(whole, request.until)
         if ending not in ("stop", "length"):
             return Failure(f"the server ended the reply for a reason that is not known here (finish_reason {ending!r})")
@@ -271,9 +274,8 @@ class Endpoint(ExternalModel):
             if count < budget:
                 return context_ended(count, budget, "the server's --max-model-len")
         # 3. its tokens
-        stopped = text != whole or isinstance(made.choice.get("stop_reason"), str)
+        stopped = text != whole or isinstance(stop, str)
         ended = ending == "stop" and not stopped
-        ids = made.choice.get("token_ids")
         if ids:
             tokens = tuple(ids[:-1] if ended else ids)
             output = len(tokens)

@@ -13,7 +13,7 @@ from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Failure, Reply
 from awares_bench.models.checkpoint import find
 
-from .external_model import Counted, ExternalModel, Written, context_ended, cut
+from .external_model import Counted, ExternalModel, Written, context_ended
 from .session import Request
 
 MOST_IMAGES = 8
@@ -117,7 +117,7 @@ class VllmModel(ExternalModel):
         written = None
         if made is not None:
             out, told = made.outputs[0], len(made.prompt_token_ids)
-            text, tokens = cut(out.text, request.until), tuple(out.token_ids)
+            tokens = tuple(out.token_ids)
             if out.finish_reason not in ("stop", "length"):
                 return Failure(f"vLLM ended the reply for a reason that is not known here (finish_reason {out.finish_reason!r})")
             if out.finish_reason == "length" and len(tokens) < request.max_reply_tokens:
@@ -132,6 +132,7 @@ class VllmModel(ExternalModel):
             ended = out.finish_reason == "stop" and not isinstance(out.stop_reason, str)
             tokens = tokens[:-1] if ended else tokens
             stopped = out.finish_reason == "stop" and not ended
+            text = self.text(tokens, request.until)  # vLLM's own leaves out bytes at the end that are no whole character yet
             cached = made.num_cached_tokens
             written = Written(text, len(tokens), ended, stopped, tokens, told, cached, 0.0, seconds)
         reply = self._conclude(request, counted, written)

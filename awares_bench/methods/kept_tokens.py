@@ -26,7 +26,7 @@ class KeptTokens:
     """Raster places of the tokens that went on, ascending; a place of several tokens stands once."""
 
     merged: tuple[int, ...] = ()
-    """Those of ``kept`` whose features are no longer the token's own: averages of several tokens."""
+    """Those of ``kept`` whose features are no longer the token's own since this cut or one before: averages of several tokens."""
 
     run: int = 0
     """Which of the picture's runs of tokens: a tile, of families that cut pictures into tiles."""

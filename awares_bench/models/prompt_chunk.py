@@ -100,7 +100,7 @@ def _noted(image: VisualTokens, features: Tensor, chosen: Tensor, offset: int) -
     """Raster places of what goes on, and whether each is no longer the token's own. What is no token of the image is left out."""
     count = len(image.features)
     places = torch.arange(count, device=chosen.device) if image.places is None else image.places
-    inside = (chosen >= 0) & (chosen + offset < count)
+    inside = (chosen >= 0) & (chosen + offset >= 0) & (chosen + offset < count)
     own, chosen = (features == image.features[chosen]).all(1), chosen + offset
     return places[chosen[inside]], ~own[inside]
 

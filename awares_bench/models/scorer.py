@@ -56,9 +56,8 @@ class Scorer:
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)  # what is kept may be used in training too
 def load_scorer(name: str) -> Scorer:
-    """A scorer by its file, its folder or hub name, or ``nano``. Raises ValueError that says what was found instead."""
-    packaged = Path(__file__).parents[1] / "weights" / "nano-scorer" / "scorer.safetensors"
-    place = packaged if name == "nano" else Path(name).expanduser()
+    """A scorer by its file, its folder or hub name. Raises ValueError that says what was found instead."""
+    place = Path(name).expanduser()
     if not place.is_file():
         place = find(name)
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))

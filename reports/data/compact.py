@@ -29,7 +29,7 @@ def write(runs: list[Run], folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     about = {r.name: portable({**r.about, "model_config": flops.shapes(r.about)}) for r in runs}
-    (folder / RUNS).write_text(json.dumps({"version": VERSION, "runs": about}, indent=1, sort_keys=True) + "\n")
+    (folder / RUNS).write_text(json.dumps({"version": VERSION, "runs": about}, indent=0, sort_keys=True) + "\n")
     frames = []
     for run in runs:
         frame = run.documents.drop(columns=["label", "family", "seconds", "later_seconds", "answer"])

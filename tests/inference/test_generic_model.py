@@ -234,7 +234,7 @@ class Said(Policy):
             reply = yield step
 
 
-SAID = {"awares": CALL, "random_crop": CALL, "blank_crop": CALL}
+SAID = {"awares": CALL, "random_crop": CALL, "blank_crop": CALL, "swapped_crop": CALL}
 
 
 def policies(gate: str) -> dict[str, Policy]:
@@ -252,11 +252,12 @@ def test_every_policy_and_control_runs(other, tmp_path):
     rng = np.random.default_rng(0)
     gate = Gate(rng.normal(size=(3, width)).astype(np.float32), np.zeros(3, np.float32), (56, 112, 224), 112, 0.5)
     gate.save(tmp_path / "gate.safetensors")
-    sample = Sample((picture(168, 140),), "Which?", "k", evidence=((0, 0, 60, 60),), low_is_enough=False)
+    marks = {"evidence": ((0, 0, 60, 60),), "low_is_enough": False, "other_pictures": lambda: [(picture(140, 168, 1),)]}
+    sample = Sample((picture(168, 140),), "Which?", "k", **marks)
     for name, policy in policies(str(tmp_path / "gate.safetensors")).items():
         ((_, outcome),) = Engine(other, Said(policy, SAID.get(name)), 1).run([Job(sample, 2)])
         assert not isinstance(outcome, Failure), (name, outcome)
-        assert outcome.rtr > 0 and outcome.usage.output > 0, name
+        assert (outcome.rtr > 0) == (name != "no_picture") and outcome.usage.output > 0, name
         if name in SAID:
             assert len(outcome.turns) == 2 and [e.kind for e in outcome.events].count("prefix_recomputed") == 1, name
 

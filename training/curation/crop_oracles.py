@@ -10,7 +10,6 @@ from PIL import Image
 
 from awares_bench.errors import AwaresError
 from awares_bench.inference.local_model import LocalModel, SampledReply
-from awares_bench.inference.openai_client import image_part
 from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Failure, Reply, Sample, Turn
 from awares_bench.methods.crop_grid import ALL, PAPER_GRID, Box, hull, iou
@@ -127,6 +126,8 @@ with coordinates from 0 to 1000."""
 
 def ground(endpoint: Endpoint, image: Image.Image, question: str, answer: str) -> list[Box] | None:
     """Question and answer boxes from a grounding model, in pixels; None when the reply is no such dict. Raises JudgeError."""
+    from awares_bench.inference.openai_client import image_part
+
     parts = [image_part(image), {"type": "text", "text": GROUND.format(question=question, answer=answer)}]
     reply = endpoint.say(parts, max_tokens=512)
     try:
