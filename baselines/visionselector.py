@@ -59,12 +59,12 @@ class VisionSelector(Pruner):
         return load_scorer(self.scorer).scores(image.features)
 
     def select(self, image: VisualTokens, n: int) -> Tensor:
-        return super().select(image, n) if self.mmr is None else self.order(image, n).sort().values
+        return super().select(image, n) if self.mmr is None else self.order(image, n, self.mmr).sort().values
 
-    def order(self, image: VisualTokens, n: int) -> Tensor:
+    def order(self, image: VisualTokens, n: int, mmr: float) -> Tensor:
         """-> (n,) the tokens as ``mmr`` chooses them."""
         score, alike = self.score(image), cosines(image.features)
-        value = self.mmr * (score - score.min()) / (score.max() - score.min() + 1e-6)
+        value = mmr * (score - score.min()) / (score.max() - score.min() + 1e-6)
         chosen, order = _best(score, min(self.parallel, n)), []
         nearest, left = torch.full_like(value, -torch.inf), n
         while len(chosen):
@@ -72,7 +72,7 @@ class VisionSelector(Pruner):
             nearest = torch.maximum(nearest, alike[chosen].amax(0))
             value[chosen] = -torch.inf
             left -= len(chosen)
-            chosen = _best(value - (1 - self.mmr) * nearest, min(self.parallel, left))
+            chosen = _best(value - (1 - mmr) * nearest, min(self.parallel, left))
         return torch.cat(order)
 
 

@@ -746,7 +746,7 @@ def test_visionselector_select_idpruner(path):
     pruner = VisionSelector(0.5, "", float(meta["mmr_lambda"]), int(meta["parallel"]))
     object.__setattr__(pruner, "score", lambda image: want["scores"])
     image = VisualTokens(want["features"], (1, len(want["features"])))
-    order = pruner.order(image, int(meta["keep"]))
+    order = pruner.order(image, int(meta["keep"]), float(meta["mmr_lambda"]))
     assert torch.equal(order, want["order"]) and torch.equal(order.sort().values, want["kept"])
 
 
@@ -767,7 +767,7 @@ def test_visionselector_e2e_angelslim(path, attention):
     image = check_before_the_decoder(path, attention, pruner)
     close(pruner.score(image), want["scores"])
     if "order" in want:
-        assert torch.equal(pruner.order(image, int(meta["keep"])), want["order"])
+        assert torch.equal(pruner.order(image, int(meta["keep"]), mmr), want["order"])
 
 
 # ------------------------------------------------------------------ those that cut inside the decoder

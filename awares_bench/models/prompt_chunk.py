@@ -71,12 +71,13 @@ class PromptChunk:
         layer: the decoder layer after which it is cut. noted: keep in ``ImageSpan.cuts`` which tokens went on.
         """
         embeds, positions, deepstack, spans, at, length = [], [], [], [], 0, 0
-        told = {"text": self.embeds[self.spans[-1].stop :], "question": self.question} if self.spans else {}
+        text = self.embeds[self.spans[-1].stop :] if self.spans else None
         offset = quirks_of(pruner).span_offset
         for span in self.spans:
             start, stop = span.start + offset, span.stop + offset
             rows = attention(span) if attention else span.visual.decoder_attention
-            image = replace(span.visual, features=self.embeds[start:stop], decoder_attention=rows, **told)
+            image = replace(span.visual, features=self.embeds[start:stop], decoder_attention=rows, text=text)
+            image = replace(image, question=self.question)
             n = min(pruner.tokens_to_keep(span.full, share), stop - start)
             features, chosen = pruner.reduce(image, n)
             # the text before the image stays as it is; each token that goes on takes the position of one that was chosen
