@@ -49,10 +49,10 @@ def test_odd_documents_change_no_answer_of_their_neighbours(batch_size, workers,
     vlm = tiny_copy()
     whole = Qwen2_5_VL.image_input
 
-    def image_input(self, image, key=""):
+    def image_input(self, image, key="", share=1.0):
         if image.size == (99, 99):
             raise ZeroDivisionError("float division by zero")
-        return whole(self, image, key)
+        return whole(self, image, key, share)
 
     monkeypatch.setattr(Qwen2_5_VL, "image_input", image_input)
     good = [job(i) for i in range(8)]

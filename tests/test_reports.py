@@ -275,7 +275,7 @@ def test_a_foreign_model_has_a_score_and_no_invented_tokens(three):
     frame = discover.together(runs)
     cell = summary.summary(frame)["qwen2_5_vl"]["mean"]
     assert (cell["accuracy"], cell["rtr"], cell["call_rate"]) == (1.0, None, 0.0)
-    row = main.cost(runs, frame).printed.set_index(("", "method")).loc["qwen2_5_vl"]
+    row = main.cost(runs, frame).printed.set_index(("", "method")).loc["qwen2 5 vl"]
     assert row["tokens", "prefill"] == "–" and row["milliseconds", "mean"] == "–"
 
 

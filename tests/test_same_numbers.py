@@ -97,7 +97,7 @@ SYSTEM = "You are a helpful assistant."
 @pytest.mark.parametrize(
     ("tasks", "tokens", "tied", "penalty"),
     [
-        ("ocrbench", 12, True, 1.05),
+        pytest.param("ocrbench", 12, True, 1.05, marks=pytest.mark.slow),
         *(pytest.param(official.TASKS, 128, t, p, marks=pytest.mark.slow) for t in (True, False) for p in (1.05, 1.0)),
     ],
 )

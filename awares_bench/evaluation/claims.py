@@ -96,6 +96,7 @@ class Claims:
     def held(self, cell: str, path: Path) -> Iterator[None]:
         """Keep a claim alive within the block. Raises TakenOver in the block's thread, the main one, when another has taken the cell."""
         end, lost = threading.Event(), threading.Event()
+        taken = f"another worker has taken {cell} over: its claim was not touched for {self.stale:g} s"
 
         def touch() -> None:
             while not end.wait(min(20.0, self.stale / 4)):
@@ -111,9 +112,11 @@ class Claims:
         thread.start()
         try:
             yield
+            if lost.is_set():  # a job in the background may ignore interrupts: then it is told at the end
+                raise TakenOver(taken)
         except KeyboardInterrupt:
             if lost.is_set():
-                raise TakenOver(f"another worker has taken {cell} over: its claim was not touched for {self.stale:g} s") from None
+                raise TakenOver(taken) from None
             raise
         finally:
             end.set()
