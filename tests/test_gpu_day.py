@@ -125,6 +125,7 @@ def test_words_that_cannot_be_are_refused(tmp_path, capsys):
     assert "it must be above 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_machine_without_our_other_packages_can_run_it():
     """The packages that the machine with the GPU lacks are taken away."""
     code = """

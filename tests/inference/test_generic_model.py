@@ -83,7 +83,7 @@ def same(one: LocalModel, other: LocalModel, turn: Turn, sessions: tuple[Session
 # ------------------------------------------------------------------ beside a first-class host
 
 
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (f in contract.LIKE_ANOTHER)) for f in KNOWN])
 def test_both_turns_are_those_of_the_first_class_host(family):
     if family == "smolvlm":
         pytest.importorskip("num2words", reason="SmolVLM's processor needs it")

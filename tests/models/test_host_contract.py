@@ -107,9 +107,12 @@ TINY = {
 """A tiny random model of every family, and of the one made here."""
 
 
-@pytest.fixture(
-    params=[name for name in TINY if name != "smolvlm"]
-)  # Idefics3's class with other names: test_tiles.py compares the two
+LIKE_ANOTHER = ("qwen3_vl_moe", "idefics3")
+"""Families that differ from another here by a router, or have all their features compared in test_tiles.py: slow, for a short suite."""
+
+
+# smolvlm is Idefics3's class with other names: test_tiles.py compares the two
+@pytest.fixture(params=[pytest.param(f, marks=[pytest.mark.slow] * (f in LIKE_ANOTHER)) for f in TINY if f != "smolvlm"])
 def vlm(request) -> LocalModel:
     return LocalModel(TINY[request.param](), constrained=False)
 
