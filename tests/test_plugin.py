@@ -61,6 +61,7 @@ def test_an_unknown_option_names_the_nearest_and_a_missing_checkpoint_says_what_
     assert "no checkpoint folder at './nowhere'" in said
 
 
+@pytest.mark.slow
 def test_data_parallel_ranks_find_the_plugin_by_its_entry_point_and_record_every_document_once(tmp_path, checkpoint):
     out = ["--log_samples", "--output_path", tmp_path / "out", "--batch_size", 2]
     model = ["--model", "awares_full", "--model_args", f"pretrained={checkpoint},output_dir={tmp_path / 'run'}"]

@@ -195,6 +195,7 @@ class Recorded(VarlenBatch):
 @pytest.mark.parametrize(
     ("layout", "few"), [(VarlenBatch, 0), (VarlenBatch, 32), (Recorded, 0)], ids=["fused", "products", "recorded"]
 )
+@pytest.mark.slow
 def test_replies_that_outgrow_their_room_and_rows_that_leave_change_nothing(layout, few, monkeypatch):
     """The block moves: rows end at different steps, so that half of them leave twice, and the longest outgrows its room."""
     vlm, moves = tiny_vlm(), []
@@ -280,6 +281,7 @@ def test_a_session_keeps_its_own_tokens_and_no_more_of_the_block():
             assert kept.untyped_storage().nbytes() <= 2 * kept.numel() * kept.element_size() and kept.shape[1] == r.session.length
 
 
+@pytest.mark.slow
 def test_sampled_replies_share_prefills_and_are_those_of_the_other_layout():
     vlm = tiny_vlm()
 
