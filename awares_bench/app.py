@@ -201,7 +201,7 @@ def page(model: api.Model, title: str) -> Any:
 def load_model(args: argparse.Namespace) -> tuple[api.Model, str]:
     """The model that answers, and what the page says of it."""
     if args.engine == "transformers":
-        options = dict(api.read_option(text) for text in args.option)
+        options: dict[str, Any] = dict(api.read_option(text) for text in args.option)
         unknown = sorted(set(options) - set(OF_CHECKPOINT))
         if unknown:
             raise OptionError(f"--option {unknown[0]} is not of the checkpoint; allowed: {', '.join(OF_CHECKPOINT)}")

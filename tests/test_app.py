@@ -46,7 +46,7 @@ def test_methods_answer_side_by_side_in_the_order_of_the_columns():
         ({"options": ("'",)}, "cannot be read"),
         ({"options": ("pruner=evil.py:Evil",)}, "cannot be named here"),
         ({"names": ("cropvlm",), "options": ("cropper=/etc/passwd",)}, "cannot be named here"),
-        ({"names": ("/tmp/mine.py:Mine",)}, "cannot be named here"),
+        ({"names": ("folder/mine.py:Mine",)}, "cannot be named here"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_a_sentence(asked, said):

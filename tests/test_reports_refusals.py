@@ -184,7 +184,7 @@ def test_damaged_compact_records_are_refused(tmp_path):
     write_run(tmp_path / "sweep", "a", {"nano_doc": DOCUMENTS})
     compact.write(discover.runs([tmp_path / "sweep"])[0], tmp_path / "small")
     path = tmp_path / "small" / compact.DOCUMENTS
-    older = tmp_path / "small" / compact.OLDER  # as releases up to 0.1 wrote them
+    older = tmp_path / "small" / compact.OLDER  # as they were written before
     older.write_bytes(gzip.compress(lzma.decompress(path.read_bytes())))
     (kept,) = discover.runs([tmp_path / "small"])[0]
     path.rename(tmp_path / "aside")

@@ -24,7 +24,7 @@ from awares_bench.evaluation.provenance import cpu_name, provenance
 from awares_bench.inference.batch import Batch
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
-from awares_bench.methods.conversation import Failure, Sample
+from awares_bench.methods.conversation import Failure, Sample, Trajectory
 from awares_bench.methods.registry import build
 from awares_bench.methods.usage import Usage
 from awares_bench.models.flops import vision_flops
@@ -389,7 +389,8 @@ def _external(vlm: LocalModel, settings: Settings, contestants: list[Contestant]
         f"same documents: batches of {BATCH} here, {SERVED_BATCH} requests in flight elsewhere; whole seconds stand under decode"
     ]
     for method in ("full", "awares"):
-        policy, answers, runners = build(method, {}).policy, {}, []
+        policy, runners = build(method, {}).policy, []
+        answers: dict[str, list[str]] = {}
         for name, model in engines.items():
             rounds = count()
 
@@ -402,9 +403,11 @@ def _external(vlm: LocalModel, settings: Settings, contestants: list[Contestant]
                     taken = time.perf_counter() - start
                 if failed := next((o for o in outcomes.values() if isinstance(o, Failure)), None):
                     raise RuntimeError(f"{name}: {failed.error}")
-                answers[name] = [outcomes[i].answer for i in range(len(samples))]
-                usage = sum((o.usage for o in outcomes.values()), Usage())
-                return [[replace(usage, **{f"{p}_seconds": 0.0 for p in PHASES} | {"decode_seconds": taken})]]
+                ended = [o for _, o in sorted(outcomes.items()) if isinstance(o, Trajectory)]
+                answers[name] = [o.answer for o in ended]
+                usage = sum((o.usage for o in ended), Usage())
+                phases: dict[str, Any] = {f"{p}_seconds": 0.0 for p in PHASES} | {"decode_seconds": taken}
+                return [[replace(usage, **phases)]]
 
             runners.append(Contestant(f"nano suite, {method}: {name}", timed))
         alternate(runners, settings.repeats)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -214,11 +214,11 @@ def questions(size: str, layers: int | None, device: str, tokens: tuple[int, ...
         name = str(way.dtype).removeprefix("torch.")
         out[f"{name}: generate"] = way.generate
         out[f"{name}: vision tower"] = way.tower
-        out[f"{name}: rectangle"] = lambda way=way: way.layout(PaddedBatch)
+        out[f"{name}: rectangle"] = partial(way.layout, PaddedBatch)
         # on a GPU float32 has no kernel, and the layout is tried with the reference in its place
         if device != "cpu":
-            out[f"{name}: {PLAIN}"] = lambda way=way: way.layout(PlainSteps)
-        out[f"{name}: {OWN}"] = lambda way=way: way.layout(RaggedBatch if device == "cpu" else VarlenBatch)
+            out[f"{name}: {PLAIN}"] = partial(way.layout, PlainSteps)
+        out[f"{name}: {OWN}"] = partial(way.layout, RaggedBatch if device == "cpu" else VarlenBatch)
         out[f"{name}: packed scoring"] = way.scoring
     if device != "cpu":
         out["bfloat16: kernels"] = lambda: kernels_here(rounded.vlm)

@@ -164,7 +164,12 @@ def _qwen3(name: str, nano: Qwen2_5_VLConfig) -> Qwen3VLConfig:
         "rope_parameters": rope,
     }
     text |= {**_QWEN3_DECODERS[name], **ids}
-    tower = {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 2304}
+    tower: dict[str, object] = {
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_position_embeddings": 2304,
+    }
     tower |= _QWEN3_TOWERS["large" if name.endswith("8b") else "small"] | {"out_hidden_size": text["hidden_size"]}
     return Qwen3VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=text["tie_word_embeddings"], **marks)
 

@@ -211,8 +211,8 @@ class MethodModel(lmms):
         key = ("vllm", options.pretrained, options.batch_size, options.dtype, str(sorted(more.items())), *shared.values())
         if key not in self._vlms:  # a sweep loads it once
             vllm = VllmModel(options.pretrained, options.batch_size, dtype=options.dtype, options=more, **shared)
-            self._vlms[key] = vllm  # type: ignore[assignment]
-        return self._vlms[key]  # type: ignore[return-value]
+            self._vlms[key] = vllm
+        return self._vlms[key]
 
     def _load(self, pretrained: str, penalty: float | None = None) -> tuple[LocalModel, str | None]:
         """A checkpoint under the options of the run -> the model, and a fingerprint of its folder.

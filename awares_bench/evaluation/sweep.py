@@ -202,7 +202,8 @@ def share(recipe: Recipe, out: Path, stale: float = STALE_SECONDS) -> list[dict]
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("a worker is one process; start several workers on the same --out instead of several processes of one")
-    claims, index, loaded, vlms = Claims(out / "claims", stale), None, None, {}
+    claims, index, loaded = Claims(out / "claims", stale), None, None
+    vlms: dict = {}
     say = _speaker()
     while found := _next_cell(recipe, out, claims, loaded):
         cell, path, before = found

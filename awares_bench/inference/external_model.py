@@ -174,6 +174,7 @@ class ExternalModel(ABC):
     def _conclude(self, request: Request, counted: Counted, written: Written | None) -> Reply:
         """The reply that was written, or where ``written`` is None the one that the turn puts into the model's mouth; the session goes on."""
         session, turn = request.session, request.turn
+        tokens: tuple[int, ...]
         if written is None:
             text = turn.forced_reply or ""
             unfed = self._ids(text)  # the next turn feeds them

@@ -25,7 +25,6 @@ from awares_bench.methods.pruner import Pruner
 from awares_bench.methods.usage import Usage
 from awares_bench.models.families import families
 from awares_bench.models.generic import rows_alike, side_by_side
-from awares_bench.models.loading import load_generic
 
 from .decoding import penalised
 from .hidden_state import layers_of
@@ -41,23 +40,6 @@ class GenericModel(LocalModel):
     engine = "generic"
     host: Any
     """A ``GenericHost``."""
-
-    @classmethod
-    def load(
-        cls,
-        pretrained: str,
-        dtype: str = "auto",
-        device: str = "auto",
-        attn_implementation: str = "sdpa",
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        constrained: bool = True,
-        repetition_penalty: float | None = None,
-        limits: str | None = None,
-    ) -> GenericModel:
-        """As ``LocalModel.load``, for a checkpoint of any family."""
-        host = load_generic(pretrained, dtype, device, attn_implementation, min_pixels, max_pixels, limits)
-        return cls(host, constrained, repetition_penalty)
 
     def kernels(self) -> AbstractContextManager:
         return nullcontext()  # the model runs as it is

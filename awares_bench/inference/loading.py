@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from awares_bench.methods.options import parse_bool, parse_int
 from awares_bench.methods.policy import UNDER_TEST, Policy
@@ -31,7 +32,8 @@ def load_vlm(
     key = (*settings, engine == "generic")
     if key not in loaded:
         automatic = engine != "generic" and is_generic(folder)
-        loaded[key] = vlm = (GenericModel if automatic or engine == "generic" else LocalModel).load(*settings)
+        vlm: Any = (GenericModel if automatic or engine == "generic" else LocalModel).load(*settings)
+        loaded[key] = vlm
         if automatic:
             _say(
                 f"{pretrained} is a {vlm.host.model_type}, a family without a host of its own here: engine=generic answers, by model.generate, "

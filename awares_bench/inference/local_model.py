@@ -118,7 +118,8 @@ class LocalModel:
         dtype ``auto``: bfloat16 on a GPU, float32 on a CPU. limits, min_pixels, max_pixels: of a picture (``HostModel``).
         Raises CheckpointError.
         """
-        host = load_host(pretrained, dtype, device, attn_implementation, min_pixels, max_pixels, limits)
+        generic = cls.engine == "generic"
+        host = load_host(pretrained, dtype, device, attn_implementation, min_pixels, max_pixels, limits, generic)
         return cls(host, constrained, repetition_penalty)
 
     @property

@@ -100,7 +100,8 @@ class Endpoint(ExternalModel):
         """Fields that the server does not take."""
         self._same_size: set[tuple] = set()
         """Sizes of pictures in which the server sees as many visual tokens as are counted here."""
-        self._waiting, self._ended = Lock(), None
+        self._waiting = Lock()
+        self._ended: RunError | None = None
 
     # ------------------------------------------------------------------ before the first document
 
@@ -288,6 +289,7 @@ class Endpoint(ExternalModel):
         """The completion of a conversation. A request that fails at every retry is its own failure where the server answers another;
         else the server is waited for."""
         told = ""
+        failed: Exception
         for _ in range(OUTAGES):
             try:
                 return self._create(*asked)
@@ -369,7 +371,7 @@ class Endpoint(ExternalModel):
                 reraise=True,
             )
             try:
-                with suppress(_Unreachable):
+                with suppress(*_Unreachable):
                     return look()  # it was away, and another thread has waited
                 if self.wait_for_server:
                     waited = f"within {self.wait_for_server:g} minutes"

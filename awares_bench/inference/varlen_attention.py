@@ -50,8 +50,9 @@ def kernels() -> Iterator[tuple[str, Kernel]]:
         words: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}  # since 2.11, before
         # before it had ``enable_gqa`` it did not look at the numbers of heads
         words |= {"enable_gqa": True} if "enable_gqa" in known else {}
-        yield "torch.nn.attention.varlen", partial(varlen_attn, **words)
-        yield "torch.nn.attention.varlen, keys repeated for every head", partial(_repeated, partial(varlen_attn, **words))
+        kernel: Any = partial(varlen_attn, **words)  # its second result, the normaliser, comes only where it is asked for
+        yield "torch.nn.attention.varlen", kernel
+        yield "torch.nn.attention.varlen, keys repeated for every head", partial(_repeated, kernel)
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:

@@ -171,7 +171,9 @@ class VarlenBatch(RaggedBatch):
     def _replay(self, tokens: Tensor, counts: Tensor) -> Tensor:
         if self.graph is None:
             try:
-                self.graph = type(self).recorder(lambda *state: self.advance(*state, longest=self.room), [tokens, counts])
+                self.graph = type(self).recorder(
+                    lambda tokens, counts: self.advance(tokens, counts, longest=self.room), [tokens, counts]
+                )
             except RuntimeError as error:
                 type(self).graphs = False
                 warnings.warn(f"decoding goes on without a CUDA graph: {str(error).splitlines()[0]}", stacklevel=2)

@@ -53,7 +53,7 @@ def other_pictures(sample: Sample) -> list[Image.Image]:
     """
     if sample.other_pictures is None:
         raise ValueError("the control shows a picture of another document, and this sample is of no task; run it on a task")
-    own, out = {(image.size, image.tobytes()) for image in sample.images}, []
+    own, out = {(image.size, image.tobytes()) for image in sample.images}, list[Image.Image]()
     for pictures in islice(sample.other_pictures(), SEARCHED):
         for picture in pictures:
             image = as_rgb(picture)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class KeptTokens:
     def as_dict(self) -> dict:
         """For JSON: places as bit masks in raster order, written in hexadecimal (``mask``)."""
         tokens = self.grid[0] * self.grid[1]
-        told = {"image": self.image, "layer": self.layer, "grid": list(self.grid), "size": list(self.size)}
+        told: dict[str, Any] = {"image": self.image, "layer": self.layer, "grid": list(self.grid), "size": list(self.size)}
         told |= {"kept": mask(self.kept, tokens), "merged": mask(self.merged, tokens)}
         return told | ({"run": self.run, "runs": self.runs} if self.runs > 1 else {})
 

@@ -300,7 +300,7 @@ class HostModel(ABC):
             at += len(run.features)
         deepstack = None
         if visual and visual[0].deepstack is not None:
-            added = torch.cat([run.deepstack for run in visual], 1)  # (N, V, D)
+            added = torch.cat([run.deepstack for run in visual if run.deepstack is not None], 1)  # (N, V, D)
             deepstack = embeds.new_zeros((len(added), *embeds.shape))
             deepstack[:, places] = added.to(embeds.dtype)
         return PromptChunk(embeds, moved(positions, self.device), after, tuple(spans), deepstack)
@@ -340,7 +340,7 @@ class HostModel(ABC):
         width = self.decoder.config.hidden_size
         first, *added = features.split(width, 1) if features is not None else (None,)
         positions = positions if self.position_axes > 1 else positions[0]
-        extra = {"visual_pos_masks": ids == self.image_token, "deepstack_visual_embeds": added} if added else {}
+        extra: dict[str, Any] = {"visual_pos_masks": ids == self.image_token, "deepstack_visual_embeds": added} if added else {}
         embeds = self.embed(ids, first)
         out = self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **extra)
         return out.last_hidden_state

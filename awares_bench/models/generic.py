@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from awares_bench.errors import CheckpointError, RunError
 from awares_bench.methods.conversation import Event, Turn, chat_messages
 
-from .base import check_text, opening_of
+from .base import check_text, opening_of, rendered
 from .checkpoint import saying
 from .families import families
 from .limits import Limits
@@ -50,9 +50,10 @@ class GenericHost:
             known.tiles if known else edges is None
         )  # the processor decides what a picture costs, however many pixels it has
         if known and not self.tiles:
-            own = known.own_limits(processor)
+            own: tuple[int, int] | None = known.own_limits(processor)
         else:
-            own = edges and tuple(getattr(processor.image_processor.size, e) for e in edges)
+            least, most = (getattr(processor.image_processor.size, e) for e in edges) if edges else (0, 0)
+            own = (least, most) if edges else None
         pixels, self.limits_name = Limits(limits, min_pixels, max_pixels).resolve(self.model_type, own)
         self.limits: dict[str, int | None] = dict(zip(("shortest_edge", "longest_edge"), pixels or (None, None), strict=True))
         self._images_kwargs = {"size": dict(zip(edges, pixels, strict=True))} if edges and pixels else {}
@@ -71,7 +72,7 @@ class GenericHost:
         self.image_token: int = token
         self._counts: dict[tuple[int, int], int] = {}
         # 3) the chat template
-        self._as_parts, self._shows_system = self._template_form()
+        self._shows_system = self._check_template()
         with saying(self._refused("has a processor that cannot take a conversation with a picture")):
             made = self.inputs([Turn((Image.new("RGB", (PROBE, PROBE)),), "?")], [])["input_ids"][0]
         if (found := int((made == self.image_token).sum())) < 2:
@@ -180,32 +181,25 @@ class GenericHost:
                 f"this method begins with a system message, which the chat template of {self.name!r} ({self.model_type}) does not show; "
                 "use a method without one, such as full, low or cropvlm"
             )
-        parts = self._parts(turns, len(replies), self._as_parts)
+        parts = self._parts(turns, len(replies))
         for i, turn in enumerate(turns):
             if turn.omit_newline and i:  # the end of the model's reply, the line break to leave out, the new message
                 end = self.tokenizer.convert_ids_to_tokens(self.tokenizer(parts[i], add_special_tokens=False)["input_ids"][0])
                 parts[i] = parts[i].replace(f"{end}\n", end, 1)
         return parts[0] + "".join(reply + part for reply, part in zip(replies, parts[1:], strict=True))
 
-    def _parts(self, turns: Sequence[Turn], replies: int, as_parts: bool) -> list[str]:
+    def _parts(self, turns: Sequence[Turn], replies: int) -> list[str]:
         """The rendered texts before the first reply, between replies, and after the last."""
         holes = [_HOLE.format(i) for i in range(replies)]
-        talk = chat_messages(list(turns), holes)
-        if as_parts:
-            for message in talk:
-                if isinstance(message["content"], str):
-                    message["content"] = [{"type": "text", "text": message["content"]}]
-        # a template that can think is told not to, since its thoughts would be charged to a reply's limit
-        more = {"enable_thinking": False} if "enable_thinking" in str(self.processor.chat_template) else {}
-        text = self.processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=True, **more)
+        text = rendered(self.processor, chat_messages(list(turns), holes))
         out = []
         for hole in holes:
             before, _, text = text.partition(hole)
             out.append(before)
         return [*out, text]
 
-    def _template_form(self) -> tuple[bool, bool]:
-        """Whether the chat template wants texts as parts of a message, and whether it shows a system message.
+    def _check_template(self) -> bool:
+        """Whether the chat template shows a system message. Raises CheckpointError for one that loses a question or a reply.
 
         Templates differ, and what one does not read it leaves out in silence: so a conversation is rendered, and all of it looked for.
         """
@@ -213,18 +207,16 @@ class GenericHost:
         second = Turn((), "second-question")
         failed = "shows no question, or no reply of an earlier turn"
         for system in ("system-message", None):
-            for as_parts in (True, False):
-                turns = [Turn(first.images, first.text, system=system), second]
-                try:
-                    parts = self._parts(turns, 1, as_parts)
-                except Exception as error:  # a template is anyone's code
-                    failed = f"cannot render a conversation ({error})"
-                    continue
-                whole = "".join(parts)
-                wanted = [*([system] if system else []), first.text, second.text]
-                if all(parts) and [whole.count(text) for text in wanted] == [1] * len(wanted) and second.text in parts[1]:
-                    self._check_thinking(parts[-1])
-                    return as_parts, system is not None
+            try:
+                parts = self._parts([Turn(first.images, first.text, system=system), second], 1)
+            except Exception as error:  # a template is anyone's code
+                failed = f"cannot render a conversation ({error})"
+                continue
+            whole = "".join(parts)
+            wanted = [*([system] if system else []), first.text, second.text]
+            if all(parts) and [whole.count(text) for text in wanted] == [1] * len(wanted) and second.text in parts[1]:
+                self._check_thinking(parts[-1])
+                return system is not None
         raise CheckpointError(self._refused(f"has a chat template that {failed}"))
 
     def _check_thinking(self, text: str) -> None:

@@ -8,6 +8,7 @@ denominators and belong into different tables.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 OWN = "hf"
 """The set that every family has: the limits of its released processors."""
@@ -120,6 +121,12 @@ class Limits:
     min_pixels: int | None = None
     max_pixels: int | None = None
 
+    @overload
+    def resolve(self, family: str, own: tuple[int, int]) -> tuple[tuple[int, int], str]: ...
+
+    @overload
+    def resolve(self, family: str, own: tuple[int, int] | None) -> tuple[tuple[int, int] | None, str]: ...
+
     def resolve(self, family: str, own: tuple[int, int] | None) -> tuple[tuple[int, int] | None, str]:
         """-> fewest and most pixels of a picture, and what a record calls them.
 
@@ -128,8 +135,8 @@ class Limits:
         that cannot be.
         """
         name = self.name or OWN
-        given = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
-        given = {k: v for k, v in given.items() if v is not None}
+        asked = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        given = {k: v for k, v in asked.items() if v is not None}
         pixels = _of_family(name, family).pixels or own
         if pixels is None:
             if given:

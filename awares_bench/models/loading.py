@@ -12,7 +12,6 @@ from transformers.utils.quantization_config import QuantizationMethod
 from awares_bench.errors import CheckpointError
 
 from .adapters import merge_adapters
-from .base import HostModel
 from .checkpoint import (
     base_of,
     check_files,
@@ -42,24 +41,11 @@ def load_host(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     limits: str | None = None,
-) -> HostModel:
-    """A checkpoint as the host of its family (see ``load``), with limits of a picture (see ``HostModel``)."""
-    model, processor = load(pretrained, dtype, device, attn_implementation)
-    return host_of(model, processor, min_pixels, max_pixels, limits)
-
-
-def load_generic(
-    pretrained: str,
-    dtype: str = "auto",
-    device: str = "auto",
-    attn_implementation: str = "sdpa",
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    limits: str | None = None,
-) -> GenericHost:
-    """A checkpoint of any family as ``model.generate`` runs it (see ``load``), with limits of a picture (see ``GenericHost``)."""
-    model, processor = load(pretrained, dtype, device, attn_implementation, generic=True)
-    return GenericHost(model, processor, min_pixels, max_pixels, limits)
+    generic: bool = False,
+) -> Any:
+    """A checkpoint as the ``HostModel`` of its family, or of any family as a ``GenericHost``, with limits of a picture; see ``load``."""
+    model, processor = load(pretrained, dtype, device, attn_implementation, generic)
+    return (GenericHost if generic else host_of)(model, processor, min_pixels, max_pixels, limits)
 
 
 def load(

@@ -110,7 +110,7 @@ def runs_of(
         if probe is not None:
             order = raster_order(rows, columns, window, features.device)
             values = {"attention": probe.attention, "vision_keys": probe.keys, "unmerged": probe.unmerged}
-            values["middle_attention"] = probe.middle and probe.middle.attention
+            values["middle_attention"] = None if probe.middle is None else probe.middle.attention
             seen = {name: _per_token(of_patches, len(features), run, order) for name, of_patches in values.items()}
             seen["tower_order"] = window_order(rows, columns, window, features.device)
         places = torch.arange(rows * columns, device=features.device)

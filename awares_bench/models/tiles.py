@@ -138,7 +138,8 @@ class TilingHost(HostModel):
         looks = any(need in OF_THE_TOWER for need in needs)
         tiles = [image.inputs["pixel_values"] for image in images]
         pixels = torch.cat([t.to(self.device, non_blocking=True) for t in tiles]).to(self.dtype)
-        with self.fast_tower(), self._probed(block, needs) if looks else nullcontext({}) as seen:
+        watched: AbstractContextManager[dict[str, list[Tensor]]] = self._probed(block, needs) if looks else nullcontext({})
+        with self.fast_tower(), watched as seen:
             features = torch.cat([self.features(part) for part in pixels.split(TOGETHER)])
         of_tokens = {name: self._per_token(torch.cat(parts)) for name, parts in seen.items()}
         # a run is a tile; the tiles of a picture have seeds of their own
@@ -148,7 +149,7 @@ class TilingHost(HostModel):
         ]
         out = []
         for at, (tile, seed) in enumerate(zip(features, seeds, strict=True)):
-            fields = {name: values[at] for name, values in of_tokens.items()}
+            fields: dict[str, Any] = {name: values[at] for name, values in of_tokens.items()}
             order = places if looks else None
             out.append(VisualTokens(tile, (self.side, self.side), places, seed=seed, tower_order=order, **fields))
         return out

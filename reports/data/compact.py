@@ -18,7 +18,7 @@ from .load import ReportError, Run, typed
 
 RUNS, DOCUMENTS = "runs.json", "documents.csv.xz"
 OLDER = "documents.csv.gz"
-"""What releases up to 0.1 wrote, which is read too."""
+"""What was written before, and is read too."""
 VERSION = 1
 
 

@@ -41,13 +41,14 @@ def matched(frame: pd.DataFrame, times: bool = True, level: float = stats.LEVEL)
             if at is None or ours is None:
                 continue
             for family, own in curves.items():
-                runs = sorted((m for m in [*own, *([full] if full else [])] if costs.get(m) is not None), key=lambda m: costs[m])
-                around = next(((a, b) for a, b in pairwise(runs) if costs[a] <= at <= costs[b]), None)
+                known = {m: c for m in [*own, *([full] if full else [])] if (c := costs.get(m)) is not None}
+                runs = sorted(known, key=lambda m: known[m])
+                around = next(((a, b) for a, b in pairwise(runs) if known[a] <= at <= known[b]), None)
                 if around is None:
                     continue
                 cheap, dear = around
-                wide = costs[dear] - costs[cheap]
-                share = (at - costs[cheap]) / wide if wide else 0.0  # of documents that go to the dearer run
+                wide = known[dear] - known[cheap]
+                share = (at - known[cheap]) / wide if wide else 0.0  # of documents that go to the dearer run
                 differences = {
                     task: (m[method] - (1 - share) * m[cheap] - share * m[dear]).to_numpy(float)[:, None]
                     for task, m in scores.items()

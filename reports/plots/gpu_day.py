@@ -70,7 +70,8 @@ def draw_pruners(frame: pd.DataFrame, device: str, notes: tuple[str, ...] = ()) 
         ax.grid(axis="y", visible=False)
         first = one.iloc[0]
         ax.set_xlabel(f"% of the prefill, {first['model']}, {first['tokens']:,} tokens, retention {first['retention']:g}")
-        style.legend(figure, *ax.get_legend_handles_labels(), 2)
+        handles, labels = ax.get_legend_handles_labels()
+        style.legend(figure, handles, labels, 2)
         style.title(figure, f"Pruners on {device}")
         style.footnote(figure, notes)
     return figure

@@ -5,6 +5,8 @@ The range of accuracies is that of the front and of the named few; runs far belo
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -57,9 +59,9 @@ def draw_points(
     """Plot ``points``: cost on x, accuracy in percent on y. on: what was measured. paper: rows (label, family, cost, accuracy as a
     fraction, source) for a panel of their own, drawn hollow.
     """
-    published = paper is not None and len(paper) > 0
+    paper = paper if paper is not None and len(paper) else None
     with style.house_style():
-        if published:
+        if paper is not None:
             figure, (axes, below) = style.subplots(5.2, 2, 1, height_ratios=[5, 3], sharex=True)
         else:
             figure, axes = style.subplots(3.7)
@@ -68,17 +70,17 @@ def draw_points(
         bottom, top = y_range(data)
         style.title(figure, title, f"{on}; {len(data)} runs, all in the CSV" if crowd else on)
         outliers = panel(axes, data, bottom, top, crowd)
-        both = pd.concat([data["cost"], paper["cost"]]) if published else data["cost"]
+        both = pd.concat([data["cost"], paper["cost"]]) if paper is not None else data["cost"]
         axes.set_xlim(*x_range(both))
         numbers = _number_outliers(axes, data[data["method"].isin(outliers)])
         below.set_xlabel(xlabel)
         axes.set_ylabel("accuracy, mean over tasks (%)")
         bars = "" if crowd else "Bars: 95 % bootstrap interval over documents. "
         beneath = "Runs at the lower edge lie below it, at the number beside them. " if len(outliers) else ""
-        sources = list(dict.fromkeys(paper["source"])) if published and "source" in paper else []
+        sources = list(dict.fromkeys(paper["source"])) if paper is not None and "source" in paper else []
         below_words = [f"As published: {'; '.join(sources)}."] if sources else []
         style.footnote(figure, [*notes, f"{bars}Dashed: Pareto front. {beneath}".strip(), *below_words])
-        if published:
+        if paper is not None:
             _published(below, paper)
         # The front and the named few are labelled where they are; the key has the rest.
         wanted, obstacles = _labels(data[~data["method"].isin(outliers)], crowd)
@@ -138,7 +140,7 @@ def panel(axes: Axes, data: pd.DataFrame, bottom: float, top: float, crowd: bool
         drawn.lines[0].set_clip_on(False)  # a mark at the edge is drawn whole
     outliers = data[below].sort_values("cost")
     for r in outliers.itertuples():
-        look = {"color": names.colour(r.family), "ms": 0.8 * size, "mec": "white", "mew": 0.3}
+        look: dict[str, Any] = {"color": names.colour(r.family), "ms": 0.8 * size, "mec": "white", "mew": 0.3}
         axes.plot(r.cost, bottom, names.marker(r.family), clip_on=False, zorder=4, **look)
     axes.set_ylim(bottom, top)
     ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(bottom, top)

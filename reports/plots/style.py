@@ -80,8 +80,8 @@ def save(figure: Figure, path: Path) -> None:
         width, height = figure.get_size_inches()
         lowest = min((t.get_window_extent().y0 for t in figure.texts if t.get_text()), default=0) / figure.dpi
         box = Bbox.from_extents(0, min(0, lowest - 0.03), width, height)
-        dpi = {"dpi": WIDE_DPI} if path.suffix == ".png" and width > 1.5 * WIDTH else {}
-        figure.savefig(path, metadata=metadata, bbox_inches=box, **dpi)
+        wide = path.suffix == ".png" and width > 1.5 * WIDTH
+        figure.savefig(path, metadata=metadata, bbox_inches=box, dpi=WIDE_DPI if wide else "figure")
     if path.suffix == ".png":
         with Image.open(path) as picture:
             small, dpi = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE), picture.info["dpi"]

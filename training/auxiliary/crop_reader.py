@@ -24,7 +24,7 @@ class CropReader:
         """The score of the frozen model's answer for each rollout; 0 where it shows no crop."""
         crops = [next((t.images[0] for t in r.trajectory.turns if t.boxes and t.images), None) for r in group]
         keys = [None if crop is None else (crop.size, crop.tobytes()) for crop in crops]
-        distinct = {key: crop for key, crop in zip(keys, crops, strict=True) if key is not None}
+        distinct = {key: crop for key, crop in zip(keys, crops, strict=True) if crop is not None}
         if not distinct:
             return [0.0] * len(group)
         requests = [Request(Session(), Turn((crop,), question), self.max_new_tokens) for crop in distinct.values()]

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from awares_bench.baselines.adaptvision import AdaptVision
+from awares_bench.baselines.ergo import Ergo
 from awares_bench.methods.crop_grid import hull
-from awares_bench.methods.registry import method_class
 
 from .. import examples, script
 from ..curation.crop_oracles import check_boxes
@@ -70,7 +71,7 @@ def adaptvision(row: dict, size: tuple[int, int]) -> list[str]:
     direct = visionthink(row | {"label": "LR"}, size)[0]
     if row["label"] != "HR":
         return [direct]
-    view = method_class("adaptvision")().view(Image.new("RGB", size)).size
+    view = AdaptVision().view(Image.new("RGB", size)).size
     call = {"name": "request_local_region", "arguments": {"bbox_2d": in_view(row, size, view)}}
     thought = direct.partition("<answer>")[0]
     return [f"{thought}<tool_call>\n{json.dumps(call)}\n</tool_call>", direct]
@@ -83,7 +84,7 @@ ERGO_CAP = 16
 def ergo(row: dict, size: tuple[int, int]) -> list[str]:
     """The replies of a row: the box around its evidence, and then the answer."""
     direct = visionthink(row | {"label": "LR"}, size)[0]
-    view = method_class("ergo")(cap=ERGO_CAP).shown(Image.new("RGB", size), Image.Resampling.BICUBIC).size
+    view = Ergo(cap=ERGO_CAP).shown(Image.new("RGB", size), Image.Resampling.BICUBIC).size
     return [f"{direct.partition('<answer>')[0]}<zoom>{in_view(row, size, view)}</zoom>", direct]
 
 
