@@ -14,12 +14,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from awares_bench.baselines.adaptvision import AdaptVision
-from awares_bench.baselines.ergo import Ergo
 from awares_bench.methods.crop_grid import hull
+from awares_bench.methods.registry import method_class
 
 from .. import examples, script
 from ..curation.crop_oracles import check_boxes
@@ -71,7 +71,8 @@ def adaptvision(row: dict, size: tuple[int, int]) -> list[str]:
     direct = visionthink(row | {"label": "LR"}, size)[0]
     if row["label"] != "HR":
         return [direct]
-    view = AdaptVision().view(Image.new("RGB", size)).size
+    policy: Any = method_class("adaptvision")()
+    view = policy.view(Image.new("RGB", size)).size
     call = {"name": "request_local_region", "arguments": {"bbox_2d": in_view(row, size, view)}}
     thought = direct.partition("<answer>")[0]
     return [f"{thought}<tool_call>\n{json.dumps(call)}\n</tool_call>", direct]
@@ -84,7 +85,8 @@ ERGO_CAP = 16
 def ergo(row: dict, size: tuple[int, int]) -> list[str]:
     """The replies of a row: the box around its evidence, and then the answer."""
     direct = visionthink(row | {"label": "LR"}, size)[0]
-    view = Ergo(cap=ERGO_CAP).shown(Image.new("RGB", size), Image.Resampling.BICUBIC).size
+    policy: Any = method_class("ergo")
+    view = policy(cap=ERGO_CAP).shown(Image.new("RGB", size), Image.Resampling.BICUBIC).size
     return [f"{direct.partition('<answer>')[0]}<zoom>{in_view(row, size, view)}</zoom>", direct]
 
 
