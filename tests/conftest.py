@@ -1,5 +1,6 @@
 """Fixtures that more than one file of tests uses."""
 
+import gc
 import logging
 
 import pytest
@@ -10,6 +11,12 @@ from awares_bench.inference.ragged_batch import RaggedBatch
 from awares_bench.inference.varlen_batch import VarlenBatch
 
 from .tiny import tiny_vlm
+
+
+def pytest_collection_finish(session):
+    """What the imports made stays: ``gc.collect()``, which lmms-eval calls for every model, then looks at a test's own objects only."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["line", "rectangle", "varlen"])

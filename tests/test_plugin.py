@@ -108,14 +108,15 @@ def test_masks_are_in_the_record_only_when_asked_for_and_answers_without_them_ar
         )
 
 
-def test_an_interrupted_run_keeps_what_it_answered_and_goes_on(tmp_path, checkpoint):
+@pytest.mark.parametrize("of_its_own", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["here", "process"])
+def test_an_interrupted_run_keeps_what_it_answered_and_goes_on(tmp_path, checkpoint, of_its_own):
     arguments = ["--model", "awares", "--tasks", "nano_doc", "--include_path", FOLDER, "--limit", 80, "--log_samples"]
     arguments += ["--output_path", tmp_path / "out", "--model_args", f"pretrained={checkpoint},output_dir={tmp_path / 'run'}"]
     run = tmp_path / "run"
 
-    def answered(before):
+    def answered(before, going_on):
         deadline = time.time() + 240
-        while len(records(run)) < before + 5 and time.time() < deadline and (process is None or process.poll() is None):
+        while len(records(run)) < before + 5 and time.time() < deadline and going_on():
             time.sleep(0.05)
 
     def kept(before):
@@ -123,20 +124,22 @@ def test_an_interrupted_run_keeps_what_it_answered_and_goes_on(tmp_path, checkpo
         assert before + 5 <= len(lines) < 80 and json.loads((run / "run.json").read_text())["status"] == "partial"
         return len(lines)
 
-    command = [sys.executable, "-m", "lmms_eval", *map(str, arguments)]
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background jobs do not hear it
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | environment(tmp_path), **quiet, **heard)
-    answered(0)
-    process.send_signal(signal.SIGINT)
-    process.wait(120)
-    process, before = None, kept(0)
+    before = 0
+    if of_its_own:  # first a process, which is then gone
+        command = [sys.executable, "-m", "lmms_eval", *map(str, arguments)]
+        heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background jobs do not hear it
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | environment(tmp_path), **quiet, **heard)
+        answered(0, lambda: process.poll() is None)
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
+        before = kept(0)
 
     def interrupt():
-        answered(before)
+        answered(before, lambda: True)
         os.kill(os.getpid(), signal.SIGINT)
 
-    as_it_was = signal.signal(signal.SIGINT, signal.default_int_handler)  # once more, on resume
+    as_it_was = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         watching = threading.Thread(target=interrupt)
         watching.start()
