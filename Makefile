@@ -41,7 +41,8 @@ wheel: .venv/installed
 	cd $$(mktemp -d) && $(CURDIR)/.venv-wheel/bin/awares-bench demo --limit 1
 
 # What breaks when a library moves: a file of each kind, about two minutes.
-SHORT = $(addprefix tests/test_,fresh.py doctor.py vlm.py engine.py bench.py pruners.py rollout.py crops.py grammar.py)
+SHORT = $(addprefix tests/,evaluation/test_fresh.py evaluation/test_doctor.py inference/test_vlm.py inference/test_engine.py \
+    inference/test_grammar.py bench/test_bench.py baselines/test_pruners.py training/test_rollout.py methods/test_crops.py)
 
 # The newest releases that the bounds of pyproject.toml allow, without the tested set.
 newest:

@@ -10,7 +10,7 @@ from awares_bench.inference.padded_batch import PaddedBatch
 from awares_bench.inference.ragged_batch import RaggedBatch
 from awares_bench.inference.varlen_batch import VarlenBatch
 
-from .tiny import tiny_vlm
+from .helpers.tiny import tiny_vlm
 
 
 def pytest_collection_finish(session):
@@ -64,7 +64,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def task_files_read_once():
     """For files of tests that make lmms-eval's index of tasks over and over."""
-    from .lmms_runs import tasks_read_once
+    from .helpers.lmms_runs import tasks_read_once
 
     with tasks_read_once():
         yield
@@ -73,7 +73,7 @@ def task_files_read_once():
 @pytest.fixture
 def server():
     """A fake OpenAI-compatible server, of which ``server.state`` says what it does (see ``openai_fake``)."""
-    from .openai_fake import start
+    from .helpers.openai_fake import start
 
     server = start()
     yield server

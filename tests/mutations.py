@@ -84,7 +84,11 @@ def main() -> int:
             raise SystemExit(f"{file}: {before!r} occurs {text.count(before)} times; update this list")
         path.write_text(text.replace(before, after))
         try:
-            done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", f"tests/{test}.py"], cwd=ROOT, capture_output=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "-x", str(next((ROOT / "tests").glob(f"**/{test}.py")))],
+                cwd=ROOT,
+                capture_output=True,
+            )
         finally:
             path.write_text(text)
         print(f"{'caught  ' if done.returncode else 'SURVIVED'}  {name}", flush=True)

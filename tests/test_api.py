@@ -17,12 +17,12 @@ from awares_bench.errors import AnswerError, AwaresError, OptionError
 from awares_bench.methods.conversation import Event, Reply
 from awares_bench.tasks import nano as nano_suite
 
-from .tiny import picture, tiny_vlm
+from .helpers.tiny import picture, tiny_vlm
 
 pytestmark = pytest.mark.usefixtures("task_files_read_once")
 
 TASKS = Path(nano_suite.__file__).parent
-EXAMPLE = Path(__file__).parent / "example_method.py"
+EXAMPLE = Path(__file__).parent / "helpers" / "example_method.py"
 METHODS = [
     "full",
     "low",

@@ -17,7 +17,7 @@ from awares_bench import api, app, cli
 from awares_bench.errors import OptionError
 from awares_bench.inference.engine import Scripted
 
-from .tiny import picture, tiny_vlm
+from .helpers.tiny import picture, tiny_vlm
 
 
 def ask(image=None, question="what is it?", names=("full",), options=("max_new_tokens=2",), vlm=None):

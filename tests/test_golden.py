@@ -44,7 +44,7 @@ from awares_bench.models.attention_scores import AttentionRows
 from awares_bench.models.prompt_chunk import ImageSpan, PromptChunk
 from awares_bench.models.qwen2_5_vl import Qwen2_5_VL
 
-from .tiny import embedded, see
+from .helpers.tiny import embedded, see
 
 GOLDEN = Path(os.environ.get("AWARES_GOLDEN") or Path(__file__).parent / "golden")
 TOLERANCE = 2e-4

@@ -24,7 +24,7 @@ from awares_bench.methods.conversation import Event, Failure, Reply, Sample, Tur
 from awares_bench.methods.registry import method_class
 from awares_bench.methods.tool_calls import CallError, last_answer
 
-from .tiny import chunk_ids, tiny_vlm
+from .helpers.tiny import chunk_ids, tiny_vlm
 
 GOLDEN = Path(os.environ.get("AWARES_GOLDEN") or Path(__file__).parent / "golden")
 OWN = Path(__file__).parent / "golden"

@@ -63,7 +63,7 @@ class Trajectories(torch.utils.data.Dataset):
 
 
 class SFTTrainer(ResumableTrainer):
-    """Weighted cross-entropy, equal for every split of a step into micro-batches and processes (tests/test_sft.py)."""
+    """Weighted cross-entropy, equal for every split of a step into micro-batches and processes (tests/training/test_sft.py)."""
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches = self.next_microbatches(epoch_iterator, num_batches)

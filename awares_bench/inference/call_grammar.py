@@ -6,7 +6,7 @@ and has no run of more than ``LONGEST_SPACE`` white space, so that every list en
 allowed when its text keeps the call alive, whatever it fuses, and what it holds beyond ``]``, which ends the reply, is free.
 A token of less than a letter, such as a byte of an exotic white space, is never allowed within a call.
 So the decision to call is the model's, every choice the grammar leaves is its most probable allowed token, and an
-unconstrained greedy reply that parses comes out the same up to the end of its call (tests/test_grammar.py).
+unconstrained greedy reply that parses comes out the same up to the end of its call (tests/inference/test_grammar.py).
 """
 
 from __future__ import annotations

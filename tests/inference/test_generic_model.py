@@ -34,9 +34,9 @@ from awares_bench.models.families import families
 from awares_bench.models.generic import GenericHost
 from awares_bench.tasks import nano as nano_suite
 
+from ..helpers.tiny import picture, tiny_vlm
+from ..helpers.tiny_generic import TINY
 from ..models import test_host_contract as contract
-from ..tiny import picture, tiny_vlm
-from ..tiny_generic import TINY
 
 TOLERANCE = 1e-4
 KNOWN = sorted(set(contract.TINY) & set(families()))

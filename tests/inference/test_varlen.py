@@ -22,7 +22,7 @@ from awares_bench.methods.conversation import Turn
 from awares_bench.methods.crop_grid import PAPER_GRID
 from awares_bench.methods.images import half
 
-from ..tiny import picture, tiny_copy, tiny_vlm
+from ..helpers.tiny import picture, tiny_copy, tiny_vlm
 
 TOLERANCE = 2e-5
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.session import Session
 from awares_bench.models.generic import GenericHost
 
+from ..helpers.tiny_generic import LLAVA_TEMPLATE, TOWER, drawn, sized, tokenizer
 from ..inference.test_generic_model import TURNS, same
-from ..tiny_generic import LLAVA_TEMPLATE, TOWER, drawn, sized, tokenizer
 from . import test_host_contract as contract
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"

@@ -32,8 +32,8 @@ from awares_bench.models.smolvlm import Idefics3
 from awares_bench.training.packing import Scorer, pack
 from awares_bench.training.rollouts import banned_tokens, rollouts
 
-from ..tiny import picture, tiny_vlm
-from ..tiny_tiles import internvl, smolvlm
+from ..helpers.tiny import picture, tiny_vlm
+from ..helpers.tiny_tiles import internvl, smolvlm
 from . import tiny_families
 
 TOLERANCE = 1e-4

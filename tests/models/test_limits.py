@@ -11,8 +11,8 @@ from awares_bench.models import limits
 from awares_bench.models.families import families
 from awares_bench.models.limits import NAMED, RELEASED, Limits, areas
 
-from ..runs import full, write_run
-from ..tiny import tiny_vlm
+from ..helpers.runs import full, write_run
+from ..helpers.tiny import tiny_vlm
 
 ROOT = Path(__file__).parents[2]
 

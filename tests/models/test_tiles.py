@@ -37,9 +37,9 @@ from awares_bench.training.packing import Scorer, pack
 from awares_bench.training.rendering import render
 from awares_bench.training.rollouts import banned_tokens, rollouts
 
-from ..openai_fake import start
-from ..tiny import picture, tiny_vlm
-from ..tiny_tiles import SMOLVLM_MARKS, internvl, internvl_processor, smolvlm, smolvlm_processor, tokenizer
+from ..helpers.openai_fake import start
+from ..helpers.tiny import picture, tiny_vlm
+from ..helpers.tiny_tiles import SMOLVLM_MARKS, internvl, internvl_processor, smolvlm, smolvlm_processor, tokenizer
 
 TINY = {"internvl": lambda: internvl("qwen2"), "idefics3": lambda: smolvlm("idefics3")}
 """InternVL with the decoder and the norms in its tower that the contract of hosts has not; SmolVLM, which is there, is Idefics3 by another name."""

@@ -22,7 +22,7 @@ from awares_bench.models.base import HostModel
 from awares_bench.models.families import host_of
 from awares_bench.training.nano import model as nano
 
-from ..tiny import tiny_tokenizer
+from ..helpers.tiny import tiny_tokenizer
 
 QWEN3_TEMPLATE = (  # renders as that of Qwen3-VL-Instruct: no system message by default
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
