@@ -221,7 +221,7 @@ CPU = {"enforce_eager": True, "skip_mm_profiling": True, "block_size": 32}
 
 COMPARE = """
 import json, sys
-from tests import test_vllm
+from tests.inference import test_vllm
 if __name__ == "__main__":
     print("RESULT" + json.dumps(test_vllm.compared(sys.argv[1])))
 """
