@@ -10,11 +10,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from awares_bench.awares import AwaRes
 from awares_bench.baselines.all_crops import AllCrops
@@ -23,11 +26,13 @@ from awares_bench.errors import RunError
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.vllm_model import VllmModel
-from awares_bench.methods.conversation import Failure, Sample, Turn
+from awares_bench.methods.conversation import Failure, Sample, Turn, chat_messages
 from awares_bench.methods.policy import Policy
 from awares_bench.models.packaged import resolve
 
+from ..helpers.lmms_runs import FOLDER, lmms_eval_process, records
 from ..helpers.openai_fake import processor
+from ..helpers.stock import stock
 from ..helpers.tiny import picture
 from .test_endpoint import free_port
 
@@ -218,12 +223,14 @@ def test_what_engine_vllm_cannot_do_is_said(vllm, monkeypatch, tmp_path):
 PYTHON = os.environ.get("AWARES_BENCH_VLLM") or sys.executable
 CPU = {"enforce_eager": True, "skip_mm_profiling": True, "block_size": 32}
 """Starts sooner, and shares prompts as short as nano's."""
+LONG = 96
+"""Tokens of an answer that is compared with a stock checkpoint's."""
 
-COMPARE = """
+CALL = """
 import json, sys
 from tests.inference import test_vllm
 if __name__ == "__main__":
-    print("RESULT" + json.dumps(test_vllm.compared(sys.argv[1])))
+    print("RESULT" + json.dumps(getattr(test_vllm, sys.argv[1])(sys.argv[2])))
 """
 
 
@@ -242,6 +249,33 @@ def compared(folder: str) -> dict:
     return found
 
 
+def written_in_process(folder: str) -> list[list[int]]:
+    """Run where vLLM is: the tokens of its answers to ``long_jobs``."""
+    model = VllmModel(folder, 8, dtype="float32", options=CPU)
+    return tokens_of(dict(Engine(model, Full(), 8).run(long_jobs())))
+
+
+def long_jobs() -> list[Job]:
+    return jobs(24, LONG)
+
+
+def tokens_of(outcomes: dict) -> list[list[int]]:
+    for outcome in outcomes.values():
+        assert not isinstance(outcome, Failure), outcome
+    return [list(outcomes[i].replies[0].tokens) for i in range(len(outcomes))]
+
+
+def where_vllm_is(function: str, folder: str, environment: dict, tmp_path):
+    """What a function of this module returns there."""
+    script = tmp_path / "call.py"
+    script.write_text(CALL)
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    command, variables = [PYTHON, str(script), function, folder], environment | {"PYTHONPATH": root}
+    done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
+    assert "RESULT" in done.stdout, done.stderr[-3000:]
+    return json.loads(done.stdout.split("RESULT")[-1].splitlines()[0])  # vLLM says more after it
+
+
 @pytest.fixture(scope="module")
 def real_vllm():
     done = subprocess.run([PYTHON, "-c", "import vllm, awares_bench"], capture_output=True)
@@ -257,17 +291,8 @@ def environment():
 @pytest.mark.slow
 @pytest.mark.parametrize("penalty", [None, 1.05])
 def test_vllm_in_process_says_and_counts_what_our_own_loop_does(real_vllm, environment, tmp_path, penalty):
-    from ..helpers.stock import stock
-
     folder = "nano" if penalty is None else str(stock(penalty=penalty))
-    script = tmp_path / "compare.py"
-    script.write_text(COMPARE)
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    done = subprocess.run(
-        [PYTHON, str(script), folder], env=environment | {"PYTHONPATH": root}, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert "RESULT" in done.stdout, done.stderr[-3000:]
-    found = json.loads(done.stdout.split("RESULT")[-1].splitlines()[0])  # vLLM says more after it
+    found = where_vllm_is("compared", folder, environment, tmp_path)
     assert len(found) == 5 and all(n == 24 and not different for n, different in found.values()), found
 
 
@@ -280,8 +305,69 @@ def serve(port, folder, log, environment):
 
 
 def kill(server):
-    os.killpg(server.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it has ended by itself
+        os.killpg(server.pid, signal.SIGKILL)
     server.wait()
+
+
+def engine_of(server) -> int:
+    """The number of the process that a server runs its engine in."""
+    listed = subprocess.run(["ps", "-s", str(server.pid), "-o", "pid=,args="], capture_output=True, text=True, check=True)
+    return int(next(line.split()[0] for line in listed.stdout.splitlines() if "EngineCore" in line))
+
+
+@contextmanager
+def served(folder, environment, tmp_path, port=None):
+    """A vLLM server of its own, killed afterwards -> its address and its process."""
+    port = port or free_port()
+    server = serve(port, folder, (tmp_path / "server.log").open("a"), environment)
+    try:
+        yield f"http://127.0.0.1:{port}/v1", server
+    finally:
+        kill(server)
+
+
+def lead(folder: str, job: Job, tokens: list[int]) -> float | None:
+    """How far, by transformers in float64, the score of the token that it writes is above that of the token of ``tokens`` where the two first
+    differ; None where they do not."""
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval()
+    talk = chat_messages([Turn(job.sample.images, job.sample.question)], [])
+    text = processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    shown = processor(text=[text], images=list(job.sample.images), return_tensors="pt")
+    settings = {"do_sample": False, "max_new_tokens": LONG, "output_scores": True, "return_dict_in_generate": True}
+    out = model.generate(**shown, **settings)
+    said = out.sequences[0, shown["input_ids"].shape[1] :].tolist()
+    for scores, right, token in zip(out.scores, said, tokens, strict=False):  # of transformers, penalised
+        if right != token:
+            return float(scores[0, right] - scores[0, token])
+    return None
+
+
+@pytest.mark.slow
+def test_a_stock_checkpoint_says_the_same_here_in_lmms_eval_and_in_vllm_served_or_not(real_vllm, environment, tmp_path):
+    """An answer may differ only where transformers in float64 finds two tokens as good as equal."""
+    from awares_bench.evaluation.lmms_run import stock_answers
+    from awares_bench.inference.openai_server import Endpoint
+
+    folder, asked = str(stock(penalty=1.05)), long_jobs()
+    own = LocalModel.load(folder, "float32", "cpu")
+    written = {"here": tokens_of(dict(Engine(own, Full(), 8).run(asked)))}
+    theirs = stock_answers(folder, own, 1)([(j.sample.images[0], j.sample.question) for j in asked], LONG)
+    assert [t.strip() for t in theirs] == [own.text(tokens).strip() for tokens in written["here"]]
+    with served(folder, environment, tmp_path) as (address, _):
+        model = Endpoint(address, "m", folder, 8)
+        model.warm_up()
+        written["served"] = tokens_of(dict(Engine(model, Full(), 8).run(asked)))
+    written["in process"] = where_vllm_is("written_in_process", folder, environment, tmp_path)
+    different = {
+        (name, i): lead(folder, asked[i], tokens)
+        for name in ("served", "in process")
+        for i, tokens in enumerate(written[name])
+        if tokens != written["here"][i]
+    }
+    print(f"{len(asked)} answers of up to {LONG} tokens; those that differ, by transformers' lead: {different}")
+    assert all(abs(margin or 0) < 1e-3 for margin in different.values()), different
 
 
 @pytest.mark.slow
@@ -308,3 +394,42 @@ def test_a_served_model_says_and_counts_what_our_own_loop_does_and_outlives_a_ki
         assert {i: shape(o)[:4] for i, o in theirs.items()} == {i: shape(o)[:4] for i, o in ours.items()}
     finally:
         kill(server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["server", "engine"])
+def test_a_run_whose_server_is_killed_resumes_to_the_records_of_an_uncut_run(real_vllm, environment, tmp_path, killed):
+    """The whole server, or only the process of its engine, which the rest outlives for a moment."""
+    from awares_bench.inference.openai_server import Endpoint
+
+    def run(folder) -> str:
+        tasks = ["--tasks", "nano_doc,nano_chart", "--include_path", FOLDER, "--limit", 60, "--batch_size", 4]
+        options = f"engine=openai,base_url={address},model=m,wait_for_server=0,retries=1,output_dir={folder}"
+        return lmms_eval_process(tmp_path, "--model", "awares", *tasks, "--model_args", options)
+
+    def kept(folder) -> dict:
+        """What is recorded of each document, without what its turns took."""
+        lines = records(folder)
+        assert len(lines) == len({(x["task"], x["doc_id"]) for x in lines}) and not any(x["error"] for x in lines)
+        for line in lines:
+            line["usage"] = [{k: v for k, v in turn.items() if not k.endswith("_seconds")} for turn in line["usage"]]
+        return {(x["task"], x["doc_id"]): x for x in lines}
+
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    port = free_port()
+    with served("nano", environment, tmp_path, port) as (address, server), ThreadPoolExecutor(1) as threads:
+        Endpoint(address, "m", "nano").warm_up()  # waits for it
+        said = threads.submit(run, cut)
+        while len(records(cut)) < 12 and not said.done():
+            time.sleep(0.02)
+        at = len(records(cut))
+        kill(server) if killed == "server" else os.kill(engine_of(server), signal.SIGKILL)
+        assert "start it again and run the same command with the same output_dir" in said.result(), said.result()[-3000:]
+    before = records(cut)
+    assert 12 <= at <= len(before) < 120 and not any(x["error"] for x in before)
+    with served("nano", environment, tmp_path, port):
+        Endpoint(address, "m", "nano").warm_up()
+        assert f"{len(before)} of 120 answers are taken from" in run(cut)
+        run(whole)
+    assert len(kept(whole)) == 120 and kept(cut) == kept(whole)
+    assert records(cut)[: len(before)] == before
