@@ -24,6 +24,9 @@ from awares_bench.errors import RunError
 RETRIES = 12
 """The client waits 0.5 s after the first failure and up to 8 s after later ones: a server has about a minute to come back."""
 
+FIRST_WAIT = 0.5
+"""Seconds before a body that is no completion is asked for again; twice as long each time, as the client waits after other failures."""
+
 TIMEOUT = 600.0
 """Seconds of one try."""
 
@@ -88,7 +91,7 @@ def complete(client: OpenAI, retries: int, **asked: Any) -> Completion:
     again = Retrying(
         retry=retry_if_exception_type(BadBody),
         stop=stop_after_attempt(retries + 1),
-        wait=wait_exponential(0.5, max=8),
+        wait=wait_exponential(FIRST_WAIT, max=8),
         reraise=True,
     )
     return again(_complete, client, asked)

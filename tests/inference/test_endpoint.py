@@ -33,6 +33,13 @@ from ..helpers.stock import stock
 from ..helpers.tiny import picture
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    """Between the tries of one request."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
+    monkeypatch.setattr("awares_bench.inference.openai_client.FIRST_WAIT", 0.02)
+
+
 def jobs(n):
     return [Job(Sample((picture(224, 224, i),), f"which {i}?", str(i)), 8, ("\n\n",)) for i in range(n)]
 

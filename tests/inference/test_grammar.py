@@ -346,7 +346,7 @@ def test_calls_that_were_never_seen_before_take_no_more_memory():
     grammar, rng, kept = CallGrammar(PAPER_GRID, tiny_tokenizer()), random.Random(2), []
     tracemalloc.start()
     for _ in range(2):
-        for _ in range(60):
+        for _ in range(30):
             text = PAPER_GRID.format(rng.sample(PAPER_GRID.names, rng.randint(2, 5)))
             ids = grammar.tokenizer(text)["input_ids"]
             for n in range(1, len(ids)):
