@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import sys
 
-SHORT_SPIN = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
-"""libgomp (PyTorch's on Linux): turns of a loop, tens of microseconds. libomp and Intel's: milliseconds; 200 are its default."""
+SHORT_SPIN = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+"""libgomp (PyTorch's on Linux): turns of a loop, about ten microseconds: as fast as longer spins on a quiet machine, and faster
+on a busy one. libomp and Intel's: milliseconds; 200 are its default."""
 
 OF_THE_USER = (*SHORT_SPIN, "OMP_WAIT_POLICY")
 """Whoever sets one of these has chosen."""
@@ -20,8 +21,8 @@ TOO_LATE = "AWARES_BENCH_OPENMP_TOO_LATE"
 """Holds the number of a process in which PyTorch was loaded first."""
 
 SLOW_BESIDE_OTHERS = (
-    "this machine is busy, and PyTorch's threads spin for its cores; start lmms-eval with GOMP_SPINCOUNT=3000 (docs/speed.md), or run "
-    "the same by awares-bench run, which sets it"
+    "this machine is busy, and PyTorch's threads spin for its cores; start lmms-eval with "
+    f"GOMP_SPINCOUNT={SHORT_SPIN['GOMP_SPINCOUNT']} (docs/speed.md), or run the same by awares-bench run, which sets it"
 )
 """For a process that loaded PyTorch before it could be told."""
 

@@ -1,7 +1,8 @@
 """Documents per second on a quiet machine and beside busy processes, with OpenMP's spin as this package sets it and as it comes.
 
 A policy of OpenMP is read when PyTorch is loaded, so each contestant is a process of its own: it answers the nano suite for a while at each
-line on its standard input, and writes documents per second.
+line on its standard input, and writes documents per second and the cores that it got, which the system's scheduler decides: two threads
+that it puts beside each other on one of two busy cores get two thirds of it, on one core each they get half of both.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.resources import files
 from itertools import cycle
 from pathlib import Path
@@ -25,14 +27,28 @@ BUSY = 2
 CONTESTANTS = {"ours": SHORT_SPIN, "as OpenMP comes": {}}
 
 
-def contention(pretrained: str, documents: int, batch: int, repeats: int, seconds: float = 4.0) -> dict[str, dict[str, float]]:
-    """Contestant -> documents per second (medians) ``quiet`` and ``busy``, all in alternation.
+@dataclass(frozen=True)
+class Rate:
+    """Of a contestant; medians over its rounds."""
+
+    documents: float
+    """Per second."""
+
+    cores: float
+    """That it got: CPU seconds of all its threads in a second."""
+
+    per_core: float
+    """Documents per CPU second."""
+
+
+def contention(pretrained: str, documents: int, batch: int, repeats: int, seconds: float = 4.0) -> dict[str, dict[str, Rate]]:
+    """Contestant -> its rate ``quiet`` and ``busy``, all in alternation.
 
     seconds: of one round of one contestant; a round ends sooner when all documents are answered.
     """
     kept = {name: value for name, value in os.environ.items() if name not in OF_THE_USER}
     command = [sys.executable, "-m", "awares_bench.bench.contention", pretrained, str(documents), str(batch), str(seconds)]
-    rounds: dict[str, dict[str, list[float]]] = {name: {"quiet": [], "busy": []} for name in CONTESTANTS}
+    rounds: dict[str, dict[str, list[tuple[float, float]]]] = {name: {"quiet": [], "busy": []} for name in CONTESTANTS}
     with ExitStack() as stack:
         workers = {
             name: stack.enter_context(
@@ -47,10 +63,16 @@ def contention(pretrained: str, documents: int, batch: int, repeats: int, second
                 with busy(BUSY if state == "busy" else 0):
                     for name, worker in workers.items():
                         print("go", file=worker.stdin, flush=True)
-                        rounds[name][state].append(float(_line(worker)))
+                        rate, cores = map(float, _line(worker).split())
+                        rounds[name][state].append((rate, cores))
         for worker in workers.values():
             worker.stdin.close()  # type: ignore[union-attr]
-    return {name: {state: median(values) for state, values in states.items()} for name, states in rounds.items()}
+    return {name: {state: _median(values) for state, values in states.items()} for name, states in rounds.items()}
+
+
+def _median(rounds: list[tuple[float, float]]) -> Rate:
+    rates, cores = zip(*rounds, strict=True)
+    return Rate(median(rates), median(cores), median(rate / used for rate, used in rounds))
 
 
 def _line(worker: subprocess.Popen) -> str:
@@ -87,12 +109,13 @@ def _work(pretrained: str, documents: int, batch: int, seconds: float) -> None:
     vlm.warm_up()
     print("ready", flush=True)
     for _ in sys.stdin:
-        start, answered = time.perf_counter(), 0
+        start, used, answered = time.perf_counter(), time.process_time(), 0
         for _ in engine.run(Job(sample, 16) for sample in cycle(samples)):
             answered += 1
             if answered >= documents or time.perf_counter() - start > seconds:
                 break
-        print(answered / (time.perf_counter() - start), flush=True)
+        taken = time.perf_counter() - start
+        print(answered / taken, (time.process_time() - used) / taken, flush=True)
 
 
 if __name__ == "__main__":
