@@ -37,8 +37,8 @@ from .synthetic_models import NAMES
 BATCH = 8
 """Documents in a batch of the nano suite."""
 
-SERVED_BATCH = 16
-"""Requests in flight to a server, or to vLLM in this process."""
+IN_FLIGHT = 16
+"""Conversations that are answered together where this engine is measured beside a server, or vLLM in this process: as many on both sides."""
 
 
 PARTS = ("vision", "turns", "stock", "suite")
@@ -382,16 +382,14 @@ def _external(vlm: LocalModel, settings: Settings, contestants: list[Contestant]
     if "served" in settings.parts:
         from awares_bench.inference.openai_server import Endpoint
 
-        served = Endpoint(str(settings.base_url), str(settings.served_model), str(settings.pretrained), SERVED_BATCH)
+        served = Endpoint(str(settings.base_url), str(settings.served_model), str(settings.pretrained), IN_FLIGHT)
         served.warm_up()
         engines["served"] = served
     if "vllm" in settings.parts:
         from awares_bench.inference.vllm_model import VllmModel
 
-        engines["vllm in this process"] = VllmModel(str(settings.pretrained), SERVED_BATCH, dtype=settings.dtype)
-    notes = [
-        f"same documents: batches of {BATCH} here, {SERVED_BATCH} requests in flight elsewhere; whole seconds stand under decode"
-    ]
+        engines["vllm in this process"] = VllmModel(str(settings.pretrained), IN_FLIGHT, dtype=settings.dtype)
+    notes = [f"same documents, {IN_FLIGHT} conversations in flight on every side; whole seconds stand under decode"]
     for method in ("full", "awares"):
         policy, runners = build(method, {}).policy, []
         answers: dict[str, list[str]] = {}
@@ -400,10 +398,9 @@ def _external(vlm: LocalModel, settings: Settings, contestants: list[Contestant]
 
             def timed(name=name, model=model, rounds=rounds, policy=policy, answers=answers) -> list[list[Usage]]:
                 shown = [changed(sample, next(rounds)) for sample in samples]
-                batch = BATCH if model is vlm else SERVED_BATCH
                 with constrained(vlm, False):
                     start = time.perf_counter()
-                    outcomes = dict(Engine(model, policy, batch).run(Job(s, 16) for s in shown))
+                    outcomes = dict(Engine(model, policy, IN_FLIGHT).run(Job(s, 16) for s in shown))
                     taken = time.perf_counter() - start
                 if failed := next((o for o in outcomes.values() if isinstance(o, Failure)), None):
                     raise RuntimeError(f"{name}: {failed.error}")

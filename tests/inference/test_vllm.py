@@ -353,6 +353,10 @@ def test_a_stock_checkpoint_says_the_same_here_in_lmms_eval_and_in_vllm_served_o
     folder, asked = str(stock(penalty=1.05)), long_jobs()
     own = LocalModel.load(folder, "float32", "cpu")
     written = {"here": tokens_of(dict(Engine(own, Full(), 8).run(asked)))}
+    own.repetition_penalty = 1.0
+    without = tokens_of(dict(Engine(own, Full(), 8).run(asked)))
+    assert sum(a != b for a, b in zip(without, written["here"], strict=True)) > 12  # the penalty matters
+    assert len(set(map(tuple, written["here"]))) > 12
     theirs = stock_answers(folder, own, 1)([(j.sample.images[0], j.sample.question) for j in asked], LONG)
     assert [t.strip() for t in theirs] == [own.text(tokens).strip() for tokens in written["here"]]
     with served(folder, environment, tmp_path) as (address, _):
