@@ -122,6 +122,13 @@ def _train_grpo(parser: argparse.ArgumentParser) -> Main:
     return grpo.main
 
 
+def _train_scorer(parser: argparse.ArgumentParser) -> Main:
+    from awares_bench.training import token_scorer
+
+    token_scorer.add_arguments(parser)
+    return token_scorer.main
+
+
 def _train_gate(parser: argparse.ArgumentParser) -> Main:
     from awares_bench.training.auxiliary import cares_gate
 
@@ -220,6 +227,7 @@ COMMANDS = {
         {
             "sft": ("supervised, on trajectories", _train_sft),
             "grpo": ("by reward, on its own rollouts", _train_grpo),
+            "scorer": ("VisionSelector's scorer of visual tokens, the model frozen", _train_scorer),
             "gate": ("CARES' gate, on a proxy's hidden state", _train_gate),
         },
     ),

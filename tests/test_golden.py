@@ -44,6 +44,7 @@ from awares_bench.models.attention_scores import AttentionRows
 from awares_bench.models.prompt_chunk import ImageSpan, PromptChunk
 from awares_bench.models.qwen2_5_vl import Qwen2_5_VL
 
+from .helpers.golden import checkpoint, named, plain
 from .helpers.tiny import embedded, see
 
 GOLDEN = Path(os.environ.get("AWARES_GOLDEN") or Path(__file__).parent / "golden")
@@ -52,12 +53,12 @@ TOLERANCE = 2e-4
 
 def cases(method: str, kind: str):
     """Parametrise over ``<method>/<kind>_*``: a skip where the folder has none."""
-    files = sorted((GOLDEN / method).glob(f"{kind}_*.safetensors"))
+    files = named(GOLDEN / method, f"{kind}_*.safetensors")
     return pytest.mark.parametrize("path", files, ids=lambda p: p.stem)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, "pt") as file:
+    with safe_open(plain(path), "pt") as file:
         return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
 
 
@@ -71,7 +72,7 @@ def model(name: str, attention: str = "sdpa") -> LocalModel:
     """A golden checkpoint without a tokenizer: prompts are token ids."""
     config = Qwen2_5_VLConfig.from_pretrained(GOLDEN / name)
     weights = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        GOLDEN / name, config=config, dtype=torch.float32, attn_implementation=attention
+        checkpoint(GOLDEN / name), config=config, dtype=torch.float32, attn_implementation=attention
     )
     tokenizer = SimpleNamespace(eos_token_id=245, pad_token_id=243, convert_ids_to_tokens=str)
     return LocalModel(Qwen2_5_VL(weights, SimpleNamespace(tokenizer=tokenizer)))
@@ -132,7 +133,7 @@ def prefill(vlm: LocalModel, chunk: PromptChunk, pruner: Pruner | None = None) -
 
 
 def test_the_folder_holds_cases():
-    assert list(GOLDEN.glob("*/*_*.safetensors")), f"no golden cases in {GOLDEN}"
+    assert named(GOLDEN, "*/*_*.safetensors"), f"no golden cases in {GOLDEN}"
 
 
 # ------------------------------------------------------------------ the model without a pruner
@@ -754,7 +755,7 @@ def test_visionselector_select_idpruner(path):
 @cases("visionselector", "e2e_official")
 def test_visionselector_e2e_official(path, attention):
     want, meta = read(path)
-    pruner = VisionSelector(float(meta["retention"]), str(GOLDEN / meta["scorer"]))
+    pruner = VisionSelector(float(meta["retention"]), str(plain(GOLDEN / meta["scorer"])))
     close(pruner.score(check_before_the_decoder(path, attention, pruner)), want["scores"])
 
 
@@ -763,7 +764,7 @@ def test_visionselector_e2e_official(path, attention):
 def test_visionselector_e2e_angelslim(path, attention):
     want, meta = read(path)
     mmr = None if meta["mmr_lambda"] == "none" else float(meta["mmr_lambda"])
-    pruner = keeping(VisionSelector(float(meta["retention"]), str(GOLDEN / meta["scorer"]), mmr), int(meta["keep"]))
+    pruner = keeping(VisionSelector(float(meta["retention"]), str(plain(GOLDEN / meta["scorer"])), mmr), int(meta["keep"]))
     image = check_before_the_decoder(path, attention, pruner)
     close(pruner.score(image), want["scores"])
     if "order" in want:

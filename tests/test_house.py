@@ -121,6 +121,12 @@ def test_every_mutation_names_a_line_that_is_there_once():
         assert (ROOT / file).read_text().count(before) == 1, name
 
 
+def test_what_git_tracks_stays_below_40_MiB():
+    told = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
+    size = sum((ROOT / name).stat().st_size for name in told.split("\0") if name and (ROOT / name).exists())
+    assert size < 40 * 2**20, f"{size:,} bytes are tracked; at most 41,943,040: store what is large packed, or leave it out"
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_what_git_tracks(tmp_path):
     subprocess.run(

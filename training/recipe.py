@@ -69,22 +69,13 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class TrainingRecipe(Recipe):
-    """The options that both trainers have. Defaults are the paper's (Sec. 4.3) where it prints a value, otherwise ours."""
+class TrainerRecipe(Recipe):
+    """The options that every trainer has. Defaults are the paper's (Sec. 4.3) where it prints a value, otherwise ours."""
 
     policy: str = option("awares")
     """Method whose exchanges are trained."""
     policy_options: dict = option({})  # noqa: RUF009
     """Options of that method, as on the command line."""
-    role: str = option("")
-    """Which model of the method is trained: by default the model under test, else an auxiliary one such as ``cropper``."""
-    tuning: str = option("lora", one_of=("lora", "full"))
-    """``lora`` adapts every linear layer of the decoder, ``full`` trains the decoder. The vision tower stays frozen."""
-    lora_rank: int = option(8, low=1, high=1024)
-    """Paper Sec. 4.3, which does not print alpha, dropout or targets."""
-    lora_alpha: int = option(16, low=1)
-    embeddings: bool = option(False)
-    """With ``lora``, also train all of the token embeddings and the head: for words that the start has never written."""
     lr: float = option(1e-4, above=0, high=1)
     schedule: str = option("cosine", one_of=("cosine", "linear", "constant", "constant_with_warmup"))
     warmup: float = option(0.05, low=0, high=1)
@@ -120,6 +111,21 @@ class TrainingRecipe(Recipe):
                 f"save_every ({self.save_every}) is not a multiple of log_every ({self.log_every}); a resumed run could not "
                 "log the same means as one that was not cut"
             )
+
+
+@dataclass(frozen=True)
+class TrainingRecipe(TrainerRecipe):
+    """The options of the trainers of a model's own weights."""
+
+    role: str = option("")
+    """Which model of the method is trained: by default the model under test, else an auxiliary one such as ``cropper``."""
+    tuning: str = option("lora", one_of=("lora", "full"))
+    """``lora`` adapts every linear layer of the decoder, ``full`` trains the decoder. The vision tower stays frozen."""
+    lora_rank: int = option(8, low=1, high=1024)
+    """Paper Sec. 4.3, which does not print alpha, dropout or targets."""
+    lora_alpha: int = option(16, low=1)
+    embeddings: bool = option(False)
+    """With ``lora``, also train all of the token embeddings and the head: for words that the start has never written."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:

@@ -24,7 +24,7 @@ from awares_bench.models.packaged import resolve
 
 from .auxiliary.cropper import AuxiliaryTurn
 from .packing import Packed, Scorer
-from .recipe import RecipeError, TrainingRecipe
+from .recipe import RecipeError, TrainerRecipe, TrainingRecipe
 from .rendering import Conversation
 
 COMPLETE_MARKER = "whole"
@@ -48,7 +48,7 @@ def policy_of(recipe):
         if name not in options(cls):
             raise RecipeError(f"policy_options of {recipe.policy}: {unknown_option(str(name), list(options(cls)))}")
     policy = cls(**recipe.policy_options)
-    if not recipe.role:
+    if not getattr(recipe, "role", ""):
         return policy
     if recipe.role not in policy.models:
         known = ", ".join(policy.models) or "none but the model under test"
@@ -102,7 +102,7 @@ def prepare(recipe: TrainingRecipe, dropout: float = 0.0, vlm: LocalModel | None
     return Scorer(vlm.host, model=model), vlm
 
 
-def training_arguments(recipe: TrainingRecipe, per_device: int, accumulate: int, **others) -> TrainingArguments:
+def training_arguments(recipe: TrainerRecipe, per_device: int, accumulate: int, **others) -> TrainingArguments:
     """Trainer's arguments for a recipe. others: arguments of Trainer that no recipe decides."""
     on_gpu = device_of(recipe) != "cpu"
     return TrainingArguments(

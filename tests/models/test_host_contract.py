@@ -18,6 +18,7 @@ from awares_bench.baselines.holov import HoloV
 from awares_bench.baselines.mmtok import MMTok
 from awares_bench.baselines.pyramiddrop import PyramidDrop
 from awares_bench.baselines.sparsevlm import SparseVLM
+from awares_bench.baselines.visionselector import VisionSelector
 from awares_bench.baselines.visionzip import VisionZip
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
@@ -28,9 +29,13 @@ from awares_bench.methods.images import half
 from awares_bench.methods.pruner import Pruner, VisualTokens
 from awares_bench.models.base import HostModel, ImageInput, joined
 from awares_bench.models.families import families
+from awares_bench.models.scorer import PARTS
 from awares_bench.models.smolvlm import Idefics3
 from awares_bench.training.packing import Scorer, pack
+from awares_bench.training.recipe import check
+from awares_bench.training.rendering import render
 from awares_bench.training.rollouts import banned_tokens, rollouts
+from awares_bench.training.token_scorer import ScorerRecipe, SoftSelection, write
 
 from ..helpers.tiny import picture, tiny_vlm
 from ..helpers.tiny_tiles import internvl, smolvlm
@@ -268,6 +273,38 @@ def test_one_row_of_many_continuations_scores_as_each_alone(vlm):
         alone = [pack([[talk]], vlm.host) for talk in talks]
         apart = torch.cat([score(p, vlm.encode(p.images))[0] for p in alone])
     assert (together - apart).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("weighs", ["features", "attention"])
+def test_a_scorer_of_tokens_learns_on_it_and_nothing_else_does(vlm, weighs, tmp_path):
+    """VisionSelector's: the loss falls, gradients reach the scorer alone, and the pruner keeps what training ends with."""
+    said = {"start": "", "data": "", "out": "", "weighs": weighs, "hidden": 8, "spread": 0.02, "retention": 0.5}
+    host = vlm.host
+    wanted = [(p, p.requires_grad) for p in host.model.parameters()]
+    host.model.requires_grad_(False)
+    module = SoftSelection(host, check(ScorerRecipe, said))
+    talk = render(vlm, Full(), Sample((picture(112, 84),), "Which?", "0"), ["42"])
+    packed, runs = pack([[talk]], host), host.encode(talk.images)
+    optimizer, losses = torch.optim.Adam(module.parameters(), 1e-3), []
+    for _ in range(6):
+        out, _, _ = module(packed, joined(runs))
+        losses.append(-out.mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert min(losses) < losses[0] - 1e-4
+    assert {n for n, _ in module.named_parameters()} == set(PARTS)
+    assert all(p.grad.any() for n, p in module.named_parameters() if n != "q_proj.bias")  # which shifts all scores alike
+    assert all(p.grad is None for p in host.model.parameters())
+    write(module, tmp_path / "scorer.safetensors")
+    pruner, at = VisionSelector(0.5, str(tmp_path / "scorer.safetensors")), 0
+    _, kept = module.choose(torch.cat([run.features for run in runs]), talk.images[0].runs)
+    for run in runs:
+        n = pruner.tokens_to_keep(len(run.features), 0.5)
+        assert kept[at : at + len(run.features)].nonzero()[:, 0].tolist() == pruner.select(run, n).tolist()
+        at += len(run.features)
+    for parameter, grad in wanted:
+        parameter.requires_grad_(grad)
 
 
 def test_training_finds_the_layers_that_it_adapts_and_shares_out(vlm):

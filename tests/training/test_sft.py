@@ -259,11 +259,11 @@ def test_a_dry_run_shows_masks_and_counts_and_takes_no_step(place, capsys):
 
 
 def test_the_recipes_that_ship_are_read_and_name_their_start():
-    from awares_bench.training import grpo
+    from awares_bench.training import grpo, token_scorer
     from awares_bench.training.curation import pipeline
 
     folder = Path(recipe.__file__).parent / "recipes"
-    kinds = {"sft": sft.SFT, "grpo": grpo.GRPO, "curate": pipeline.Curate}
+    kinds = {"sft": sft.SFT, "grpo": grpo.GRPO, "curate": pipeline.Curate, "scorer": token_scorer.ScorerRecipe}
     found = sorted(p.stem for p in folder.glob("*.yaml"))
     assert len(found) >= 7
     for name in found:

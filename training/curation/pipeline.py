@@ -103,7 +103,7 @@ def run_stage(out: Path, name: str, rows: list[dict], chunk: int, work: Callable
 def load_rows(recipe: Curate):
     """The recipe's rows as a table whose images are not decoded. Raises DataError, BoxError, RecipeError."""
     if recipe.data.startswith("nano:"):
-        return _nano(recipe)
+        return asked_nano_rows(recipe.data, recipe.seed)
     table = examples.rows(recipe.data, ("image", "question", "answers"), recipe.columns, recipe.split)
     if recipe.limit > 0:
         table = table.select(range(min(recipe.limit, len(table))))
@@ -116,11 +116,12 @@ def load_rows(recipe: Curate):
     return table
 
 
-def _nano(recipe: Curate):
-    count = recipe.data.removeprefix("nano:")
+def asked_nano_rows(data: str, seed: int = 0, labelled: bool = False):
+    """``nano:COUNT`` -> so many ``nano_rows``. Raises RecipeError for anything else."""
+    count = data.removeprefix("nano:")
     if not count.isdigit() or not int(count):
-        raise RecipeError(f"data is {recipe.data!r}; nano rows are asked for as nano:COUNT, such as nano:4000")
-    return nano_rows(int(count), recipe.seed)
+        raise RecipeError(f"data is {data!r}; nano rows are asked for as nano:COUNT, such as nano:4000")
+    return nano_rows(int(count), seed, labelled)
 
 
 def nano_rows(count: int, seed: int = 0, labelled: bool = False):

@@ -23,8 +23,7 @@ from awares_bench.methods.registry import method_class
 
 from .. import examples, script
 from ..curation.crop_oracles import check_boxes
-from ..curation.pipeline import nano_rows
-from ..recipe import RecipeError
+from ..curation.pipeline import asked_nano_rows
 
 CALL = '<tool_call>\n{"name": "resize_image", "arguments": {"action": "resize"}}\n</tool_call>'
 """What ``baselines/visionthink.py`` reads as a call for the original image."""
@@ -105,9 +104,7 @@ def write(style: str, data: str, out: Path, seed: int = 0) -> int:
     """
     reply, needs = STYLES[style]
     if data.startswith("nano:"):
-        if not data[5:].isdigit() or not int(data[5:]):
-            raise RecipeError(f"data is {data!r}; nano rows are asked for as nano:COUNT, such as nano:4000")
-        table = nano_rows(int(data[5:]), seed, labelled=True)
+        table = asked_nano_rows(data, seed, labelled=True)
     else:
         table = examples.rows(data, ("image", "question", "answers"))
         for column in needs:
