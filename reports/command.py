@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--paper",
         default="awares",
         metavar="NAME",
-        help="whose published cells stand beside ours: awares (default), angelslim, adaptvision, ergo",
+        help="whose published cells stand beside ours: awares (default), angelslim, adaptvision, ergo, uniprunebench, uniprunebench_internvl3",
     )
     parser.add_argument("--formats", default="pdf,svg,png", help="of figures (default: pdf,svg,png)")
     parser.add_argument(
