@@ -36,6 +36,9 @@ BUDGETS = (
 )
 """Upper ends of the retained token ratio, with room for rounding, and their words."""
 
+UNSAID = "not said"
+"""For what a source leaves out."""
+
 CHOICES = ("host", "suite", "limits", "budget", "kind")
 
 
@@ -111,7 +114,6 @@ def _published() -> list[dict]:
     """The published means with both accuracy and ratio, a row for each source, method and setting."""
     cells = published.numbers()
     cells = cells[(cells["task"] == "mean") & cells["quantity"].isin(("accuracy", "rtr"))].fillna({"retention": -1.0})
-    known = [c for c in ("host", "limits") if c in cells]
     rows = []
     for (source, method, retention, variant), own in cells.groupby(["source", "method", "retention", "variant"], sort=False):
         values, doubts = own.set_index("quantity")["value"], [d for d in own["doubt"].astype(str) if d]
@@ -119,7 +121,7 @@ def _published() -> list[dict]:
             continue
         label = names.label(str(method), {"method": method, "fields": {"retention": retention} if retention > 0 else {}})
         label += f", {str(variant).replace('_', ' ')}" if variant else ""
-        told = {c: str(own[c].iloc[0]) for c in known}
+        told = {c: str(own[c].iloc[0]) for c in ("host", "limits")}
         title = f' title="{html.escape("; ".join(doubts))}"' if doubts else ""
         row = {
             "method": f"<span{title}>{html.escape(label)}{' †' if doubts else ''}</span>",
@@ -128,11 +130,11 @@ def _published() -> list[dict]:
         }
         row |= {
             "RTR": number(values["rtr"], 2),
-            "host": html.escape(told.get("host") or "as in the source"),
+            "host": html.escape(told["host"] or UNSAID),
             "suite": "the paper's six tasks",
         }
         row |= {
-            "limits": html.escape(told.get("limits") or "as in the source"),
+            "limits": html.escape(told["limits"] or UNSAID),
             "budget": _budget(values["rtr"]),
             "kind": "published",
         }

@@ -1,29 +1,33 @@
-"""Compact records of a sweep, small enough to commit: ``documents.csv.xz`` with a row per document, ``runs.json`` with what was run.
+"""Compact records of a sweep, small enough to commit: ``columns.csv.xz``, where each line is one column of the table of documents (its
+name, then a value for each document), and ``runs.json`` with what was run. By columns the table takes two thirds of the bytes.
 
 They hold every number that tables and figures need and neither texts nor images, so the gallery needs the run folders.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import lzma
 import re
 from pathlib import Path
+from typing import Any, TextIO
 
 import pandas as pd
 
 from . import flops
 from .load import ReportError, Run, typed
 
-RUNS, DOCUMENTS = "runs.json", "documents.csv.xz"
-OLDER = "documents.csv.gz"
-"""What was written before, and is read too."""
+RUNS, DOCUMENTS = "runs.json", "columns.csv.xz"
+OLDER = ("documents.csv.xz", "documents.csv.gz")
+"""What was written before, a row per document, and is read too."""
 VERSION = 1
 
 
 def write(runs: list[Run], folder: Path) -> None:
-    """Runs -> ``folder/runs.json`` and ``folder/documents.csv.xz``; the same runs give the same bytes.
+    """Runs -> ``folder/runs.json`` and ``folder/columns.csv.xz``; the same runs give the same bytes.
 
     Seconds are rounded to microseconds. Sums over phases, and RTR where it is prefill over full tokens, are taken again on reading.
     """
@@ -46,8 +50,14 @@ def write(runs: list[Run], folder: Path) -> None:
     for column in table.select_dtypes("float").columns:
         if (table[column].dropna() % 1 == 0).all():
             table[column] = table[column].astype("Int64")
-    text = table.to_csv(index=False, lineterminator="\n").encode()
-    (folder / DOCUMENTS).write_bytes(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+    with lzma.open(folder / DOCUMENTS, "wt", preset=9 | lzma.PRESET_EXTREME, encoding="utf-8", newline="") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        for name in table.columns:  # one at a time: the words of all of them would take half a gigabyte for 240,000 documents
+            lines.writerow(
+                [cells[0] for cells in csv.reader(io.StringIO(table[[name]].to_csv(index=False, lineterminator="\n")))]
+            )
+    for name in OLDER:  # of a release before, and not of these runs
+        (folder / name).unlink(missing_ok=True)
 
 
 def read(folder: Path) -> list[Run]:
@@ -55,18 +65,13 @@ def read(folder: Path) -> list[Run]:
     index = json.loads((folder / RUNS).read_text())
     if index.get("version") != VERSION:
         raise ReportError(f"{folder / RUNS} is of version {index.get('version')}; this release reads version {VERSION}")
-    older = (folder / OLDER).exists() and not (folder / DOCUMENTS).exists()
-    name, unpacked = (OLDER, gzip.open) if older else (DOCUMENTS, lzma.open)
+    name = next((n for n in (DOCUMENTS, *OLDER) if (folder / n).exists()), None)
+    if name is None:
+        raise ReportError(f"{folder} holds {RUNS} but no {DOCUMENTS}")
     try:
-        with unpacked(folder / name, "rt", encoding="utf-8") as file:
-            header = file.readline().rstrip("\n").split(",")
-            file.seek(0)
-            words = dict.fromkeys(("method", "task", "crops", "events"), str)
-            missing = {c: [""] for c in header if c not in words}
-            table = pd.read_csv(file, keep_default_na=False, na_values=missing, dtype=words)
-    except FileNotFoundError:
-        raise ReportError(f"{folder} holds {RUNS} but no {DOCUMENTS}") from None
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, pd.errors.ParserError) as error:
+        with (gzip.open if name.endswith(".gz") else lzma.open)(folder / name, "rt", encoding="utf-8", newline="") as file:
+            table = _by_columns(file) if name == DOCUMENTS else _parsed(file, file.readline().rstrip("\n").split(","))
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
         raise ReportError(
             f"{folder / name} is damaged ({error}); write it again: awares-bench report RUNS --records {folder}"
         ) from error
@@ -74,6 +79,27 @@ def read(folder: Path) -> list[Run]:
     if astray:
         raise ReportError(f"{folder}: {RUNS} and {DOCUMENTS} do not name the same runs: {', '.join(sorted(astray))}")
     return [Run(name, index["runs"][name], _complete(part), folder, {}) for name, part in table.groupby("method", sort=False)]
+
+
+def _by_columns(file: TextIO) -> pd.DataFrame:
+    """A table from lines of which each is a column."""
+    columns = []
+    for name, *cells in csv.reader(file):
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([c] for c in cells)
+        text.seek(0)
+        columns.append(_parsed(text, [name]))
+    if len({len(c) for c in columns}) != 1:
+        raise ValueError("its columns are not of one length")
+    return pd.concat(columns, axis="columns")
+
+
+def _parsed(file: TextIO, names: list[str]) -> pd.DataFrame:
+    """A CSV whose header was read: what is empty is missing, except in columns of words."""
+    words = dict.fromkeys(("method", "task", "crops", "events"), str)
+    missing = {c: [""] for c in names if c not in words}
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": missing, "skip_blank_lines": False}
+    return pd.read_csv(file, header=None, names=names, dtype={c: t for c, t in words.items() if c in names}, **options)
 
 
 def _complete(frame: pd.DataFrame) -> pd.DataFrame:

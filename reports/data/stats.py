@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
+
+from .once import once
 
 DRAWS = 2000
 """Of the bootstrap."""
 
 FLIPS = 10_000
 """Of the sign-flip test: its smallest p-value is 1e-4."""
+
+REMEMBERED = 4_000_000
+"""Draws x documents of a task up to which its draws are kept: 2,000 documents, 8 MB."""
 
 LEVEL = 0.95
 
@@ -42,12 +48,24 @@ def bootstrap(values: np.ndarray, name: str, draws: int = DRAWS) -> np.ndarray:
     known = ~np.isnan(values)
     filled = np.where(known, values, 0.0)
     out = []
-    for rng, some in _chunks(name, draws, n):
-        drawn = rng.integers(0, n, (some, n)) + np.arange(some)[:, None] * n
-        counts = np.bincount(drawn.ravel(), minlength=some * n).reshape(some, n).astype(float)  # (draws, documents)
+    for drawn in _drawn(name, draws, n) if draws * n <= REMEMBERED else _counts(name, draws, n):
+        counts = drawn.astype(float)
         weight = counts @ known
         out.append(np.divide(counts @ filled, weight, out=np.full(weight.shape, np.nan), where=weight > 0))
     return np.concatenate(out)
+
+
+def _counts(name: str, draws: int, n: int) -> Iterator[np.ndarray]:
+    """Portions (draws, documents): how often each document is drawn."""
+    for rng, some in _chunks(name, draws, n):
+        drawn = rng.integers(0, n, (some, n)) + np.arange(some)[:, None] * n
+        yield np.bincount(drawn.ravel(), minlength=some * n).reshape(some, n)
+
+
+@lru_cache(maxsize=16)
+def _drawn(name: str, draws: int, n: int) -> tuple[np.ndarray, ...]:
+    """``_counts`` of a task, remembered: the same for every interval and difference of its documents."""
+    return tuple(part.astype(np.uint16) for part in _counts(name, draws, n))
 
 
 def sign_flips(differences: np.ndarray, name: str, draws: int = FLIPS) -> np.ndarray:
@@ -69,6 +87,7 @@ def _chunks(name: str, draws: int, documents: int) -> Iterator[tuple[np.random.G
         yield rng, min(portion, draws - start)
 
 
+@once("method", "task", "doc_id", "score")
 def intervals(frame: pd.DataFrame, level: float = LEVEL, draws: int = DRAWS) -> pd.DataFrame:
     """Documents -> rows (method, task or "mean", low, high): the interval of the accuracy over documents."""
     means = {task: bootstrap(m.to_numpy(float), task, draws) for task, m in matrices(frame).items()}
@@ -83,6 +102,7 @@ def intervals(frame: pd.DataFrame, level: float = LEVEL, draws: int = DRAWS) -> 
 COMPARED = ("method", "task", "difference", "low", "high", "p", "p_holm", "documents", "variance", "needed", "seen")
 
 
+@once("method", "task", "doc_id", "score")
 def compare(frame: pd.DataFrame, reference: str, level: float = LEVEL, draws: int = DRAWS) -> pd.DataFrame:
     """Documents -> rows (method, task or "mean"): how each method differs from ``reference`` on the same documents.
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from .once import once
 
+
+@once("method", "task", "score", "rtr", "called", "malformed")
 def summary(frame: pd.DataFrame) -> dict:
     """Documents -> {method: {task or "mean": {accuracy, rtr, documents, call_rate, malformed_rate}}}, fractions from 0 to 1.
 

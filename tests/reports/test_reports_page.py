@@ -110,6 +110,9 @@ def test_the_leaderboard_has_runs_and_published_numbers_each_with_its_source(swe
         and "https://arxiv.org/abs/" in text
         and "not comparable" in text
     )
+    rows = re.findall(r"<tr>.*?</tr>", text, re.S)
+    published = [r for r in rows if "<td>published</td>" in r]
+    assert published and all("<td>Qwen2.5-VL-7B</td>" in r and "<td>not said</td>" in r for r in published)
     assert json.loads(re.search(r"<pre>(.*?)</pre>", told, re.S)[1].replace("&quot;", '"'))["identity"]["pretrained"] == "nano"
     for choice in site.CHOICES:
         assert f"<span>{choice} <select" in text

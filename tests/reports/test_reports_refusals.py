@@ -1,6 +1,8 @@
 """What must not be reported is refused with the run, the reason and the remedy; what is allowed is printed."""
 
+import csv
 import gzip
+import io
 import json
 import lzma
 
@@ -184,19 +186,23 @@ def test_damaged_compact_records_are_refused(tmp_path):
     write_run(tmp_path / "sweep", "a", {"nano_doc": DOCUMENTS})
     compact.write(discover.runs([tmp_path / "sweep"])[0], tmp_path / "small")
     path = tmp_path / "small" / compact.DOCUMENTS
-    older = tmp_path / "small" / compact.OLDER  # as they were written before
-    older.write_bytes(gzip.compress(lzma.decompress(path.read_bytes())))
     (kept,) = discover.runs([tmp_path / "small"])[0]
     path.rename(tmp_path / "aside")
-    (read,) = discover.runs([tmp_path / "small"])[0]
-    pd.testing.assert_frame_equal(kept.documents, read.documents)
-    older.unlink()
+    columns = csv.reader(io.StringIO(lzma.decompress((tmp_path / "aside").read_bytes()).decode()))
+    rows = io.StringIO()
+    csv.writer(rows, lineterminator="\n").writerows(zip(*columns, strict=True))
+    for name, pack in zip(compact.OLDER, (lzma.compress, gzip.compress), strict=True):  # as they were written before
+        older = tmp_path / "small" / name
+        older.write_bytes(pack(rows.getvalue().encode()))
+        (read,) = discover.runs([tmp_path / "small"])[0]
+        pd.testing.assert_frame_equal(kept.documents, read.documents)
+        older.unlink()
     (tmp_path / "aside").rename(path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ReportError, match=r"is damaged"):
         discover.runs([tmp_path / "small"])
     path.unlink()
-    with pytest.raises(ReportError, match=r"no documents.csv.xz"):
+    with pytest.raises(ReportError, match=r"no columns.csv.xz"):
         discover.runs([tmp_path / "small"])
     told = json.loads((tmp_path / "small" / compact.RUNS).read_text())
     (tmp_path / "small" / compact.RUNS).write_text(json.dumps(told | {"version": 9}))
