@@ -1,5 +1,5 @@
 """How long PyTorch's threads wait for each other awake: OpenMP's barriers spin, and beside other busy processes they spin for cores that
-somebody else has. Beside two busy processes on two cores nano is answered 1.6 to 20 times as fast with a short spin (docs/speed.md has
+somebody else has. Beside two busy processes on two cores nano is answered several times as fast with a short spin (docs/speed.md has
 the figures).
 
 OpenMP reads its variables when PyTorch is loaded, so they must be set before.
