@@ -286,7 +286,7 @@ def test_a_scorer_of_tokens_learns_on_it_and_nothing_else_does(vlm, weighs, tmp_
     talk = render(vlm, Full(), Sample((picture(112, 84),), "Which?", "0"), ["42"])
     packed, runs = pack([[talk]], host), host.encode(talk.images)
     optimizer, losses = torch.optim.Adam(module.parameters(), 1e-3), []
-    for _ in range(6):
+    for _ in range(12):
         out, _, _ = module(packed, joined(runs))
         losses.append(-out.mean())
         optimizer.zero_grad()
