@@ -74,6 +74,7 @@ def write(
         notes.insert(0, f"{names.NANO[0].upper()}{names.NANO[1:]}.")
     identities = [r.about.get("identity") or {} for r in runs]
     limits = sorted({details.pixels(i) for i in identities if i.get("max_pixels")})
+    limits = [one for one in limits if not any(other.startswith(f"{one} (") for other in limits)]  # the same, and by its name
     if limits:
         notes.append(f"Processor limits (pixels): {'; '.join(limits)}.")
 

@@ -23,13 +23,16 @@ FIRST = ("awares", "full", "low")
 CROWD = 60
 """Runs above which settings are not joined and intervals not drawn."""
 
+BLIND = ("no_picture",)
+"""Controls that are no way to spend tokens: they never see a picture, so they are on no front, which would begin at their guesses."""
+
 COLUMNS = ["method", "label", "family", "cost", "accuracy", "low", "high"]
 
 
 def points(frame: pd.DataFrame, cost: dict[str, float | None]) -> pd.DataFrame:
     """Documents and each method's cost -> method, label, family, cost, accuracy, low, high (fractions), front; unknown costs left out.
 
-    front: no other run is at least as accurate at no more cost, and better in one of them.
+    front: no other run that sees the picture is at least as accurate at no more cost, and better in one of them.
     """
     summaries = summary(frame)
     means = stats.intervals(frame).query("task == 'mean'").set_index("method")
@@ -45,12 +48,13 @@ def points(frame: pd.DataFrame, cost: dict[str, float | None]) -> pd.DataFrame:
 
 
 def with_front(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows with cost and accuracy -> the same with ``front``."""
+    """Rows with family, cost and accuracy -> the same with ``front``; the ``BLIND`` are not on it and beat nobody."""
+    seeing = ~table["family"].isin(BLIND)
     beaten = []
     for r in table.itertuples():
-        no_worse = (table["cost"] <= r.cost) & (table["accuracy"] >= r.accuracy)
+        no_worse = seeing & (table["cost"] <= r.cost) & (table["accuracy"] >= r.accuracy)
         beaten.append((no_worse & ((table["cost"] < r.cost) | (table["accuracy"] > r.accuracy))).any())
-    return table.assign(front=[not b for b in beaten])
+    return table.assign(front=[bool(sees) and not b for b, sees in zip(beaten, seeing, strict=True)])
 
 
 def draw_points(

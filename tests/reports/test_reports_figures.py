@@ -18,6 +18,7 @@ from awares_bench.reports.plots import (
     latency,
     learning_curves,
     rtr_distribution,
+    scatter,
     style,
 )
 
@@ -74,6 +75,12 @@ def test_a_run_far_below_the_front_stands_at_the_edge_with_its_number_and_no_mar
     assert not any(c.lines[0].get_clip_on() for c in axes.containers) and "visionzip" not in {
         c.get_label() for c in axes.containers
     }
+
+
+def test_a_run_without_a_picture_is_on_no_front():
+    rows = [("a", "full", 1.0, 0.9), ("b", "low", 0.25, 0.8), ("c", "no_picture", 0.0, 0.3), ("d", "pooling", 0.5, 0.2)]
+    table = scatter.with_front(pd.DataFrame(rows, columns=["method", "family", "cost", "accuracy"]))
+    assert table["front"].tolist() == [True, True, False, False]
 
 
 def test_every_task_has_a_panel_with_its_own_front(frame):
