@@ -136,7 +136,38 @@ def limits_table() -> str:
     return "\n".join(rows)
 
 
+def _nano_rows() -> list[dict[str, str]]:
+    """The main table of nano's committed figures, as it is printed: method, acc, RTR, interval, hard."""
+    lines = (DOCS.parent / "reports" / "published" / "nano" / "figures" / "table.md").read_text(encoding="utf-8").splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    at = {name: table[0].index(column) for name, column in (("acc", "mean acc"), ("hard", "where half size is wrong acc"))}
+    at |= {"method": 0, "rtr": at["acc"] + 1, "interval": at["acc"] + 2}
+    return [{name: row[i] for name, i in at.items()} for row in table[2:]]
+
+
+def nano_pruners() -> str:
+    """Pruners on nano: accuracy at the tokens that they were told to keep, with the RTR that came of it."""
+    kept = ("25", "50", "70")
+    cells: dict[str, dict[str, str]] = {}
+    for row in _nano_rows():
+        if (told := re.fullmatch(r"(.*) (\d+) %", row["method"])) and not told[1].startswith("AwaRes"):
+            cells.setdefault(told[1], {})[told[2]] = f"{row['acc']} ({row['rtr']})"
+    rows = ["| pruner | " + " | ".join(f"keeps {k} %" for k in kept) + " |", "|---|" + "---|" * len(kept)]
+    return "\n".join(rows + [f"| {name} | " + " | ".join(by[k] for k in kept) + " |" for name, by in cells.items()])
+
+
+def nano_others() -> str:
+    """Everything else on nano: policies, compositions and controls."""
+    rows = ["| method | accuracy | interval | where half size is wrong | RTR |", "|---|---|---|---|---|"]
+    for row in _nano_rows():
+        if row["method"].startswith("AwaRes") or not re.fullmatch(r".* \d+ %", row["method"]):
+            rows.append(f"| {row['method']} | {row['acc']} | {row['interval']} | {row['hard']} | {row['rtr']} |")
+    return "\n".join(rows)
+
+
 PARTS = {
+    ("results_nano.md", "nano pruners"): nano_pruners,
+    ("results_nano.md", "nano others"): nano_others,
     ("models.md", "families"): families_table,
     ("options.md", "limits"): limits_table,
     ("methods.md", "methods"): registry.table,
