@@ -34,6 +34,7 @@ def test_our_side_alone_counts_what_its_step_feeds(start, tmp_path, capsys):
 
 
 @pytest.mark.skipif(find_spec("trl") is not None, reason="trl is installed here, so its absence cannot be seen")
+@pytest.mark.slow
 def test_an_environment_without_trl_is_named(start, capsys):
     told = ["bench", "grpo", "--pretrained", start, "--prompts", "2", "--group", "2", "--repeats", "1", "--device", "cpu"]
     assert main([*told, "--trl-python", sys.executable]) == 1

@@ -99,6 +99,7 @@ def test_the_command_tells_a_fault_and_exits_with_1(monkeypatch, capsys):
     assert "mend: pip install" in said
 
 
+@pytest.mark.slow  # .ci/run gives the command
 def test_the_command_exits_with_0_where_all_is_well(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "IMPORTS", {})
     monkeypatch.setattr(doctor, "unmet", lambda name: [])

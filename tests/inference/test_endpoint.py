@@ -38,6 +38,7 @@ def short_waits(monkeypatch):
     """Between the tries of one request."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
     monkeypatch.setattr("awares_bench.inference.openai_client.FIRST_WAIT", 0.02)
+    monkeypatch.setattr("awares_bench.inference.openai_server.POLL_SECONDS", 0.1)
 
 
 def jobs(n):

@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -296,9 +294,8 @@ def test_what_records_newly_hold_is_reported_and_what_they_lack_is_a_dash(three)
 
 
 def test_the_report_is_rebuilt_to_the_byte_from_runs_and_from_compact_records(three, tmp_path):
-    first, second, third = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    first, third = tmp_path / "a", tmp_path / "c"
     report.write([three], first, compact=first / "records", formats=("svg",))
-    report.write([three], second, compact=second / "records", formats=("svg",))
     report.write([first / "records"], third, compact=third / "records", formats=("svg",))
     made = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
     assert {
@@ -312,8 +309,7 @@ def test_the_report_is_rebuilt_to_the_byte_from_runs_and_from_compact_records(th
         "summary.json",
     } <= set(map(str, made))
     for path in made:
-        assert (first / path).read_bytes() == (second / path).read_bytes(), path
-        if path.suffix in (".csv", ".json", ".gz"):
+        if path.suffix in (".csv", ".json", ".xz", ".svg"):
             assert (first / path).read_bytes() == (third / path).read_bytes(), path
 
 
@@ -359,21 +355,9 @@ def test_latex_and_markdown_escape_and_group():
 
 
 def test_the_command_writes_a_report_and_refuses_with_a_sentence(three, tmp_path, capsys):
-    command = [
-        sys.executable,
-        "-m",
-        "awares_bench.cli",
-        "report",
-        str(three),
-        "--out",
-        "r",
-        "--formats",
-        "png",
-        "--records",
-        "r/records",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and (tmp_path / "r" / "index.html").exists() and "| AwaRes |" in done.stdout, done.stderr
+    out = tmp_path / "r"
+    assert cli.main(["report", str(three), "--out", str(out), "--formats", "png", "--records", str(out / "records")]) == 0
+    assert (out / "index.html").exists() and "| AwaRes |" in capsys.readouterr().out
     assert cli.main(["report"]) == 1
     assert cli.main(["report", str(tmp_path / "nothing")]) == 1
     assert "nothing does not exist" in capsys.readouterr().err
