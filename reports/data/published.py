@@ -26,8 +26,9 @@ def _all() -> pd.DataFrame:
 
 def numbers(paper: str = PAPER) -> pd.DataFrame:
     """Columns: paper, source (table or figure), method (family), retention, variant (of an ablation), task or "mean", quantity, value,
-    host (the model that all rows of a source are measured on; empty where the source does not say), limits (the preset of processor limits it was measured under, see ``docs/reports.md``; empty where nobody says), doubt (why the cell
-    should not be a target; empty where nothing speaks against it). Accuracies and shares are percents; ``kept`` is the mean over tasks of
+    host (the model that all rows of a source are measured on; empty where the source does not say), limits (the preset of processor
+    limits it was measured under, see ``docs/reports.md``; empty where nobody says), doubt (why the cell should not be a target; empty
+    where nothing speaks against it). Accuracies and shares are percents; ``kept`` is the mean over tasks of
     the score's share of full resolution's; ``points`` is a score of another scale. Raises ReportError for an unknown paper.
     """
     published = _all()

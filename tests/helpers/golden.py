@@ -1,4 +1,7 @@
-"""Golden files: ``x.safetensors`` lies in ``tests/golden`` as ``x.safetensors.xz``, a fifth smaller. Other folders may hold it unpacked."""
+"""Golden files: ``x.safetensors`` lies in ``tests/golden`` as ``x.safetensors.xz``, a fifth smaller. Other folders may hold it unpacked.
+
+Packed by ``xz --lzma2=preset=9,lc=0,lp=2,pb=2``, which is for numbers of two or four bytes: neighbours are told by their place in a word.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ from functools import cache
 from pathlib import Path
 
 PACKED = ".xz"
-FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 20, "lc": 0, "lp": 2, "pb": 2}]
-"""Of LZMA for numbers of two or four bytes: neighbours are told by their place in a word (``xz --lzma2=preset=9,lc=0,lp=2,pb=2``)."""
 
 
 @cache
