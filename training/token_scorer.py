@@ -97,7 +97,7 @@ class SoftSelection(nn.Module):
     def __init__(self, host: HostModel, recipe: ScorerRecipe):
         super().__init__()
         self.host, self.recipe, self.log_probabilities = host, recipe, Scorer(host).forward
-        width = host.decoder.config.hidden_size
+        self.width = width = host.decoder.config.hidden_size
         torch.manual_seed(recipe.seed)
         for name in ("q_proj", "k_proj"):
             linear = nn.Linear(width, recipe.hidden or max(1, width // 2), device=host.device, dtype=torch.float32)
@@ -130,7 +130,7 @@ class SoftSelection(nn.Module):
     def forward(self, packed: Packed, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """features: of the packed pictures, ``joined`` -> log-probability (N,) of each scored token with the tokens weighted, and what ``choose``
         says."""
-        logits, kept = self.choose(features[:, : self.q_proj.in_features], every_run(packed.images))
+        logits, kept = self.choose(features[:, : self.width], every_run(packed.images))
         if self.recipe.weighs == "features":
             features = (features * logits.sigmoid()[:, None]).to(features.dtype)
         else:
@@ -167,6 +167,8 @@ class Answers(torch.utils.data.Dataset):
 
 class TokenScorerTrainer(ResumableTrainer):
     """Equal for every split of a step into micro-batches and processes."""
+
+    recipe: ScorerRecipe
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches = self.next_microbatches(epoch_iterator, num_batches)

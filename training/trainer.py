@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from awares_bench.inference.image_features import FeatureStore
@@ -166,7 +166,12 @@ class ResumableTrainer(Trainer):
     ``strict=False``; 5.17 and 5.23), so weights are read back with ``from_pretrained``.
     """
 
-    def __init__(self, scorer: Scorer, vlm: LocalModel, recipe: TrainingRecipe, **arguments):
+    scorer: Any
+    """A ``Scorer``, or another module that scores packed conversations."""
+    recipe: Any
+    """A ``TrainerRecipe``, of the trainer's own class."""
+
+    def __init__(self, scorer: nn.Module, vlm: LocalModel, recipe: TrainerRecipe, **arguments):
         super().__init__(model=scorer, data_collator=list, callbacks=[_Log(Path(recipe.out).expanduser())], **arguments)
         if _zero3(self.accelerator):
             raise RecipeError("ZeRO-3 is not supported: launch with DDP, ZeRO-2 or FSDP2 (training/launch)")
@@ -180,8 +185,8 @@ class ResumableTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # our losses are normalised already: Trainer must not divide them again
         self.step_metrics: dict[str, list[float]] = {}
 
-    def score(self, model, packed: Packed) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies (N,) of the scored tokens, under autocast.
+    def score(self, model, packed: Packed) -> tuple[Tensor, ...]:
+        """What ``model`` says of packed conversations, under autocast: of a ``Scorer`` log-probabilities and entropies (N,) of the scored tokens.
 
         Accelerate itself autocasts neither the tower nor a sharded decoder.
         """
