@@ -11,14 +11,18 @@ demo: .venv/installed
 	.venv/bin/awares-bench demo
 
 # One process a core, each with one thread: the models of the tests are too small for more. A file's tests share a process and its fixtures.
+# Bytecode is kept, whatever the environment says: every process would compile the tests for itself.
+TESTS = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
+SPREAD = -n auto --dist loadfile --no-loadscope-reorder
+
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(TESTS) .venv/bin/python -m pytest $(SPREAD)
 
 short: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(SHORT)
+	$(TESTS) .venv/bin/python -m pytest $(SPREAD) $(SHORT)
 
 slow: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
+	$(TESTS) .venv/bin/python -m pytest -m slow
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -49,7 +53,7 @@ newest:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet --upgrade -e ".[dev]"
 	.venv-newest/bin/awares-bench doctor
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(SHORT)
+	$(TESTS) .venv-newest/bin/python -m pytest $(SPREAD) $(SHORT)
 
 # The lower bounds of pyproject.toml: uv finds them, pip installs them.
 oldest:
@@ -58,7 +62,7 @@ oldest:
 	.venv-oldest/bin/uv pip compile --quiet --resolution lowest-direct --extra dev pyproject.toml --output-file .venv-oldest/lowest.txt
 	.venv-oldest/bin/pip install --quiet -c .venv-oldest/lowest.txt -e ".[dev]"
 	.venv-oldest/bin/awares-bench doctor
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(SHORT)
+	$(TESTS) .venv-oldest/bin/python -m pytest $(SPREAD) $(SHORT)
 
 # One file for every supported Python. PyTorch and what comes with it follow the bounds: which build fits depends on the machine.
 UV ?= uv

@@ -1,16 +1,9 @@
-"""Fixtures that more than one file of tests uses."""
+"""Fixtures that more than one file of tests uses. They import what they need: the process that spreads the tests needs none of it."""
 
 import gc
 import logging
 
 import pytest
-
-from awares_bench.inference.local_model import LocalModel
-from awares_bench.inference.padded_batch import PaddedBatch
-from awares_bench.inference.ragged_batch import RaggedBatch
-from awares_bench.inference.varlen_batch import VarlenBatch
-
-from .helpers.tiny import tiny_vlm
 
 
 def pytest_collection_finish(session):
@@ -22,6 +15,11 @@ def pytest_collection_finish(session):
 @pytest.fixture(params=["line", "rectangle", "varlen"])
 def layout(request, monkeypatch):
     """All ways to lay out a batch: the one for CPUs, the one for other attentions, and the one for GPUs, with the reference of its kernel."""
+    from awares_bench.inference.local_model import LocalModel
+    from awares_bench.inference.padded_batch import PaddedBatch
+    from awares_bench.inference.ragged_batch import RaggedBatch
+    from awares_bench.inference.varlen_batch import VarlenBatch
+
     kind = {"line": RaggedBatch, "rectangle": PaddedBatch, "varlen": VarlenBatch}[request.param]
     monkeypatch.setattr(LocalModel, "_batch", lambda vlm, sessions, chunks: kind(vlm.host, sessions, chunks))
 
@@ -55,6 +53,8 @@ def no_deprecated_name():
 def checkpoint(tmp_path_factory):
     """Random weights in a checkpoint folder: for what is about plumbing, not skill."""
     from awares_bench.training.nano import model as nano
+
+    from .helpers.tiny import tiny_vlm
 
     folder = tmp_path_factory.mktemp("weights") / "tiny"
     nano.save(tiny_vlm().host.model, tiny_vlm().host.processor, folder)

@@ -26,6 +26,9 @@ LONGEST_SPACE = 16
 KEPT = 256
 """Calls, as far as they are written, of which the allowed tokens, and the draft, are kept: about 10 MB at the most."""
 
+PARTS = 2**14
+"""Beginnings of an entry of which the crops that they may name are kept, as many as one vocabulary has in a few places: 4 MB at the most."""
+
 _BEGUN = re.compile(rf"\s*{WORD}", re.IGNORECASE)
 _BEFORE_LIST = re.compile(r"\s*:?\s*")
 _BEFORE_END = re.compile(r"\s*['\"]?\s*(?P<word>[A-Za-z0-9 _-]*)")  # an entry whose word may go on
@@ -57,14 +60,15 @@ class CallGrammar:
             for word in (i, name, name.replace("center", "centre"))
             if grid.entry(word) == name
         ]
-        self._begun: dict[str, set[str]] = {}  # each beginning of a word -> the crops it may become
+        self._begun: dict[str, frozenset[str]] = {}  # each beginning of a word -> the crops it may become
         for word, name in self._words:
             for n in range(len(word) + 1):
-                self._begun.setdefault(word[:n], set()).add(name)
+                self._begun[word[:n]] = self._begun.get(word[:n], frozenset()) | {name}
         self._tokens = self._spelled()
         self._read = lru_cache(KEPT)(self._read_text)
         self._follow = lru_cache(KEPT)(self._walk)
         self._expect = lru_cache(KEPT)(self._draft)
+        self._nameable = lru_cache(PARTS)(self._crops_of)
 
     def may_begin(self, written: list[int]) -> bool:
         """Whether a call begins with ``written``, or is it."""
@@ -115,19 +119,23 @@ class CallGrammar:
                 return Call(named, whole=True)
             return Call(named) if len(named) < len(self.grid.ids) else None  # nothing is left to name after this comma
         part = call.part + letter
-        if _TOO_LONG.search(part):
-            return None
-        alive = _BEFORE_LIST.fullmatch(part) if call.named is None else self._may_name(part, call.named)
+        if call.named is None:
+            alive = _BEFORE_LIST.fullmatch(part) is not None and not _TOO_LONG.search(part)
+        else:
+            alive = not self._nameable(part) <= call.named
         return Call(call.named, part) if alive else None
 
-    def _may_name(self, part: str, named: frozenset[str]) -> bool:
-        """Whether an entry that begins with ``part`` can still name a crop that is not among ``named``."""
+    def _crops_of(self, part: str) -> frozenset[str]:
+        """The crops that an entry that begins with ``part`` can still name."""
         open_word = _BEFORE_END.fullmatch(part)
-        if open_word:
-            word = re.sub(r"[ _]+", "-", open_word["word"].lstrip().lower())
-            if not self._begun.get(word, named) <= named:
-                return True
-        return any(self.grid.entry(part + end) not in {None, *named} for end in ("", "'", '"'))
+        if _TOO_LONG.search(part):
+            return frozenset()
+        if open_word is None:
+            return frozenset(self.grid.entry(part + end) for end in ("", "'", '"')) - {None}
+        word = open_word["word"]
+        begun = self._begun.get(re.sub(r"[ _]+", "-", word.lstrip().lower()), frozenset())
+        whole = frozenset({self.grid.entry(word)} - {None})
+        return begun if whole <= begun else begun | whole
 
     # ------------------------------------------------------------------ tokens
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -25,11 +26,14 @@ class Greedy:
     """The most probable token; its value is its log-probability, or the largest score where that is not finite (NaN where any is NaN)."""
 
     def __call__(self, scores: Tensor, rows: list[int], steps: list[int]) -> list[tuple[list[int], list[float]]]:
-        top = scores.max(-1)
+        top, scores = scores.max(-1), scores.float()
         value = top.values.float()
-        value = torch.where(value.isfinite(), value - scores.float().logsumexp(-1), value)
-        chosen = torch.stack([top.indices.double(), value.double()]).tolist()  # in one transfer from the device
-        return [([int(token) for token in row], values) for row, values in zip(*chosen, strict=True)]
+        # in one transfer from the device; twice the precision holds every token's number
+        tokens, largest, logprobs = torch.stack([top.indices.double(), value, value - scores.logsumexp(-1)]).tolist()
+        return [
+            ([int(token) for token in row], [new if isfinite(old) else old for old, new in zip(*values, strict=True)])
+            for row, *values in zip(tokens, largest, logprobs, strict=True)
+        ]
 
 
 @dataclass

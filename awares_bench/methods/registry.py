@@ -52,6 +52,7 @@ def own_names() -> list[str]:
     return sorted(_own())
 
 
+@cache
 def _own() -> dict[str, tuple[str, str]]:
     """Methods of this package -> (package, file)."""
     rooms = files("awares_bench.baselines").iterdir()
@@ -59,6 +60,7 @@ def _own() -> dict[str, tuple[str, str]]:
     return {k: v for k, v in found.items() if not k.startswith("_")} | {"awares": ("awares_bench", "awares.py")}
 
 
+@cache  # reading what every installed package registers takes 25 ms
 def _external() -> dict[str, EntryPoint]:
     """Methods that other packages bring."""
     return {e.name: e for e in entry_points(group=GROUP)}

@@ -169,12 +169,12 @@ class HostModel(ABC):
         """Positions (axes, L) of a chunk that begins at position ``start``, and the position after it."""
         return torch.arange(start, start + len(ids))[None], start + len(ids)
 
-    @property
+    @cached_property  # a module looks up its parts by name, and these are asked for at every layer
     def decoder(self) -> PreTrainedModel:
         """Embeddings, layers and final norm."""
         return self.model.model.language_model
 
-    @property
+    @cached_property
     def tower(self) -> PreTrainedModel:
         """The vision encoder, with its projector where that is a part of it."""
         return self.model.model.visual

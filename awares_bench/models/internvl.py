@@ -6,6 +6,7 @@ the whole is added where there is more than one (dynamic resolution of InternVL 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
@@ -30,7 +31,7 @@ class InternVL(TilingHost):
     def decoder_layer(self) -> str:  # type: ignore[override]  # of the decoder's family, which the checkpoint decides
         return type(self.decoder.layers[0]).__name__
 
-    @property
+    @cached_property
     def tower(self):
         return self.model.model.vision_tower
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -138,18 +139,20 @@ def mrope_positions(ids: list[int], runs: list[tuple[int, int]], image_token: in
     stopped, and the text goes on after the larger of the two. Equal to Qwen2.5-VL's ``get_rope_index`` (tested), which
     cannot start in mid-conversation. runs: rows and columns of each image in tokens.
     """
-    out, at, i, runs = [], start, 0, list(runs)
+    out, at, i, left = np.empty((3, len(ids)), dtype=np.int64), start, 0, iter(runs)
+    marked = [*ids, image_token]
     while i < len(ids):
         if ids[i] == image_token:
-            rows, columns = runs.pop(0)
-            r, c = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
-            out.append(torch.stack([torch.zeros_like(r), r, c]) + at)
-            i, at = i + rows * columns, at + max(rows, columns)
+            rows, columns = next(left)
+            end = i + rows * columns
+            out[0, i:end], (out[1, i:end], out[2, i:end]) = at, at + np.indices((rows, columns)).reshape(2, -1)
+            at += max(rows, columns)
         else:
-            n = next((j for j in range(i, len(ids)) if ids[j] == image_token), len(ids)) - i
-            out.append((torch.arange(n) + at).expand(3, -1))
-            i, at = i + n, at + n
-    return torch.cat(out, 1), at
+            end = marked.index(image_token, i)
+            out[:, i:end] = np.arange(at, at + end - i)
+            at += end - i
+        i = end
+    return torch.from_numpy(out), at
 
 
 def within_aspect(image: Image.Image) -> tuple[Image.Image, list[Event]]:

@@ -7,6 +7,7 @@ the prompt, so that its tokens are a run of their own: 81 of 384 pixels (2.2B), 
 
 from __future__ import annotations
 
+from functools import cached_property
 from math import ceil, isqrt
 from typing import Any
 
@@ -38,11 +39,11 @@ class Idefics3(TilingHost):
     lora_targets = r".*text_model.*\.(q|k|v|o|gate|up|down)_proj"
     decoder_layer = "LlamaDecoderLayer"
 
-    @property
+    @cached_property
     def decoder(self):
         return self.model.model.text_model
 
-    @property
+    @cached_property
     def tower(self):
         return self.model.model.vision_model
 

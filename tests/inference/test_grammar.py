@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from awares_bench.awares import AwaRes
-from awares_bench.inference.call_grammar import KEPT, LONGEST_SPACE, CallGrammar
+from awares_bench.inference.call_grammar import KEPT, LONGEST_SPACE, PARTS, CallGrammar
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.inference.reply_decoder import ReplyDecoder
@@ -356,7 +356,8 @@ def test_calls_that_were_never_seen_before_take_no_more_memory():
     tracemalloc.stop()
     assert kept[0] < 10e6 and kept[1] - kept[0] < 1e6, kept
     caches = [value for value in vars(grammar).values() if hasattr(value, "cache_info")]
-    assert len(caches) == 3 and all(cache.cache_info().currsize <= cache.cache_info().maxsize == KEPT for cache in caches)
+    assert [cache.cache_info().maxsize for cache in caches] == [KEPT, KEPT, KEPT, PARTS]
+    assert all(cache.cache_info().currsize <= cache.cache_info().maxsize for cache in caches)
 
 
 def test_an_answer_that_shares_its_first_token_with_a_call_stays_free():
