@@ -4,14 +4,16 @@
     awares-bench app --pretrained Qwen/Qwen2.5-VL-7B-Instruct
     awares-bench app --engine openai --base-url http://localhost:8000/v1 --model NAME --pretrained CHECKPOINT
 
-One model is loaded, and questions wait for it in a queue. What a visitor may say is less than what the command line may: a method or
-an option that names a file or a hub's checkpoint is refused. Gradio draws the page (extra ``app``) and is imported when it is asked for.
+One model is loaded, in a process of its own while this one makes the page, and questions wait for it in a queue. What a visitor may
+say is less than what the command line may: a method or an option that names a file or a hub's checkpoint is refused. Gradio draws the
+page (extra ``app``) and is imported when it is asked for.
 """
 
 from __future__ import annotations
 
 import argparse
 import html
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,8 +23,9 @@ from typing import Any
 
 from PIL import Image
 
-from . import api, card
-from .errors import AwaresError, OptionError
+from . import card
+from .app_model import NOTHING, QUESTION_CHARACTERS, serve
+from .errors import AwaresError, OptionError, RunError
 from .evaluation.run_options import OF_CHECKPOINT
 from .methods.images import as_rgb
 
@@ -30,9 +33,7 @@ COLUMNS = ("awares", "visionzip", "full")
 """What the three columns show at first."""
 
 FIRST_OPTIONS = ("", "retention=0.25", "")
-NOTHING = "(none)"
 UPLOAD_BYTES = 20 * 2**20
-QUESTION_CHARACTERS = 4000
 WAITING = 64
 """Questions in the queue, over all pages."""
 
@@ -69,46 +70,6 @@ def picture_of(path: str | None) -> tuple[Image.Image | None, str]:
         return None, refused(str(error))
 
 
-def chosen(names: tuple[str, ...], options: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
-    """What the columns ask for -> methods with their options, checked. Raises OptionError.
-
-    Files and checkpoints are named on the command line, by whoever starts the page: not by whoever visits it.
-    """
-    methods = []
-    for name, words in zip(names, options, strict=True):
-        if not name or name == NOTHING:
-            continue
-        if any(mark in name + words for mark in ("/", "\\", ".py")):
-            raise OptionError(
-                f"{name} {words}: a file, or a checkpoint of a hub, cannot be named here; name a method and its options"
-            )
-        method = api.read_method(f"{name} {words}")
-        api.check(*method)
-        methods.append(method)
-    if not methods:
-        raise OptionError("no method is chosen; choose one in at least one of the columns")
-    return methods
-
-
-def answers(
-    model: api.Model, image: Image.Image | None, question: str, names: tuple[str, ...], options: tuple[str, ...]
-) -> Iterator[card.Answer]:
-    """The answer of each chosen method in turn, each as soon as it is there. Raises OptionError for what cannot be asked."""
-    if image is None:
-        raise OptionError("there is no picture yet; drop one, or take one of the examples")
-    if not (question or "").strip():
-        raise OptionError("there is no question yet; write one")
-    if len(question) > QUESTION_CHARACTERS:
-        raise OptionError(f"the question has {len(question):,} characters; at most {QUESTION_CHARACTERS:,} are taken")
-    for name, own in chosen(names, options):
-        try:
-            yield model.ask_many([(image, question)], name, 1, **own)[0]
-        except AwaresError as error:  # the method does not fit this model, or the server is gone
-            yield card.Answer(" ".join([name, *(f"{k}={v}" for k, v in own.items())]), question, image, error=str(error))
-        except (ValueError, OSError, RuntimeError) as error:
-            yield card.Answer(name, question, image, error=f"{type(error).__name__}: {error}")
-
-
 def refused(sentence: str) -> str:
     """A sentence for the visitor, as HTML."""
     return f'<div class="refused">{html.escape(sentence)}</div>'
@@ -126,11 +87,59 @@ def log(lines: list[tuple[str, str, list[card.Answer]]]) -> str:
     return f'<details class="asked"><summary>asked so far: {len(rows)}</summary><table>{"".join(rows)}</table></details>'
 
 
-def page(model: api.Model, title: str) -> Any:
+class ModelProcess:
+    """The model in a process of its own: it loads while this one imports Gradio, neither waits for the other's imports."""
+
+    def __init__(self, args: argparse.Namespace):
+        context = multiprocessing.get_context("spawn")  # nothing of this process goes along
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, args), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ready(self) -> tuple[str, list[str]]:
+        """Once: what the page says of the model, and the names of the methods. Raises what the model could not be loaded for."""
+        said = self._receive()
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    def answers(self, *asked: Any) -> Iterator[tuple[str, card.Answer]]:
+        """A picture, a question, and methods and options of the columns -> each answer as HTML, and without its pictures.
+
+        Raises OptionError for what cannot be asked, RunError when the process has ended.
+        """
+        try:
+            self._connection.send(asked)
+        except OSError as error:
+            raise RunError(self._ended()) from error
+        said = self._receive()
+        try:
+            while isinstance(said, tuple):
+                yield said
+                said = self._receive()
+        finally:
+            while isinstance(said, tuple):  # the visitor has left: what is still said is nobody's
+                said = self._receive()
+        if said is not None:
+            raise said
+
+    def _receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except EOFError as error:
+            raise RunError(self._ended()) from error
+
+    def _ended(self) -> str:
+        self._process.join(5)
+        return f"the model's process has ended with status {self._process.exitcode} (-9: the machine had no more memory); start the page again"
+
+
+def page(model: ModelProcess, title: str, methods: list[str]) -> Any:
     """The page as ``gradio.Blocks``, its queue set."""
     import gradio as gr
 
-    shown, every = examples(), [NOTHING, *api.methods()]
+    shown, every = examples(), [NOTHING, *methods]
     with gr.Blocks(title="awares-bench", analytics_enabled=False) as blocks:
         gr.Markdown(f"### awares-bench: how few visual tokens does an answer need?\n{title}")
         picture, asked = gr.State(None), gr.State([])
@@ -177,14 +186,13 @@ def page(model: api.Model, title: str) -> Any:
             slots = [i for i, name in enumerate(chosen_names) if name and name != NOTHING]
             drawn, sentence = [""] * len(names), ""
             try:
-                for answer in answers(model, image, text, chosen_names, tuple(o or "" for o in chosen_options)):
-                    drawn[slots[len(given)]] = card.card(answer)
+                asked = (image, text, chosen_names, tuple(o or "" for o in chosen_options))
+                for drawn[slots[len(given)]], answer in model.answers(*asked):
                     given.append(answer)
                     yield [*drawn, before, gr.skip()]
-            except OptionError as error:
+            except AwaresError as error:
                 sentence, drawn[0] = str(error), refused(str(error))
-            light = [card.Answer(a.method, a.question, None, a.text, a.error) for a in given]  # without pictures
-            now = [*before, (text or "", sentence, light)][-100:]
+            now = [*before, (text or "", sentence, given)][-100:]
             yield [*drawn, now, log(now)]
 
         told: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
@@ -196,27 +204,6 @@ def page(model: api.Model, title: str) -> Any:
                 ask, given, [*cards, asked, history], concurrency_limit=1, concurrency_id="model", trigger_mode="multiple", **told
             )
     return blocks.queue(max_size=WAITING, default_concurrency_limit=1)
-
-
-def load_model(args: argparse.Namespace) -> tuple[api.Model, str]:
-    """The model that answers, and what the page says of it."""
-    if args.engine == "transformers":
-        options: dict[str, Any] = dict(api.read_option(text) for text in args.option)
-        unknown = sorted(set(options) - set(OF_CHECKPOINT))
-        if unknown:
-            raise OptionError(f"--option {unknown[0]} is not of the checkpoint; allowed: {', '.join(OF_CHECKPOINT)}")
-        model = api.load(args.pretrained, **options)
-        return model, f"`{args.pretrained}` on {model.vlm.device}. Pictures stay on the machine that runs this page."
-    if not (args.base_url and args.model):
-        raise OptionError(
-            "--engine openai needs --base-url and --model, such as --base-url http://localhost:8000/v1 --model NAME"
-        )
-    from .inference.openai_server import Endpoint
-
-    served: Any = Endpoint(args.base_url, args.model, args.pretrained)
-    return api.Model(
-        served, {}
-    ), f"`{args.model}` at {args.base_url}, which is sent the pictures. Pruners need a model in this process."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -242,10 +229,10 @@ def main(args: argparse.Namespace) -> int:
     if find_spec("gradio") is None:
         raise RuntimeError('the page is drawn by Gradio, which is not installed: pip install "awares-bench[app]"')
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported: nothing is told to anyone
+    model = ModelProcess(args)
     import gradio as gr
 
-    model, title = load_model(args)
-    blocks = page(model, title)
+    blocks = page(model, *model.ready())
     theme = gr.themes.Base(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )  # of the browser, not fetched

@@ -1,11 +1,15 @@
 """The page to ask on: what a visitor may do, what is refused in a sentence, and, in a browser, that no question is lost."""
 
+import argparse
+import multiprocessing
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -13,15 +17,15 @@ from shutil import which
 import pytest
 from PIL import Image
 
-from awares_bench import api, app, cli
-from awares_bench.errors import OptionError
+from awares_bench import api, app, app_model, cli
+from awares_bench.errors import OptionError, RunError
 from awares_bench.inference.engine import Scripted
 
 from .helpers.tiny import picture, tiny_vlm
 
 
 def ask(image=None, question="what is it?", names=("full",), options=("max_new_tokens=2",), vlm=None):
-    return list(app.answers(api.Model(vlm or tiny_vlm(), {}), image, question, names, options))
+    return list(app_model.answers(api.Model(vlm or tiny_vlm(), {}), image, question, names, options))
 
 
 def test_methods_answer_side_by_side_in_the_order_of_the_columns():
@@ -107,9 +111,51 @@ def test_options_of_the_command_are_checked_before_anything_is_loaded(monkeypatc
     args = parser.parse_args([])
     assert (args.host, args.share, args.pretrained) == ("127.0.0.1", False, "nano")
     with pytest.raises(OptionError, match="--engine openai needs --base-url and --model"):
-        app.load_model(parser.parse_args(["--engine", "openai"]))
+        app_model.load_model(parser.parse_args(["--engine", "openai"]))
     with pytest.raises(OptionError, match="--option retention is not of the checkpoint"):
-        app.load_model(parser.parse_args(["--option", "retention=0.5"]))
+        app_model.load_model(parser.parse_args(["--option", "retention=0.5"]))
+
+
+@pytest.fixture
+def model_process(monkeypatch):
+    """The model's side in a thread of this process, around a scripted model -> (what the page has of it, the end to close)."""
+    given = {"one": ["a dog"], "two": ["a cat"]}
+    monkeypatch.setattr(app_model, "load_model", lambda args: (api.Model(Scripted(given), {}), "a title"))
+    ours, theirs = multiprocessing.Pipe()
+    thread = threading.Thread(target=app_model.serve, args=(theirs, None), daemon=True)
+    thread.start()
+    process = object.__new__(app.ModelProcess)
+    process._connection, process._process = ours, types.SimpleNamespace(join=lambda seconds: None, exitcode=-9)
+    yield process, theirs
+    ours.close()
+    thread.join(5)
+
+
+def test_the_models_process_answers_refuses_and_goes_on_when_a_visitor_leaves(model_process):
+    process, theirs = model_process
+    title, methods = process.ready()
+    assert title == "a title" and {"full", "awares"} <= set(methods)
+    ((drawn, answer),) = process.answers(picture(60, 60), "one", ("full",), ("",))
+    assert "a dog" in drawn and answer.text == "a dog" and answer.image is None
+    with pytest.raises(OptionError, match="unknown method"):
+        list(process.answers(picture(60, 60), "one", ("nothing_known",), ("",)))
+    leaving = process.answers(picture(60, 60), "two", ("full", "low"), ("", ""))
+    next(leaving)
+    leaving.close()  # the second answer is nobody's
+    ((_, answer),) = process.answers(picture(60, 60), "two", ("full",), ("",))
+    assert answer.text == "a cat"
+    theirs.close()
+    with pytest.raises(RunError, match="has ended with status -9"):
+        list(process.answers(picture(60, 60), "one", ("full",), ("",)))
+
+
+def test_a_model_that_cannot_be_loaded_is_said_by_the_command(monkeypatch):
+    ours, theirs = multiprocessing.Pipe()
+    app_model.serve(theirs, argparse.Namespace(engine="openai", base_url=None, model=None, pretrained="nano"))
+    process = object.__new__(app.ModelProcess)
+    process._connection = ours
+    with pytest.raises(OptionError, match="--engine openai needs --base-url and --model"):
+        process.ready()
 
 
 @pytest.mark.slow
