@@ -1,4 +1,4 @@
-"""Floating-point operations of Qwen2-VL, Qwen2.5-VL and Qwen3-VL from their shapes: a multiplication and an addition are two. No torch, so that reports can count.
+"""Floating-point operations of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and GLM-4V from their shapes: a multiplication and an addition are two. No torch, so that reports can count.
 
 Counted: matrix products of vision tower, merger, decoder and output layer, and attention scores. Not counted: norms, activations.
 Configs are parts of a ``config.json``, token counts are numbers or arrays of them.
@@ -16,6 +16,7 @@ VISION_SHAPES = {
     ),
     "qwen3_vl": ("hidden_size", "intermediate_size", "depth", "patch_size", "deepstack_visual_indexes", "out_hidden_size"),
     "qwen2_vl": ("embed_dim", "mlp_ratio", "depth", "patch_size", "hidden_size"),
+    "glm4v": ("hidden_size", "intermediate_size", "depth", "patch_size", "image_size", "out_hidden_size"),
 }  # fmt: skip
 """What the vision part of a config has, by family, which it is told by; where no line fits the model is not counted here."""
 
@@ -55,7 +56,7 @@ def vision_flops(tokens: float | np.ndarray, config: Mapping) -> float | np.ndar
     )
     depth, merge = config["depth"], side**2
     patches: float | np.ndarray = tokens * merge
-    # 1. shapes: Qwen2-VL calls the tower's width embed_dim; only Qwen2.5-VL has a gate in its MLP, and windows
+    # 1. shapes: Qwen2-VL calls the tower's width embed_dim; Qwen2.5-VL and GLM have a gate in their MLPs, and only the first has windows
     if family == "qwen2_vl":
         width, inner, out = config["embed_dim"], config["embed_dim"] * config["mlp_ratio"], config["hidden_size"]
     else:
@@ -64,12 +65,16 @@ def vision_flops(tokens: float | np.ndarray, config: Mapping) -> float | np.ndar
     if family == "qwen2_5_vl":
         full_blocks, matrices = len(config["fullatt_block_indexes"]), 3
         window = (config["window_size"] // config["patch_size"]) ** 2  # patches that a patch attends to outside the full blocks
+    if family == "glm4v":  # its blocks are as wide inside as the decoder is; intermediate_size is the merger's
+        inner, matrices = out, 3
     mergers = 1 + len(config.get("deepstack_visual_indexes") or ()) if family == "qwen3_vl" else 1
     # 2. operations of a patch, then of a token
     embed = 2 * channels * frames * config["patch_size"] ** 2 * width
     linear = 2 * (4 * width**2 + matrices * width * inner)
     attention = 4 * width * ((depth - full_blocks) * np.minimum(window, patches) + full_blocks * patches)
     merger = 2 * ((merge * width) ** 2 + merge * width * out)
+    if family == "glm4v":  # a convolution, a product, and an MLP with a gate
+        merger = 2 * (merge * width * out + out**2 + 3 * out * config["intermediate_size"])
     return patches * (embed + depth * linear + attention) + tokens * mergers * merger
 
 

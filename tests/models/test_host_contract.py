@@ -104,6 +104,7 @@ TINY = {
     "qwen2_vl": tiny_families.qwen2_vl,
     "qwen3_vl": tiny_families.qwen3_vl,
     "qwen3_vl_moe": tiny_families.qwen3_vl_moe,
+    "glm4v": tiny_families.glm4v,
     "internvl": internvl,
     "idefics3": lambda: smolvlm("idefics3"),
     "smolvlm": smolvlm,
@@ -112,8 +113,8 @@ TINY = {
 """A tiny random model of every family, and of the one made here."""
 
 
-LIKE_ANOTHER = ("qwen3_vl_moe", "idefics3")
-"""Families that differ from another here by a router, or have all their features compared in test_tiles.py: slow, for a short suite."""
+LIKE_ANOTHER = ("qwen3_vl_moe", "idefics3", "glm4v")
+"""Families that differ from another here by a router or norms, or have files of their own (test_tiles.py, test_glm4v.py): slow, for a short suite."""
 
 
 # smolvlm is Idefics3's class with other names: test_tiles.py compares the two
@@ -137,9 +138,12 @@ def scores(vlm: LocalModel, requests: list[Request], pruner=None) -> torch.Tenso
 
 
 def test_every_family_has_a_tiny_model_here():
-    assert set(families()) <= set(TINY)
+    assert set(families()) <= {*TINY, "glm46v"}  # GLM-4.6V has the modules of GLM-4.1V
 
 
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # GLM's processor (transformers 5.24) and NumPy 2
 def test_scores_are_those_of_generate(vlm):
     host, images = vlm.host, [vlm.host.image_input(i) for i in TURN.images]
     ids = torch.tensor([host.render([TURN], [], images)])

@@ -3,11 +3,16 @@
 Weights are drawn wide: the default initialisation hides mistakes.
 """
 
+import copy
 from functools import cache
 
 import torch
 import transformers
 from transformers import (
+    Glm4vConfig,
+    Glm4vImageProcessor,
+    Glm4vProcessor,
+    Glm4vVideoProcessor,
     Qwen2VLConfig,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
@@ -46,8 +51,8 @@ _TOWER3 = {
 }
 
 
-def finish(config, processor, seed: int = 0) -> HostModel:
-    """Random weights for a config -> its host."""
+def finish(config, processor, seed: int = 0, stop: tuple[str, ...] = ("<|im_end|>", "<|endoftext|>")) -> HostModel:
+    """Random weights for a config -> its host. stop: tokens that end a reply."""
     torch.manual_seed(seed)
     model = getattr(transformers, config.architectures[0])(config).float().eval()
     for name, p in model.named_parameters():
@@ -56,7 +61,7 @@ def finish(config, processor, seed: int = 0) -> HostModel:
         elif name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.1)
     tokenizer = processor.tokenizer
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(stop))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     size = processor.image_processor.size  # less than the released limits: pictures of tests are small
     return host_of(model, processor, size["shortest_edge"], size["longest_edge"])
@@ -139,3 +144,46 @@ def qwen3_vl_moe() -> HostModel:
         **_marks(),
     )
     return finish(config, _qwen3_processor())
+
+
+GLM_TEMPLATE = (  # renders as that of GLM-4.1V-9B, without its line for thoughts
+    "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|begin_of_image|><|image|><|end_of_image|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@cache
+def glm4v() -> HostModel:
+    """A turn of GLM's ends where the next one begins: its end token is ``<|user|>``."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    roles = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"]
+    marks = ["<|begin_of_image|>", "<|image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|video|>", "<|end_of_video|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": roles + marks})
+    ids = dict(zip(("image_start", "image", "image_end", "video_start", "video", "video_end"), marks, strict=True))
+    config = Glm4vConfig(
+        text_config=text_config(
+            vocab_size=-(-len(tokenizer) // 64) * 64,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
+        ),
+        vision_config={
+            "depth": 4,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "image_size": 56,
+            "out_hidden_size": 64,
+            "intermediate_size": 96,
+        },
+        architectures=["Glm4vForConditionalGeneration"],
+        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(mark) for name, mark in ids.items()},
+    )
+    made = Glm4vProcessor(
+        image_processor=Glm4vImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=Glm4vVideoProcessor(),
+        chat_template=GLM_TEMPLATE,
+    )
+    return finish(config, made, stop=("<|user|>", "<|endoftext|>"))
