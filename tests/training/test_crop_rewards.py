@@ -6,7 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from awares_bench.inference.local_model import LocalModel
+from awares_bench.inference.session import Request, Session
 from awares_bench.methods.conversation import Event, Sample, Trajectory, Turn
+from awares_bench.models.packaged import resolve
 from awares_bench.training import grpo, recipe, rewards
 from awares_bench.training.auxiliary.crop_reader import CropReader
 from awares_bench.training.curation.judges import exact
@@ -196,3 +199,20 @@ def test_the_rows_replies_lead_the_policies_where_the_labels_say(place):
             assert t.answer == row["answers"][0] and not t.events and len(t.turns) == len(row["replies"])
             if len(t.turns) == 2:
                 assert rewards.covers(t.turns[1].boxes, [tuple(b) for b in row["boxes"]])
+
+
+@pytest.mark.parametrize("style", ["adaptvision", "ergo"])
+def test_the_start_of_a_protocol_has_its_sentences_as_tokens_and_is_nano_base_in_all_else(tmp_path, style):
+    before = LocalModel.load(resolve("nano-base"), "float32", "cpu").host
+    added = rival_data.write_start(style, tmp_path)
+    after = LocalModel.load(str(tmp_path), "float32", "cpu").host
+    known = before.tokenizer.get_vocab()
+    assert {k: v for k, v in after.tokenizer.get_vocab().items() if k in known} == known
+    assert len(after.tokenizer) == len(known) + added and added > 5
+    begin, end, _ = rival_data.STARTS[style]
+    assert len(after.tokenizer(begin)["input_ids"]) == len(after.tokenizer(end)["input_ids"]) == 1
+    turn = Turn((picture(224, 224),), "What is the value of the red bar?")
+    given = [host.render([turn], [], [host.image_input(turn.images[0])]) for host in (before, after)]
+    assert given[0] == given[1]
+    said = [vlm.reply([Request(Session(), turn, 4)])[0].tokens for vlm in (LocalModel(before), LocalModel(after))]
+    assert said[0] == said[1]

@@ -13,6 +13,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -117,11 +118,15 @@ def _phrases(prompt: str) -> list[str]:
 def visionthink_phrases() -> list[str]:
     """What VisionThink's policy says around a question and a call, sentence by sentence, and the marks of a reply."""
     call = ["<tool_call>", '\n{"name": "resize_image", "arguments": {"action": "resize"}}\n', "</tool_call>"]
-    look = registry.build("visionthink", {}).policy.turns(Sample((Image.new("RGB", (56, 56)),), ""))
-    shown = [turn for turn, *_ in play(look, ["".join(call), ""], 1.0)]
+    return [*said_by("visionthink", ["".join(call), ""]), *call, "<think>", "</think>", "<answer>", "</answer>"]
+
+
+def said_by(method: str, replies: list[str], **options: Any) -> list[str]:
+    """What a policy says around a question when it gets these replies, sentence by sentence, for the added vocabulary."""
+    look = registry.build(method, options).policy.turns(Sample((Image.new("RGB", (56, 56)),), ""))
+    shown = [turn for turn, *_ in play(look, replies, 1.0)]
     said = [text for turn in shown for text in (turn.system or "", *turn.image_prefixes, turn.text)]
-    sentences = [s for text in said for s in re.split(r"(?<=\. )|(?<=\.)(?=\n)|(?<=:)(?=\n)", text) if len(s) > 20]
-    return [*sentences, *call, "<think>", "</think>", "<answer>", "</answer>"]
+    return [s for text in said for s in re.split(r"(?<=\. )|(?<=\.)(?=\n)|(?<=:)(?=\n)", text) if len(s) > 20]
 
 
 def question_corpus(questions: list[str]) -> list[str]:

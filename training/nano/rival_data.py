@@ -3,9 +3,13 @@
     awares-bench nano rival-data visionthink --data runs/nano-curate/labels.parquet \
         --out runs/nano-visionthink.parquet
     awares-bench nano rival-data cropvlm --data nano:4000 --out runs/nano-cropvlm.parquet
+    awares-bench nano rival-data ergo --data nano:4000 --out runs/nano-ergo.parquet --start runs/nano-base-ergo
 
 ``--data`` is a file of rows with ``label`` (visionthink, adaptvision) or ``boxes`` in pixels (the others, and adaptvision), or ``nano:COUNT``: new documents of
 the nano world, with its own labels and boxes. The result has ``replies`` and ``answers``, for ``train sft`` and ``train grpo``.
+
+``--start`` writes the checkpoint that AdaptVision's and ERGO's training begins with: nano-base with the sentences of the protocol as tokens of
+their own, as those of AwaRes and VisionThink are. Letter by letter a prompt is 700 tokens that nano has never seen.
 """
 
 from __future__ import annotations
@@ -17,13 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tokenizers import AddedToken
 
+from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.crop_grid import hull
 from awares_bench.methods.registry import method_class
+from awares_bench.models.packaged import resolve
 
 from .. import examples, script
 from ..curation.crop_oracles import check_boxes
 from ..curation.pipeline import asked_nano_rows
+from . import model as nano
 
 CALL = '<tool_call>\n{"name": "resize_image", "arguments": {"action": "resize"}}\n</tool_call>'
 """What ``baselines/visionthink.py`` reads as a call for the original image."""
@@ -89,6 +97,26 @@ def ergo(row: dict, size: tuple[int, int]) -> list[str]:
     return [f"{direct.partition('<answer>')[0]}<zoom>{in_view(row, size, view)}</zoom>", direct]
 
 
+STARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "adaptvision": ('<tool_call>\n{"name": "request_local_region", "arguments": {"bbox_2d": [', "]}}\n</tool_call>", {}),
+    "ergo": ("<zoom>[", "]</zoom>", {"cap": ERGO_CAP}),
+}
+"""Protocol -> how a call begins and ends around its box, and the options of the policy."""
+
+
+def write_start(style: str, out: Path) -> int:
+    """nano-base with the sentences of a protocol as tokens, whose embeddings nobody has trained -> the number of tokens added."""
+    begin, end, options = STARTS[style]
+    host = LocalModel.load(resolve("nano-base"), "float32", "cpu").host
+    phrases = nano.said_by(style, [f"<think></think>{begin}0, 0, 28, 28{end}", ""], **options)
+    added = host.tokenizer.add_tokens([AddedToken(p, normalized=False, special=False) for p in [*phrases, begin, end]])
+    rows = host.model.get_input_embeddings().num_embeddings
+    if len(host.tokenizer) > rows:
+        host.model.resize_token_embeddings(len(host.tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    nano.save(host.model, host.processor, out)
+    return added
+
+
 STYLES = {
     "visionthink": (visionthink, ("label",)),
     "cropvlm": (cropvlm, ("boxes",)),
@@ -124,9 +152,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="parquet or JSON-lines file, or nano:COUNT")
     parser.add_argument("--seed", type=int, default=0, help="of nano:COUNT")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--start", type=Path, help="adaptvision, ergo: also write nano-base with the protocol's sentences as tokens"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.start:
+        if args.style not in STARTS:
+            raise examples.DataError(
+                f"--start is for {' and '.join(STARTS)}; the sentences of {args.style} are tokens of nano's own"
+            )
+        print(f"{write_start(args.style, args.start)} tokens added in {args.start}")
     print(f"{write(args.style, args.data, args.out, args.seed)} rows in {args.out}")
     return 0
 
