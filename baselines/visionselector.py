@@ -25,7 +25,7 @@ from ._greedy import cosines
 class VisionSelector(Pruner):
     """Rank by a trained score; or greedily by score against likeness to what is chosen (maximal marginal relevance).
 
-    scorer: safetensors file of the scorer, or a folder or hub name of a checkpoint with one; ``awares-bench train scorer`` writes it. None is in the package.
+    scorer: safetensors file of the scorer, or a folder or hub name of a checkpoint with one; ``nano`` for the package's, of its weights ``nano``; ``awares-bench train scorer`` writes others.
     mmr: weight of the score beside the likeness, whose is one less it (IDPruner's default 0.5); none: the score alone.
     parallel: with mmr, tokens that are chosen at a time.
     """
@@ -43,7 +43,7 @@ class VisionSelector(Pruner):
     def check(self, width: int) -> None:
         if not self.scorer:
             raise ValueError(
-                "visionselector needs scorer=FILE, trained for this checkpoint (the authors release theirs; awares-bench train scorer makes one)"
+                "visionselector needs scorer=FILE, trained for this checkpoint (the authors release theirs; awares-bench train scorer makes one; scorer=nano goes with pretrained=nano)"
             )
         if (reads := load_scorer(self.scorer).width) != width:
             raise ValueError(

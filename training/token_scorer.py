@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.pruner import Pruner
 from awares_bench.models import scorer as weights
-from awares_bench.models.base import HostModel, every_run
+from awares_bench.models.base import HostModel, ImageInput, every_run
 
 from . import examples, recipe
 from .packing import Packed, Scorer, pack
@@ -56,6 +57,9 @@ class ScorerRecipe(TrainerRecipe):
     weighs: str = option("features", one_of=("features", "attention"))
     """What a token's weight multiplies: its ``features``, as released; or how much ``attention`` others pay it (ours), which at 0 is what
     dropping it does. A decoder that norms its input sees scaled features as large as others at first."""
+    noise: float = option(0.0, low=0)
+    """Scale of logistic noise on the scores in training (ours; a concrete distribution, arXiv 1611.00712): other tokens are close to dropped at
+    every step, so that the answer's loss says which matter. A host that answers as well with all tokens at equal weights learns nothing without."""
     stored: str = option("float32", one_of=("float32", "bfloat16"))
     """Precision of the file."""
     lr: float = option(5e-5, above=0, high=1)
@@ -98,6 +102,8 @@ class SoftSelection(nn.Module):
         super().__init__()
         self.host, self.recipe, self.log_probabilities = host, recipe, Scorer(host).forward
         self.width = width = host.decoder.config.hidden_size
+        self.step = 0
+        """Of the run: with a picture it decides the noise, whatever batch the picture is in."""
         torch.manual_seed(recipe.seed)
         for name in ("q_proj", "k_proj"):
             linear = nn.Linear(width, recipe.hidden or max(1, width // 2), device=host.device, dtype=torch.float32)
@@ -115,12 +121,17 @@ class SoftSelection(nn.Module):
         """What ``visionselector`` scores with."""
         return weights.Scorer(*(self.get_parameter(part) for part in weights.PARTS))
 
-    def choose(self, features: Tensor, runs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Features (V, D) of pictures' runs -> logits (V,) of their weights, and the tokens that would be kept (V,), 1 or 0."""
+    def choose(self, features: Tensor, images: Sequence[ImageInput]) -> tuple[Tensor, Tensor]:
+        """Features (V, D) of pictures -> logits (V,) of their weights, and the tokens that would be kept (V,), 1 or 0."""
         logits, kept, pruner = [], [], Pruner(self.recipe.retention)
-        for run in features.split([rows * columns for rows, columns in runs]):
+        seeds = [image.seed + number for image in images for number in range(len(image.runs))]
+        for run, seed in zip(features.split([rows * columns for rows, columns in every_run(images)]), seeds, strict=True):
             with torch.autocast(run.device.type, enabled=False):
                 scores = self.scorer.scores(run.float())
+            if self.recipe.noise and self.training:
+                generator = torch.Generator().manual_seed(self.recipe.seed + self.step + 2**20 * seed)
+                uniform = torch.rand(len(scores), generator=generator, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+                scores = scores + self.recipe.noise * uniform.logit().to(scores)
             k = pruner.tokens_to_keep(len(run), pruner.retention)
             logits.append(soft_top_k(scores, k))
             first = scores.detach().argsort(descending=True, stable=True)[:k]
@@ -130,7 +141,7 @@ class SoftSelection(nn.Module):
     def forward(self, packed: Packed, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """features: of the packed pictures, ``joined`` -> log-probability (N,) of each scored token with the tokens weighted, and what ``choose``
         says."""
-        logits, kept = self.choose(features[:, : self.width], every_run(packed.images))
+        logits, kept = self.choose(features[:, : self.width], packed.images)
         if self.recipe.weighs == "features":
             features = (features * logits.sigmoid()[:, None]).to(features.dtype)
         else:
@@ -178,6 +189,7 @@ class TokenScorerTrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: Any = None):
         recipe, (scored, visual) = self.recipe, num_items_in_batch
+        self.scorer.step = self.state.global_step
         scores, logits, kept = self.score(model, pack([[c] for c in inputs], self.vlm.host, self.args.device))
         learns = logits.isfinite()
         distance = binary_cross_entropy_with_logits(logits[learns], kept[learns], reduction="sum")

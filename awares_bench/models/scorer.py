@@ -20,6 +20,8 @@ from .checkpoint import find
 PARTS = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")
 MARK = "importance_scorer."
 """In the names of the scorer's tensors in a whole checkpoint."""
+PACKAGED = Path(__file__).parents[1] / "weights" / "nano-scorer" / "scorer.safetensors"
+"""What ``scorer=nano`` stands for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +58,8 @@ class Scorer:
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)  # what is kept may be used in training too
 def load_scorer(name: str) -> Scorer:
-    """A scorer by its file, its folder or hub name. Raises ValueError that says what was found instead."""
-    place = Path(name).expanduser()
+    """A scorer by its file, its folder or hub name; ``nano``: the one in this package, for the nano weights. Raises ValueError that says what was found instead."""
+    place = PACKAGED if name == "nano" else Path(name).expanduser()
     if not place.is_file():
         place = find(name)
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))

@@ -58,10 +58,10 @@ def test_a_cell_may_have_every_option_that_a_model_has(tmp_path):
 
 def test_the_shipped_recipes_hold_what_they_promise():
     nano = sweep.read("nano").cells
-    pruners = {n for n in registry.names() if issubclass(registry.method_class(n), Pruner)} - {"visionselector"}
-    for name in pruners:  # visionselector needs a trained scorer, and nano has none
+    pruners = {n for n in registry.names() if issubclass(registry.method_class(n), Pruner)}
+    for name in pruners:
         assert {c.options["retention"] for c in nano if c.method == name} == {0.25, 0.5, 0.7}
-    untrained = {n for n in registry.names() if n not in pruners} - {"visionselector"}
+    untrained = {n for n in registry.names() if n not in pruners}
     assert {c.method for c in nano} == pruners | untrained
     table = sweep.read("paper_table1").cells
     assert {

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,23 @@ def test_the_loss_falls_and_is_the_same_for_every_micro_batch(place, weighs):
     assert min(loss for loss, _ in alone.values()) < alone[1][0]
 
 
+def test_noise_is_of_a_picture_and_a_step_whatever_the_batch_and_drops_tokens_from_the_first_step(place):
+    said = {"noise": 4.0, "weighs": "attention", "constraint_start": 0.0, "constraint_end": 0.0, "steps": 2}
+    whole, parts = train(place, "noisy", **said), train(place, "noisy-parts", micro_batch=1, **said)
+    assert whole.keys() == parts.keys() and all(parts[step] == pytest.approx(whole[step], rel=1e-4) for step in whole)
+    module = token_scorer.build(recipe.check(token_scorer.ScorerRecipe, settings(place, "noisy-by-hand", **said))).scorer
+    image = module.host.image_input(picture(168, 112))
+    (run,) = module.host.encode([image])
+    with torch.no_grad():
+        first, again = (module.choose(run.features, [image])[0] for _ in range(2))
+        module.step = 1
+        later = module.choose(run.features, [image])[0]
+        module.eval()
+        quiet = module.choose(run.features, [image])[0].sigmoid()
+    assert torch.equal(first, again) and not torch.allclose(first, later)
+    assert quiet.max() - quiet.min() < 1e-3 and first.sigmoid().max() - first.sigmoid().min() > 0.8
+
+
 def test_the_loss_is_the_answers_and_the_distance_from_a_hard_choice(place):
     said = recipe.check(token_scorer.ScorerRecipe, settings(place, "by-hand"))
     first = train(place, "by-hand")[1][0]
@@ -171,7 +189,7 @@ def test_the_file_is_what_the_pruner_loads_and_keeps_the_same_tokens(place, caps
     image = trainer.vlm.host.image_input(picture(168, 112))
     (run,) = trainer.vlm.host.encode([image])
     with torch.no_grad():
-        _, kept = trainer.scorer.choose(run.features, [run.grid])
+        _, kept = trainer.scorer.choose(run.features, [SimpleNamespace(seed=0, runs=(run.grid,))])
     pruner = VisionSelector(0.25, str(path))
     n = pruner.tokens_to_keep(len(run.features), 0.25)
     chosen = pruner.select(VisualTokens(run.features, run.grid), n)
