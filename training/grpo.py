@@ -21,7 +21,6 @@ from torch import Tensor
 
 from awares_bench.inference.local_model import LocalModel
 from awares_bench.methods.conversation import Sample
-from awares_bench.methods.crop_grid import PAPER_GRID
 
 from . import examples, recipe, rewards
 from .auxiliary.crop_reader import CropReader
@@ -228,17 +227,18 @@ class GRPOTrainer(ResumableTrainer):
             else:
                 accepted = [float(rewards.covers(r.trajectory.boxes, truth.evidence or ())) for r in group]
             parts = rewards.CROP_SCHEMES[recipe.scheme](group, truth, self.judge, self.reward_weights, accepted)
-            if recipe.scheme == "adaptvision":
-                turns = rewards.turn_advantages(
-                    [p["reward"] for p in parts],
-                    [p["tool"] for p in parts],
-                    [len(r.trajectory.replies) for r in group],
-                    recipe.scaling,
-                    recipe.tool_advantage,
-                )
-                return RolloutGroup(group, parts, [t[0] for t in turns], turns)
         else:
-            parts = rewards.SCHEMES[self.recipe.scheme](group, prompt.truth, self.judge, self.reward_weights)
+            parts = rewards.SCHEMES[recipe.scheme](group, truth, self.judge, self.reward_weights)
+        parts = [p | {"covered": rewards.covered(r, truth)} for r, p in zip(group, parts, strict=True)]
+        if recipe.scheme == "adaptvision":
+            turns = rewards.turn_advantages(
+                [p["reward"] for p in parts],
+                [p["tool"] for p in parts],
+                [len(r.trajectory.replies) for r in group],
+                recipe.scaling,
+                recipe.tool_advantage,
+            )
+            return RolloutGroup(group, parts, [t[0] for t in turns], turns)
         return RolloutGroup(group, parts, rewards.advantages([p["reward"] for p in parts], self.recipe.scaling))
 
     def reference_logprobs(self, groups: list[RolloutGroup]) -> tuple[Tensor, ...]:
@@ -302,7 +302,7 @@ class GRPOTrainer(ResumableTrainer):
             "reward": sum(p["reward"] for _, p in scored),
             "answer_score": sum(p["answer"] for _, p in scored),
             "call_rate": sum(rewards.called(r) for r, _ in scored),
-            "area": sum(PAPER_GRID.union_area(r.trajectory.crops) for r, _ in scored),
+            "area": sum(p["covered"] for _, p in scored),
             "rtr": sum(r.trajectory.rtr or 0.0 for r, _ in scored),
             "parse_fail": sum(rewards.malformed(r) for r, _ in scored),
             "truncated": sum(not r.complete for r, _ in scored),

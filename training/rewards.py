@@ -117,6 +117,12 @@ def crop_area(rollout: Rollout, truth: GroundTruth) -> float | None:
     return area_share(boxes[0], truth.size) if boxes and truth.size and not malformed(rollout) else None
 
 
+def covered(rollout: Rollout, truth: GroundTruth) -> float:
+    """The share of the image that the regions or the box which the model called for cover; 0 without a call that could be used."""
+    crops = rollout.trajectory.crops
+    return PAPER_GRID.union_area(crops) if crops else crop_area(rollout, truth) or 0.0
+
+
 ANSWER = r"<think>(?:(?!</think>).)*</think>\s*<answer>(?:(?!</answer>).)*</answer>"
 CALL = r"<think>(?:(?!</think>).)*</think>\s*<tool_call>(?:(?!</tool_call>).)*</tool_call>"
 

@@ -88,7 +88,11 @@ def label(method: str, identity: dict | None = None, run_label: str | None = Non
     if run_label and (first.rsplit(":", 1)[-1] != own or not all("=" in o for o in options)):
         return readable(run_label)
     kept = [] if retention is None else [f"{100 * float(retention):g} %"]
-    return " ".join([word, *(o for o in options if not o.startswith("retention=")), *kept])
+    return " ".join([word, *(o for o in options if not o.startswith(UNSAID)), *kept])
+
+
+UNSAID = ("retention=", "scorer=")
+"""Options that a name in print leaves out: the first has a form of its own, the others name files of weights."""
 
 
 ACRONYMS = ("sft", "grpo", "ddp", "fsdp", "lora", "vlm", "3b", "7b", "8b")

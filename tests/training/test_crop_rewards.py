@@ -120,6 +120,16 @@ def test_the_reader_answers_from_the_crop_alone_and_reads_equal_crops_once(monke
     assert got == [0.0] * 4 and alone("what is it?", (said.text,), group)[:2] == [1.0, 1.0]
 
 
+def test_the_logged_area_is_that_of_the_regions_or_of_the_box_and_0_without_a_call():
+    truth = rewards.GroundTruth("q", ("x",), size=(100, 50))
+    regions = SimpleNamespace(
+        trajectory=Trajectory((Turn(), Turn(crops=("top-left", "bottom-right"))), (), "x", (), 64), complete=True
+    )
+    assert rewards.covered(regions, truth) == 0.5
+    assert rewards.covered(rollout("x", [CALL, "x"], (50, 0, 100, 50)), truth) == 0.5
+    assert rewards.covered(rollout("x", ["x"]), truth) == 0.0
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("crops")
