@@ -15,6 +15,7 @@ import argparse
 import html
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from . import card
 from .app_model import NOTHING, QUESTION_CHARACTERS, serve
 from .errors import AwaresError, OptionError, RunError
 from .evaluation.run_options import OF_CHECKPOINT
+from .methods import registry
 from .methods.images import as_rgb
 
 COLUMNS = ("awares", "visionzip", "full")
@@ -88,7 +90,7 @@ def log(lines: list[tuple[str, str, list[card.Answer]]]) -> str:
 
 
 class ModelProcess:
-    """The model in a process of its own: it loads while this one imports Gradio, neither waits for the other's imports."""
+    """The model in a process of its own: it loads while this one imports Gradio and the page is opened."""
 
     def __init__(self, args: argparse.Namespace):
         context = multiprocessing.get_context("spawn")  # nothing of this process goes along
@@ -96,19 +98,23 @@ class ModelProcess:
         self._process = context.Process(target=serve, args=(theirs, args), daemon=True)
         self._process.start()
         theirs.close()
+        self._loading, self._said = threading.Lock(), None
 
-    def ready(self) -> tuple[str, list[str]]:
-        """Once: what the page says of the model, and the names of the methods. Raises what the model could not be loaded for."""
-        said = self._receive()
-        if isinstance(said, Exception):
-            raise said
-        return said
+    def ready(self) -> str:
+        """Where the model is, once it is loaded. Raises what it could not be loaded for."""
+        with self._loading:
+            if self._said is None:
+                self._said = self._receive()
+        if isinstance(self._said, Exception):
+            raise self._said
+        return self._said
 
     def answers(self, *asked: Any) -> Iterator[tuple[str, card.Answer]]:
         """A picture, a question, and methods and options of the columns -> each answer as HTML, and without its pictures.
 
-        Raises OptionError for what cannot be asked, RunError when the process has ended.
+        Waits for the model. Raises OptionError for what cannot be asked, RunError when the process has ended.
         """
+        self.ready()
         try:
             self._connection.send(asked)
         except OSError as error:
@@ -127,7 +133,7 @@ class ModelProcess:
     def _receive(self) -> Any:
         try:
             return self._connection.recv()
-        except EOFError as error:
+        except (EOFError, OSError) as error:
             raise RunError(self._ended()) from error
 
     def _ended(self) -> str:
@@ -206,6 +212,13 @@ def page(model: ModelProcess, title: str, methods: list[str]) -> Any:
     return blocks.queue(max_size=WAITING, default_concurrency_limit=1)
 
 
+def title(args: argparse.Namespace) -> str:
+    """What the page says of the model that answers."""
+    if args.engine == "openai":
+        return f"`{args.model}` at {args.base_url}, which is sent the pictures. Pruners need a model in this process."
+    return f"`{args.pretrained}`. Pictures stay on the machine that runs this page."
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of ``awares-bench app``."""
     parser.add_argument(
@@ -232,13 +245,18 @@ def main(args: argparse.Namespace) -> int:
     model = ModelProcess(args)
     import gradio as gr
 
-    blocks = page(model, *model.ready())
+    blocks = page(model, title(args), registry.names())
     theme = gr.themes.Base(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )  # of the browser, not fetched
-    print(f"http://{args.host}:{args.port} answers; stop with Ctrl-C", flush=True)
     blocks.launch(
         server_name=args.host, server_port=args.port, share=args.share, max_file_size=UPLOAD_BYTES, show_error=True, quiet=True,
-        footer_links=[], ssr_mode=False, theme=theme, css=STYLE,
+        footer_links=[], ssr_mode=False, theme=theme, css=STYLE, prevent_thread_lock=True,
     )  # fmt: skip
+    print(f"http://{args.host}:{args.port} is there; the model is being loaded, and questions wait for it", flush=True)
+    try:
+        print(f"{model.ready()}; stop with Ctrl-C", flush=True)
+        blocks.block_thread()
+    finally:
+        blocks.close(verbose=False)
     return 0

@@ -32,19 +32,17 @@ QUESTION_CHARACTERS = 4000
 def serve(connection: Connection, args: argparse.Namespace) -> None:
     """Load the model, say so, then answer what comes through ``connection`` until it is closed.
 
-    Sent: once ``(title, names of the methods)``; then for each question an answer a method, and None at the end. What is refused
+    Sent: once a sentence that says where the model is; then for each question an answer a method, and None at the end. What is refused
     is sent as the exception, and ends the question.
     """
-    from . import api
-
     with suppress(ValueError):  # in a thread there is no signal to ignore
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the page's, which ends this process
     try:
-        model, title = load_model(args)
+        model, place = load_model(args)
     except Exception as error:  # whatever it is, the command says it
         connection.send(_sendable(error))
         return
-    connection.send((title, api.methods()))
+    connection.send(place)
     while True:
         try:
             asked = connection.recv()
@@ -69,7 +67,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 def load_model(args: argparse.Namespace) -> tuple[api.Model, str]:
-    """The model that answers, and what the page says of it."""
+    """The model that answers, and a sentence that says where it is."""
     from . import api
 
     if args.engine == "transformers":
@@ -78,7 +76,7 @@ def load_model(args: argparse.Namespace) -> tuple[api.Model, str]:
         if unknown:
             raise OptionError(f"--option {unknown[0]} is not of the checkpoint; allowed: {', '.join(OF_CHECKPOINT)}")
         model = api.load(args.pretrained, **options)
-        return model, f"`{args.pretrained}` on {model.vlm.device}. Pictures stay on the machine that runs this page."
+        return model, f"{args.pretrained} answers on {model.vlm.device}"
     if not (args.base_url and args.model):
         raise OptionError(
             "--engine openai needs --base-url and --model, such as --base-url http://localhost:8000/v1 --model NAME"
@@ -86,9 +84,7 @@ def load_model(args: argparse.Namespace) -> tuple[api.Model, str]:
     from .inference.openai_server import Endpoint
 
     served: Any = Endpoint(args.base_url, args.model, args.pretrained)
-    return api.Model(
-        served, {}
-    ), f"`{args.model}` at {args.base_url}, which is sent the pictures. Pruners need a model in this process."
+    return api.Model(served, {}), f"{args.model} answers at {args.base_url}"
 
 
 def chosen(names: tuple[str, ...], options: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
