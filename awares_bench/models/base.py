@@ -308,10 +308,11 @@ class HostModel(ABC):
     def question_of(self, ids: list[int]) -> slice:
         """Of the tokens of a turn after its last image, those that the user wrote: up to the end of the message, without marks."""
         text = ids[len(ids) - ids[::-1].index(self.image_token) :] if self.image_token in ids else ids
+        stop = text.index(self.end_of_turn) if self.end_of_turn in text else len(text)
         marks = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        start = next((i for i, token in enumerate(text) if token not in marks), len(text))
-        ends = marks - {self.image_token} | {self.end_of_turn}  # such as the mark of the reply, where a message has no end
-        stop = next((i for i in range(start, len(text)) if text[i] in ends), len(text))
+        start = next((i for i in range(stop) if text[i] not in marks), stop)
+        # a message without an end of its own ends at the mark of the next
+        stop = next((i for i in range(start, stop) if text[i] in marks and text[i] != self.image_token), stop)
         return slice(start, stop)
 
     def rope(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -302,7 +302,7 @@ def test_a_scorer_of_tokens_learns_on_it_and_nothing_else_does(vlm, weighs, tmp_
     assert all(p.grad is None for p in host.model.parameters())
     write(module, tmp_path / "scorer.safetensors")
     pruner, at = VisionSelector(0.5, str(tmp_path / "scorer.safetensors")), 0
-    _, kept = module.choose(torch.cat([run.features for run in runs]), talk.images[0].runs)
+    _, kept = module.choose(torch.cat([run.features for run in runs]), talk.images)
     for run in runs:
         n = pruner.tokens_to_keep(len(run.features), 0.5)
         assert kept[at : at + len(run.features)].nonzero()[:, 0].tolist() == pruner.select(run, n).tolist()
