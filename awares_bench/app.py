@@ -98,7 +98,8 @@ class ModelProcess:
         self._process = context.Process(target=serve, args=(theirs, args), daemon=True)
         self._process.start()
         theirs.close()
-        self._loading, self._said = threading.Lock(), None
+        self._loading = threading.Lock()
+        self._said: Any = None
 
     def ready(self) -> str:
         """Where the model is, once it is loaded. Raises what it could not be loaded for."""

@@ -131,11 +131,11 @@ class CallGrammar:
         if _TOO_LONG.search(part):
             return frozenset()
         if open_word is None:
-            return frozenset(self.grid.entry(part + end) for end in ("", "'", '"')) - {None}
+            return frozenset(name for end in ("", "'", '"') if (name := self.grid.entry(part + end)))
         word = open_word["word"]
         begun = self._begun.get(re.sub(r"[ _]+", "-", word.lstrip().lower()), frozenset())
-        whole = frozenset({self.grid.entry(word)} - {None})
-        return begun if whole <= begun else begun | whole
+        name = self.grid.entry(word)
+        return begun if name is None or name in begun else begun | {name}
 
     # ------------------------------------------------------------------ tokens
 

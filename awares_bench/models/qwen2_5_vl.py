@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,10 +28,16 @@ class Qwen2_5_VL(HostModel):
     model_class = Qwen2_5_VLForConditionalGeneration
     provides = frozenset({*OF_THE_TOWER, "decoder_attention", "seed"})
     position_axes = 3
-    image_marks = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
+    image_marks: ClassVar[tuple[str, ...]] = (
+        "<|image_pad|>",
+        "<|video_pad|>",
+        "<|vision_pad|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+    )
     lora_targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
     decoder_layer = "Qwen2_5_VLDecoderLayer"
-    stock_packages = ("qwen_vl_utils",)
+    stock_packages: ClassVar[tuple[str, ...]] = ("qwen_vl_utils",)
 
     @classmethod
     def accepted(cls, image: Image.Image) -> tuple[Image.Image, list[Event]]:
