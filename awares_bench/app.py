@@ -193,8 +193,8 @@ def page(model: ModelProcess, title: str, methods: list[str]) -> Any:
             slots = [i for i, name in enumerate(chosen_names) if name and name != NOTHING]
             drawn, sentence = [""] * len(names), ""
             try:
-                asked = (image, text, chosen_names, tuple(o or "" for o in chosen_options))
-                for drawn[slots[len(given)]], answer in model.answers(*asked):
+                for html_card, answer in model.answers(image, text, chosen_names, tuple(o or "" for o in chosen_options)):
+                    drawn[slots[len(given)]] = html_card
                     given.append(answer)
                     yield [*drawn, before, gr.skip()]
             except AwaresError as error:

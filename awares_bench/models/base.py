@@ -137,7 +137,7 @@ class HostModel(ABC):
 
     @classmethod
     def own_limits(cls, processor: Any) -> tuple[int, int]:
-        """Fewest and most pixels of a picture where nobody asks for others: ``default_limits``; of tiling families those of the checkpoint."""
+        """Fewest and most pixels of a picture where nobody asks for others: ``default_limits``; of tiling families and GLM those of the checkpoint."""
         return cls.default_limits
 
     @classmethod

@@ -1,7 +1,7 @@
 """GLM-4.1V and GLM-4.6V: built as Qwen2-VL is, with learned places in the tower and a convolution before its merger.
 
-Their processor counts a picture as two frames, so its limits, and ``min_pixels`` and ``max_pixels`` here, are twice the pixels of a picture:
-12,544 to 11,760,000 as released, which is 8 to 7,500 tokens of 28 x 28. A template that thinks is told not to; GLM-4.1V-9B-Thinking's cannot be.
+Their processor counts a picture as two frames, so its limits, and ``min_pixels`` and ``max_pixels`` here, are twice the pixels of a picture.
+Without others the checkpoint's own hold; transformers' defaults are 12,544 to 11,760,000, which is 8 to 7,500 tokens of 28 x 28. A template that thinks is told not to; GLM-4.1V-9B-Thinking's cannot be.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ class Glm4v(Qwen2VL):
     lora_targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_up_proj|down_proj)"
     decoder_layer = "Glm4vTextDecoderLayer"
     stock_packages = ()
+
+    @classmethod
+    def own_limits(cls, processor) -> tuple[int, int]:
+        size = processor.image_processor.size
+        return size["shortest_edge"], size["longest_edge"]
 
     @classmethod
     def count_tokens(cls, processor, limits: dict[str, int], image: Image.Image, share: float = 1.0) -> int:

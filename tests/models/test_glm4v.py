@@ -1,5 +1,7 @@
 """What is GLM's own: its limits, its tower's operations, and turns that end where the next begins. The contract's tests are slow for it."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -41,6 +43,9 @@ def test_limits_are_of_two_frames_and_counted_as_the_processor_does(vlm):
     for size in ((1, 1), (20, 300), (101, 67), (900, 700), (4000, 30)):
         image = picture(*size)
         assert vlm.visual_tokens(image) == vlm.host.image_input(image).tokens
+    processor = copy.deepcopy(vlm.host.processor)
+    processor.image_processor.size = {"shortest_edge": 12544, "longest_edge": 9633792}
+    assert type(vlm.host)(vlm.host.model, processor).limits == {"shortest_edge": 12544, "longest_edge": 9633792}
     host = type(vlm.host)(vlm.host.model, vlm.host.processor, 12544, 2 * 100 * 28 * 28)
     assert 80 < host.visual_tokens(picture(900, 700)) <= 100
 
