@@ -21,6 +21,7 @@ import transformers
 from PIL import Image
 
 from awares_bench.evaluation.provenance import cpu_name, provenance
+from awares_bench.evaluation.run_options import mapping
 from awares_bench.inference.batch import Batch
 from awares_bench.inference.engine import Engine, Job
 from awares_bench.inference.local_model import LocalModel
@@ -89,6 +90,8 @@ class Settings:
     """Server of ``served``, which serves the checkpoint."""
     served_model: str | None = None
     """The checkpoint's name there."""
+    vllm_options: dict[str, Any] | None = None
+    """Arguments of ``LLM`` by name, for ``vllm``."""
     json_file: Path | None = None
 
     def __post_init__(self):
@@ -121,13 +124,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated; known: {', '.join(PARTS + MORE_PARTS)}")
     parser.add_argument("--base-url", help="address of a server with the same checkpoint, for the part served")
     parser.add_argument("--served-model", help="the checkpoint's name on that server")
+    parser.add_argument(
+        "--vllm-options", help="arguments of vLLM's LLM for the part vllm: a mapping, or a YAML file that holds one"
+    )
     parser.add_argument("--json", type=Path, dest="json_file", help="write the result there")
 
 
 def main(args: argparse.Namespace) -> int:
     values = {f.name: getattr(args, f.name) for f in fields(Settings)}
     pretrained = args.pretrained or (None if args.geometry else NANO)
-    run(Settings(**values | {"pretrained": pretrained, "parts": tuple(args.parts.split(","))}))
+    more = {"vllm_options": mapping("--vllm-options", args.vllm_options), "parts": tuple(args.parts.split(","))}
+    run(Settings(**values | {"pretrained": pretrained} | more))
     return 0
 
 
@@ -366,6 +373,10 @@ def _contention(pretrained: str, documents: int, repeats: int, ratios: list[Rati
             ratios.append(Ratio(f"nano suite, documents per second, OpenMP's spin {name}, {beside}", rate.documents, aim, met))
             ratios.append(Ratio(f"cores that it got, OpenMP's spin {name}, {beside}", rate.cores, "", None))
             ratios.append(Ratio(f"documents per CPU second, OpenMP's spin {name}, {beside}", rate.per_core, "", None))
+        kept = states["busy"].documents / states["quiet"].documents
+        ratios.append(
+            Ratio(f"documents per second, beside {BUSY} busy processes over nothing beside, OpenMP's spin {name}", kept, "", None)
+        )
     ours, other = found["ours"], found["as OpenMP comes"]
     for state, beside in (("quiet", "nothing beside"), ("busy", "busy")):
         ratio = ours[state].documents / other[state].documents
@@ -388,7 +399,10 @@ def _external(vlm: LocalModel, settings: Settings, contestants: list[Contestant]
     if "vllm" in settings.parts:
         from awares_bench.inference.vllm_model import VllmModel
 
-        engines["vllm in this process"] = VllmModel(str(settings.pretrained), IN_FLIGHT, dtype=settings.dtype)
+        dtype = str(vlm.host.dtype).removeprefix("torch.")
+        engines["vllm in this process"] = VllmModel(
+            str(settings.pretrained), IN_FLIGHT, dtype=dtype, options=settings.vllm_options
+        )
     notes = [f"same documents, {IN_FLIGHT} conversations in flight on every side; whole seconds stand under decode"]
     for method in ("full", "awares"):
         policy, runners = build(method, {}).policy, []

@@ -43,7 +43,7 @@ def _optional(parse: Callable) -> Callable[[str, object], object]:
     return lambda name, value: None if value is None else parse(name, value)
 
 
-def _mapping(name: str, value: object) -> dict | None:
+def mapping(name: str, value: object) -> dict | None:
     """A mapping, its text as JSON or YAML, or the name of a file that holds it."""
     given = value
     if isinstance(value, str):
@@ -90,7 +90,7 @@ class RunOptions:
     ([what is accepted and refused](checkpoints.md))"""
 
     dtype: str = _option("auto", decides_weights=True, of_checkpoint=True)
-    """`auto`: bfloat16 on a GPU, float32 on a CPU"""
+    """`auto`: bfloat16 on a GPU, float32 on a CPU; with `engine=vllm` a quantised checkpoint takes vLLM's"""
 
     device: str | None = _option(None, decides_weights=True, of_checkpoint=True)
     """none: a GPU where there is one, else the CPU"""
@@ -147,7 +147,7 @@ class RunOptions:
     tensor_parallel_size: int | None = _option(None, _optional(_count(1)), decides_weights=True, for_engine="vllm")
     """GPUs that vLLM splits the model over. None: 1"""
 
-    vllm_options: Mapping | None = _option(None, _mapping, decides_weights=True, for_engine="vllm")
+    vllm_options: Mapping | None = _option(None, mapping, decides_weights=True, for_engine="vllm")
     """further arguments of vLLM's `LLM`, such as `{"max_model_len": 8192}`, or a YAML file of them"""
 
     batch_size: int = _option(1, _count(1))

@@ -74,7 +74,8 @@ class Endpoint(ExternalModel):
     who = "the server"
     how_to_keep = (
         "start vLLM with --enable-prompt-tokens-details, which makes it say so",
-        "start vLLM with --enable-prefix-caching, and pass replicas=N where it has --data-parallel-size N",
+        "start vLLM with --enable-prefix-caching and a --block-size shorter than a first turn, and pass replicas=N where it has "
+        "--data-parallel-size N",
     )
 
     def __init__(

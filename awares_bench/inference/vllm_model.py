@@ -9,9 +9,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
+
 from awares_bench.errors import RunError
 from awares_bench.methods.conversation import Failure, Reply
-from awares_bench.models.checkpoint import find
+from awares_bench.models.checkpoint import find, load_config, quantisation
+from awares_bench.models.loading import dtype_on
 
 from .external_model import Counted, ExternalModel, Written, context_ended
 from .session import Request
@@ -23,15 +26,18 @@ MOST_IMAGES = 8
 class VllmModel(ExternalModel):
     """A checkpoint in vLLM's ``LLM``. It answers what a ``LocalModel`` answers, except for pruners and probes.
 
-    rows: conversations answered together. dtype: as vLLM names it. options: further arguments of ``LLM`` by name, which win over those
-    that are set here. repetition_penalty: of every reply; None: the one of the checkpoint's ``generation_config.json``.
+    rows: conversations answered together. dtype: ``auto`` is that of the local engine; of a quantised checkpoint it is vLLM's choice.
+    options: further arguments of ``LLM`` by name, which win over those that are set here. repetition_penalty: of every reply; None: the one of the checkpoint's ``generation_config.json``.
 
     Raises RunError where vLLM is missing, cannot load the checkpoint, or does not know an option.
     """
 
     engine = "vllm"
     who = "vLLM"
-    how_to_keep = ("take a vLLM that reports num_cached_tokens", "leave enable_prefix_caching on")
+    how_to_keep = (
+        "take a vLLM that reports num_cached_tokens",
+        "leave enable_prefix_caching on, and take a block_size shorter than a first turn",
+    )
 
     def __init__(
         self,
@@ -55,6 +61,8 @@ class VllmModel(ExternalModel):
                 f"{pretrained!r} holds LoRA adapters, which engine=vllm does not merge; pass a merged checkpoint, or leave engine=vllm out"
             )
         self._sampling = SamplingParams
+        if not quantisation(load_config(folder, pretrained)):  # vLLM's auto would be bfloat16 on a CPU too
+            dtype = dtype_on("cuda" if torch.cuda.is_available() else "cpu", dtype)
         arguments = {
             "dtype": dtype,
             "max_num_seqs": rows,

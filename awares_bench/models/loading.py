@@ -59,11 +59,16 @@ def load(
     files is used, and all are finite. Raises CheckpointError, or ValueError for a dtype or device that cannot be.
     """
     where = _device(device)
+    return _load(pretrained, getattr(torch, dtype_on(where.type, dtype)), where, attn_implementation, generic)
+
+
+def dtype_on(device_type: str, dtype: str = "auto") -> str:
+    """The name of the dtype that weights take on a device such as ``cuda``. Raises ValueError for one that cannot be."""
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype is {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
-    if dtype == "auto":
-        dtype = "bfloat16" if where.type == "cuda" else "float32"
-    return _load(pretrained, getattr(torch, dtype), where, attn_implementation, generic)
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device_type == "cuda" else "float32"
 
 
 def _load(

@@ -200,5 +200,5 @@ def test_parts_that_need_something_say_what():
 def test_the_engine_beside_busy_processes_is_measured_in_processes_of_its_own(capsys):
     result = run(Settings(pretrained="nano", parts=("contention",), documents=4, repeats=1))
     figures = {f["name"]: f["value"] for f in result["figures"]}
-    assert len(figures) == 14 and all(value > 0 for value in figures.values())
+    assert len(figures) == 16 and all(value > 0 for value in figures.values())
     assert max(value for name, value in figures.items() if name.startswith("cores that it got")) < 2.1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,21 @@ def test_what_is_asked_of_vllm(vllm):
         ["\n"],
         1.1,
     )
+
+
+def test_auto_is_the_dtype_of_the_local_engine_and_of_a_quantised_checkpoint_vllms(vllm, tmp_path, monkeypatch):
+    """vLLM's own auto would run nano in bfloat16 on a CPU."""
+    assert VllmModel("nano").llm.arguments["dtype"] == "float32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert VllmModel("nano").llm.arguments["dtype"] == "bfloat16"
+    copy = tmp_path / "quantised"
+    shutil.copytree(resolve("nano"), copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}}))
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: torch.nn.Identity())
+    assert VllmModel(str(copy)).llm.arguments["dtype"] == "auto"
+    with pytest.raises(ValueError, match="dtype is 'half'; allowed: auto, "):
+        VllmModel("nano", dtype="half")
 
 
 def test_the_second_turn_goes_on_with_the_tokens_of_the_first(vllm):
