@@ -65,12 +65,12 @@ def draw_points(
     """
     paper = paper if paper is not None and len(paper) else None
     with style.house_style():
+        crowd = len(data) > CROWD
         if paper is not None:
             figure, (axes, below) = style.subplots(5.2, 2, 1, height_ratios=[5, 3], sharex=True)
         else:
-            figure, axes = style.subplots(3.7)
+            figure, axes = style.subplots(4.7 if crowd else 3.7)  # the key of a crowd takes a third
             below = axes
-        crowd = len(data) > CROWD
         bottom, top = y_range(data)
         style.title(figure, title, f"{on}; {len(data)} runs, all in the CSV" if crowd else on)
         outliers = panel(axes, data, bottom, top, crowd)
@@ -78,7 +78,7 @@ def draw_points(
         axes.set_xlim(*x_range(both))
         numbers = _number_outliers(axes, data[data["method"].isin(outliers)])
         below.set_xlabel(xlabel)
-        axes.set_ylabel("accuracy, mean over tasks (%)")
+        axes.set_ylabel("mean accuracy (%)")
         bars = "" if crowd else "Bars: 95 % bootstrap interval over documents. "
         beneath = "Runs at the lower edge lie below it, at the number beside them. " if len(outliers) else ""
         sources = list(dict.fromkeys(paper["source"])) if paper is not None and "source" in paper else []
