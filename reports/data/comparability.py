@@ -56,12 +56,12 @@ def notes(runs: list[Run]) -> list[str]:
         out.append(f"--limit {min(limits):g}: only the first documents of each task")
     commits = {(r.about.get("commit") or {}).get("head") for r in runs} - {None}
     if len(commits) > 1:
-        out.append(f"runs are of {len(commits)} commits of awares-bench (see the provenance table)")
+        out.append(f"The runs are of {len(commits)} commits of awares-bench (see the provenance table)")
     if any((r.about.get("commit") or {}).get("dirty") for r in runs):
-        out.append("some runs were made with uncommitted changes (see the provenance table)")
+        out.append("Some runs were made with uncommitted changes (see the provenance table)")
     foreign = [r.name for r in runs if r.about.get("status", "foreign") == "foreign"]
     if foreign:
-        out.append(f"not run by awares-bench, so without token counts unless lmms-eval's samples hold them: {', '.join(foreign)}")
+        out.append(f"Not run by awares-bench, so without token counts unless lmms-eval's samples hold them: {', '.join(foreign)}")
     return out
 
 

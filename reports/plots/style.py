@@ -65,7 +65,7 @@ def legend(figure: Figure, handles: list, labels: list[str], columns: int, **opt
 
 def footnote(figure: Figure, notes: Iterable[str]) -> None:
     """Caveats below the figure; ``save`` makes room for them."""
-    lines = [line for note in notes for line in textwrap.wrap(note[:1].upper() + note[1:], 92)]
+    lines = [line for note in notes for line in textwrap.wrap(note, 92)]
     figure.text(0.01, -0.01, "\n".join(lines), fontsize=5, color="#555555", va="top", linespacing=1.2)
 
 
