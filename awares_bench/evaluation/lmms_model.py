@@ -127,6 +127,11 @@ class MethodModel(lmms):
         # 2) the model under test, or the server that stands for it, and the method's own models
         self._vlms = {} if vlms is None else vlms
         auxiliary = auxiliary_checkpoints(self.policy)
+        if not auxiliary and (names := run_options.unread(options, arguments)):
+            raise ValueError(
+                f"engine={options.engine} does not read {names[0]}, because the model is not loaded by awares-bench; leave it out, or set "
+                "it where the model is loaded"
+            )
         served = self._served()
         self.vlm: Any  # a LocalModel, or an ExternalModel
         self.vlm, weights = (served, None) if served else self._load(options.pretrained, options.repetition_penalty)
@@ -158,7 +163,7 @@ class MethodModel(lmms):
             "engine": self.vlm.engine,
             "served": options.model,
             "dtype": served.dtype if served else str(self.vlm.host.model.dtype).removeprefix("torch."),
-            "attn_implementation": options.attn_implementation,
+            "attn_implementation": None if served else options.attn_implementation,
             "limits": limited.limits_name,
             "min_pixels": limited.limits["shortest_edge"],
             "max_pixels": limited.limits["longest_edge"],

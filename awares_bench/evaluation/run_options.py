@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -67,18 +67,22 @@ def _choice(*allowed: str) -> Callable[[str, object], str]:
     return parse
 
 
-def _option(default: object, parse: Callable = _text, *, decides_weights=False, of_checkpoint=False, for_engine=None):
+def _option(default: object, parse: Callable = _text, *, decides_weights=False, of_checkpoint=False, for_engine=None, unread=()):
     """A field of ``RunOptions``.
 
     parse: (name, value as given) -> value; raises ValueError. decides_weights: whether it decides what is in memory, or which
-    server answers. of_checkpoint: whether ``awares_bench.load`` has it too. for_engine: the engine that alone reads it.
+    server answers. of_checkpoint: whether ``awares_bench.load`` has it too. for_engine: the engine that alone reads it. unread:
+    engines that do not read it.
     """
     metadata = {"parse": parse, "decides_weights": decides_weights, "of_checkpoint": of_checkpoint, "for_engine": for_engine}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata | {"unread": unread})
 
 
 ENGINES = ("transformers", "generic", "openai", "vllm")
 """What may answer: the model in this process by our own loop or by its ``generate``, a server, vLLM in this process."""
+
+ELSEWHERE = ("openai", "vllm")
+"""Engines whose model is not one of ours, so that options of loading and of batches are not read."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,13 @@ class RunOptions:
     """the checkpoint: a folder, a folder of LoRA adapters, a hub name, or `nano`, `nano-sft`, `nano-base` of this package
     ([what is accepted and refused](checkpoints.md))"""
 
-    dtype: str = _option("auto", decides_weights=True, of_checkpoint=True)
+    dtype: str = _option("auto", decides_weights=True, of_checkpoint=True, unread=("openai",))
     """`auto`: bfloat16 on a GPU, float32 on a CPU; with `engine=vllm` a quantised checkpoint takes vLLM's"""
 
-    device: str | None = _option(None, decides_weights=True, of_checkpoint=True)
+    device: str | None = _option(None, decides_weights=True, of_checkpoint=True, unread=ELSEWHERE)
     """none: a GPU where there is one, else the CPU"""
 
-    attn_implementation: str = _option("sdpa", decides_weights=True, of_checkpoint=True)
+    attn_implementation: str = _option("sdpa", decides_weights=True, of_checkpoint=True, unread=ELSEWHERE)
     """transformers' attention kernel"""
 
     limits: str | None = _option(None, _choice(*LIMITS), decides_weights=True, of_checkpoint=True)
@@ -108,7 +112,7 @@ class RunOptions:
     max_pixels: int | None = _option(None, _count(1), decides_weights=True, of_checkpoint=True)
     """the processor's upper limit per image, likewise"""
 
-    constrained: bool = _option(True, parse_bool, decides_weights=True, of_checkpoint=True)
+    constrained: bool = _option(True, parse_bool, decides_weights=True, of_checkpoint=True, unread=ELSEWHERE)
     """once a reply has begun as a call, only tokens that continue a call that can be parsed are allowed, in any spelling;
     tokens with no alternative are fed in one forward pass. A choice that is overruled is an event. `false`: plain greedy
     decoding"""
@@ -117,7 +121,7 @@ class RunOptions:
     """none: the checkpoint's own, of its `generation_config.json` (1.05 in Qwen's releases), as transformers' `generate`
     applies it. `1` switches it off ([the same numbers as lmms-eval](same_numbers.md))"""
 
-    reuse_features: int = _option(0, _count(0), decides_weights=True)
+    reuse_features: int = _option(0, _count(0), decides_weights=True, unread=ELSEWHERE)
     """GiB of vision features that are kept for pictures which another method of the same process sees again"""
 
     engine: str = _option("transformers", _choice(*ENGINES), decides_weights=True, of_checkpoint=True)
@@ -153,7 +157,7 @@ class RunOptions:
     batch_size: int = _option(1, _count(1))
     """rows of a batch; predictions do not depend on it. Use 1 to measure latencies: nothing overlaps and nothing is reordered"""
 
-    max_batch_tokens: int | None = _option(None, _count(1))
+    max_batch_tokens: int | None = _option(None, _count(1), unread=ELSEWHERE)
     """a second limit of a batch: rows times the longest row, padding counted. Without it too, a batch that runs out of memory
     is continued in halves"""
 
@@ -195,3 +199,10 @@ OF_CHECKPOINT = tuple(f.name for f in fields(RunOptions) if f.metadata["of_check
 def only_for(engine: str) -> tuple[str, ...]:
     """Options that one engine alone reads."""
     return tuple(f.name for f in fields(RunOptions) if f.metadata["for_engine"] == engine)
+
+
+def unread(options: RunOptions, given: Collection[str]) -> list[str]:
+    """Names of options that were given and that the engine, which answers otherwise, would not read; ``constrained=false`` it fulfils."""
+    names = [f.name for f in fields(options) if options.engine in f.metadata["unread"] and f.name in given]
+    defaults = {f.name: f.default for f in fields(options)} | {"constrained": False}
+    return [name for name in names if getattr(options, name) != defaults[name]]

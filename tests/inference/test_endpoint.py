@@ -568,6 +568,10 @@ def test_options_that_do_not_fit_the_engine_say_what_to_do():
         model(**address)
     with pytest.raises(ValueError, match="cuts tokens inside the model"):
         pruned(engine="openai", **address)
+    given = {"dtype": "bfloat16", "device": "cpu", "attn_implementation": "eager", "constrained": True, "reuse_features": 1}
+    for name, value in (given | {"max_batch_tokens": 9000}).items():
+        with pytest.raises(ValueError, match=f"engine=openai does not read {name}, .*; leave it out, or set it where"):
+            model(engine="openai", **address, **{name: value})
     with pytest.raises(ValueError, match="allowed: true, false"):
         model(constrained="maybe")
     with pytest.raises(ValueError, match="max_batch_tokens is 'x'"):

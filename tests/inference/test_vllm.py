@@ -214,11 +214,18 @@ def test_what_engine_vllm_cannot_do_is_said(vllm, monkeypatch, tmp_path):
         model(tensor_parallel_size=2)
     with pytest.raises(ValueError, match="base_url is an option of engine=openai"):
         model(engine="vllm", base_url="http://localhost:8000/v1")
+    with pytest.raises(ValueError, match="engine=vllm does not read attn_implementation"):
+        model(engine="vllm", attn_implementation="eager")
     with pytest.raises(ValueError, match="vllm_options is 'x'; it must be a mapping"):
         model(engine="vllm", vllm_options="x")
     (tmp_path / "vllm.yaml").write_text("{max_model_len: 900}")
     made = model(
-        engine="vllm", vllm_options=str(tmp_path / "vllm.yaml"), tensor_parallel_size=2, output_dir=str(tmp_path / "run")
+        engine="vllm",
+        constrained=False,
+        dtype="float32",
+        vllm_options=str(tmp_path / "vllm.yaml"),
+        tensor_parallel_size=2,
+        output_dir=str(tmp_path / "run"),
     )
     assert made.vlm.llm.arguments["max_model_len"] == 900 and made.vlm.llm.arguments["tensor_parallel_size"] == 2
     identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
