@@ -193,9 +193,13 @@ class Recorded(VarlenBatch):
 
 
 @pytest.mark.parametrize(
-    ("layout", "few"), [(VarlenBatch, 0), (VarlenBatch, 32), (Recorded, 0)], ids=["fused", "products", "recorded"]
+    ("layout", "few"),
+    [
+        pytest.param(VarlenBatch, 0, marks=pytest.mark.slow, id="fused"),
+        pytest.param(VarlenBatch, 32, marks=pytest.mark.slow, id="products"),
+        pytest.param(Recorded, 0, id="recorded"),
+    ],
 )
-@pytest.mark.slow
 def test_replies_that_outgrow_their_room_and_rows_that_leave_change_nothing(layout, few, monkeypatch):
     """The block moves: rows end at different steps, so that half of them leave twice, and the longest outgrows its room."""
     vlm, moves = tiny_vlm(), []
