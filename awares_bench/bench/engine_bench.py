@@ -104,6 +104,10 @@ class Settings:
             raise ValueError(f"--parts holds {unknown[0]!r}; known: {', '.join(PARTS + MORE_PARTS)}")
         if "served" in self.parts and not (self.base_url and self.served_model):
             raise ValueError("--parts served needs a server: pass --base-url http://localhost:8000/v1 --served-model NAME")
+        given = {"--base-url": ("served", self.base_url), "--served-model": ("served", self.served_model)}
+        for name, (part, value) in (given | {"--vllm-options": ("vllm", self.vllm_options)}).items():
+            if value is not None and part not in self.parts:
+                raise ValueError(f"{name} is read by --parts {part} only; add that part, or leave it out")
         if needy := [part for part in MORE_PARTS if part in self.parts and not self.pretrained]:
             raise ValueError(f"--parts {needy[0]} needs a checkpoint; pass --pretrained and leave --geometry out")
 

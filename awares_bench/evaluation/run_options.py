@@ -82,7 +82,7 @@ ENGINES = ("transformers", "generic", "openai", "vllm")
 """What may answer: the model in this process by our own loop or by its ``generate``, a server, vLLM in this process."""
 
 ELSEWHERE = ("openai", "vllm")
-"""Engines whose model is not one of ours, so that options of loading and of batches are not read."""
+"""Engines whose model is not loaded by this package, so that options of loading are not read."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class RunOptions:
     batch_size: int = _option(1, _count(1))
     """rows of a batch; predictions do not depend on it. Use 1 to measure latencies: nothing overlaps and nothing is reordered"""
 
-    max_batch_tokens: int | None = _option(None, _count(1), unread=ELSEWHERE)
+    max_batch_tokens: int | None = _option(None, _count(1), unread=("openai",))
     """a second limit of a batch: rows times the longest row, padding counted. Without it too, a batch that runs out of memory
     is continued in halves"""
 

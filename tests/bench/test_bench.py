@@ -192,6 +192,9 @@ def test_a_server_is_measured_on_the_same_documents_each_round_new_to_every_cach
 def test_parts_that_need_something_say_what():
     with pytest.raises(ValueError, match=r"pass --base-url .* --served-model NAME"):
         Settings(pretrained="nano", parts=("served",))
+    for given in ({"vllm_options": {}}, {"base_url": "http://localhost:8000/v1"}, {"served_model": "m"}):
+        with pytest.raises(ValueError, match=r"is read by --parts \w+ only; add that part, or leave it out"):
+            Settings(pretrained="nano", parts=("suite",), **given)
     with pytest.raises(ValueError, match="--parts contention needs a checkpoint"):
         Settings(geometry="3b", parts=("contention",))
 

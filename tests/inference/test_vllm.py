@@ -223,6 +223,7 @@ def test_what_engine_vllm_cannot_do_is_said(vllm, monkeypatch, tmp_path):
         engine="vllm",
         constrained=False,
         dtype="float32",
+        max_batch_tokens=9000,
         vllm_options=str(tmp_path / "vllm.yaml"),
         tensor_parallel_size=2,
         output_dir=str(tmp_path / "run"),
